@@ -1,0 +1,91 @@
+"""Every error quantkit raises on purpose.
+
+    QuantkitError
+    ├── CheckpointError            the source cannot be read as it stands (missing shard, bad header, wrong tensor)
+    │   ├── UnsupportedModelError  the config is not a Llama 4, or uses something quantkit cannot express
+    │   ├── AlreadyQuantizedError  the source is already quantized
+    │   └── WeightError            a weight is NaN or infinite
+    ├── RecipeError                the recipe is malformed, matches nothing, or asks for what a format cannot hold
+    ├── OutputError                the output cannot be written (exists, disk full, read-only, locked by another run)
+    │   └── ResumeError            a partial output belongs to another source, recipe or version
+    ├── LedgerError                what was done differs from what was asked, or an error bound was passed
+    ├── ArtifactError              a finished artifact fails verification
+    └── Interrupted                the run was stopped by the user; it can be resumed
+
+Each message says what happened, where (file, tensor, expert) and what to do about it.  ``exit_code`` is what the command line
+returns; 0 is success and 2 is kept for wrong usage.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AlreadyQuantizedError",
+    "ArtifactError",
+    "CheckpointError",
+    "Interrupted",
+    "LedgerError",
+    "OutputError",
+    "QuantkitError",
+    "RecipeError",
+    "ResumeError",
+    "UnsupportedModelError",
+    "WeightError",
+]
+
+
+class QuantkitError(Exception):
+    """Base of all documented errors."""
+
+    exit_code = 1
+
+
+class CheckpointError(QuantkitError):
+    """The source checkpoint is missing, damaged or not what its config says."""
+
+    exit_code = 3
+
+
+class UnsupportedModelError(CheckpointError):
+    """The config does not describe a Llama 4 model that quantkit can handle."""
+
+
+class AlreadyQuantizedError(CheckpointError):
+    """The source is already quantized; quantizing it again would compound the error."""
+
+
+class WeightError(CheckpointError):
+    """A source weight is NaN or infinite."""
+
+
+class RecipeError(QuantkitError):
+    """The recipe is wrong in itself, or does not fit this model or this format."""
+
+    exit_code = 4
+
+
+class OutputError(QuantkitError):
+    """The output cannot be written."""
+
+    exit_code = 5
+
+
+class ResumeError(OutputError):
+    """A partial output exists but was made from another source, recipe or version."""
+
+
+class LedgerError(QuantkitError):
+    """The run did not do what the recipe asked, or passed an error bound."""
+
+    exit_code = 6
+
+
+class ArtifactError(QuantkitError):
+    """A finished artifact fails verification."""
+
+    exit_code = 7
+
+
+class Interrupted(QuantkitError):
+    """The user stopped the run; nothing is lost and the same command resumes it."""
+
+    exit_code = 130

@@ -1,0 +1,126 @@
+"""Scheme: which numbers are stored for one weight matrix.  Data only.
+
+A scheme says the number family (``int4``, ``int8``, ``fp8``, ``fp4``), how many weights share a scale, how the scale itself is
+stored, and what the client is asked to do with activations.  It says nothing of how the numbers are chosen (a *method*) or how
+bytes are laid out (a *format*).
+
+Names are canonical and parse back: ``int4-g128``, ``int4-g32-asym``, ``int8-channel``, ``int8-channel-dynamic`` (activations
+quantized per token), ``fp8-channel-dynamic``, ``fp8-block-dynamic`` (128 x 128 blocks), ``nvfp4``, ``mxfp4`` and ``keep`` (stored
+as in the source).  In every scheme the stored value of a weight is
+
+    value = (code - zero_point) * scale                          int4, int8, fp8, mxfp4
+    value = code * scale / global_scale                          nvfp4 (scale is itself FP8)
+
+Number ranges: int4 [-8, 7], int8 [-128, 127], fp8 E4M3 without infinity +-448, fp4 E2M1 {0, .5, 1, 1.5, 2, 3, 4, 6}.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from quantkit.errors import RecipeError
+
+Number = Literal["int4", "int8", "fp8", "fp4"]
+Granularity = Literal["channel", "group", "block"]
+ScaleNumber = Literal["bf16", "fp8", "e8m0"]
+
+BLOCK_SIZE = 128  # rows and columns that share one scale in fp8-block; what every client's kernels expect
+GROUP_SIZES = (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """The numbers stored for one weight matrix ``[out, in]``.
+
+    number: family of the stored codes.
+    granularity: ``channel`` one scale per output row; ``group`` one per ``group_size`` neighbouring inputs of a row; ``block`` one
+        per ``BLOCK_SIZE`` x ``BLOCK_SIZE`` block.
+    group_size: inputs per scale for ``group``, else 0.
+    symmetric: False adds a zero point per scale (int4 only).
+    scale_number: dtype of the stored scale; ``e8m0`` is a power of two kept as exponent + 127.
+    global_scale: a second FP32 scale per matrix, a divisor (nvfp4), shared by matrices that a client fuses.
+    dynamic_activations: the client quantizes activations at run time, per token (per 128 inputs of a token for ``block``).
+    """
+
+    name: str
+    number: Number
+    granularity: Granularity
+    group_size: int = 0
+    symmetric: bool = True
+    scale_number: ScaleNumber = "bf16"
+    global_scale: bool = False
+    dynamic_activations: bool = False
+
+    @property
+    def bits(self) -> int:
+        """Bits per stored code, scales not counted."""
+        return {"int4": 4, "fp4": 4, "int8": 8, "fp8": 8}[self.number]
+
+    def scale_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
+        """Shape of the scale tensor for a weight ``[out, in]``.  Dimensions must fit; see :meth:`misfit`."""
+        if self.granularity == "channel":
+            return (out_features, 1)
+        if self.granularity == "block":
+            return (out_features // BLOCK_SIZE, in_features // BLOCK_SIZE)
+        return (out_features, in_features // self.group_size)
+
+    def misfit(self, out_features: int, in_features: int) -> str | None:
+        """Why this scheme cannot hold a weight ``[out, in]``, or None when it can."""
+        if self.granularity == "group" and in_features % self.group_size:
+            return f"input size {in_features} is not a multiple of the group size {self.group_size}"
+        if self.granularity == "block" and (in_features % BLOCK_SIZE or out_features % BLOCK_SIZE):
+            return f"shape [{out_features}, {in_features}] is not a multiple of {BLOCK_SIZE} x {BLOCK_SIZE} blocks"
+        if self.bits == 4 and in_features % 8:
+            return f"input size {in_features} is not a multiple of 8, so 4-bit codes do not fill 32-bit words"
+        if self.number == "int8" and in_features % 4:
+            return f"input size {in_features} is not a multiple of 4, so 8-bit codes do not fill 32-bit words"
+        if not self.symmetric and out_features % 8:
+            return f"output size {out_features} is not a multiple of 8, so zero points do not fill 32-bit words"
+        return None
+
+
+KEEP = "keep"  # the scheme name for "stored as in the source"
+
+NVFP4 = Scheme("nvfp4", "fp4", "group", 16, scale_number="fp8", global_scale=True)
+MXFP4 = Scheme("mxfp4", "fp4", "group", 32, scale_number="e8m0")
+FP8_CHANNEL = Scheme("fp8-channel-dynamic", "fp8", "channel", dynamic_activations=True)
+FP8_BLOCK = Scheme("fp8-block-dynamic", "fp8", "block", dynamic_activations=True)
+INT8_DYNAMIC = Scheme("int8-channel-dynamic", "int8", "channel", dynamic_activations=True)
+
+_FIXED = {scheme.name: scheme for scheme in (NVFP4, MXFP4, FP8_CHANNEL, FP8_BLOCK, INT8_DYNAMIC)}
+_INTEGER = re.compile(r"(int4|int8)-(?:g(\d+)|channel)(-asym)?")
+
+
+def parse_scheme(name: str) -> Scheme | None:
+    """The scheme of that canonical name; None for ``keep``.
+
+    Raises RecipeError for a name that is not a scheme.
+    """
+    if name == KEEP:
+        return None
+    if name in _FIXED:
+        return _FIXED[name]
+    match = _INTEGER.fullmatch(name)
+    if not match:
+        raise RecipeError(f"unknown scheme {name!r}. Known schemes: {', '.join(scheme_names())}")
+    number, group, asymmetric = match.groups()
+    if group and int(group) not in GROUP_SIZES:
+        raise RecipeError(f"scheme {name!r}: group size {group} is not one of {', '.join(map(str, GROUP_SIZES))}")
+    if asymmetric and number != "int4":
+        raise RecipeError(f"scheme {name!r}: a zero point is supported for int4 only")
+    return Scheme(
+        name,
+        "int4" if number == "int4" else "int8",
+        "group" if group else "channel",
+        int(group or 0),
+        symmetric=not asymmetric,
+    )
+
+
+def scheme_names() -> list[str]:
+    """Every canonical scheme name, ``keep`` included."""
+    sizes = [f"g{size}" for size in GROUP_SIZES] + ["channel"]
+    integers = [f"int4-{size}{asym}" for size in sizes for asym in ("", "-asym")] + [f"int8-{size}" for size in sizes]
+    return [*integers, *_FIXED, KEEP]
