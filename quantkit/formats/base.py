@@ -35,3 +35,12 @@ class OutputFile:
     tensors: tuple[OutputTensor, ...]
     offsets: dict[str, int]
     size: int
+
+
+@dataclass(frozen=True)
+class ClientNote:
+    """Whether a client loads the planned artifact.  ``why`` says what stands against it, or what to mind; may be empty."""
+
+    client: str
+    loads: bool
+    why: str = ""

@@ -1,0 +1,281 @@
+"""The pipeline: BF16 shards in, verified artifacts out, one pass over the source for all of them.
+
+    checkpoint  ->  plan  ->  writers (preallocate or resume)  ->  units in parallel  ->  check, manifest, rename
+
+A unit is read once into a reused buffer, quantized for each artifact that still lacks it, encoded, written at its planned offsets
+and committed to that artifact's journal with its ledger lines.  Nothing is held longer than one unit per worker, and the bytes do
+not depend on how many workers there are or in which order units finish.  Each artifact keeps its own journal, so a run may be
+resumed with more targets than it was started with.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import xxhash
+
+from quantkit import ledger
+from quantkit.checkpoint import Checkpoint
+from quantkit.engine import run_units
+from quantkit.errors import WeightError
+from quantkit.estimate import default_workers
+from quantkit.formats import FORMATS
+from quantkit.formats.base import DTYPE_BYTES
+from quantkit.llama4 import Unit, WeightMatrix
+from quantkit.methods import METHODS
+from quantkit.plan import DEFAULT_MAX_SHARD_BYTES, ArtifactPlan, Plan, make_plan, manifest_text
+from quantkit.recipe import Assignment, Recipe, resolve_recipe
+from quantkit.version import __version__
+from quantkit.workspace import Workspace
+from quantkit.writer import ArtifactWriter
+
+# Per source dtype: how to see its bits, all bits but the sign, and the bits of infinity.  Bits beyond infinity are NaN.
+_BITS = {"BF16": (np.uint16, 0x7FFF, 0x7F80), "F16": (np.uint16, 0x7FFF, 0x7C00), "F32": (np.uint32, 0x7FFFFFFF, 0x7F800000)}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A snapshot of a running conversion.  ``phase`` is ``convert`` or ``check``; bytes count source bytes of finished units."""
+
+    phase: str
+    units_done: int
+    units_total: int
+    units_resumed: int
+    bytes_done: int
+    bytes_total: int
+    bytes_written: int
+    current: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ArtifactResult:
+    """A published artifact.  relative_errors: role -> (mean, largest) relative L2 error over its quantized matrices."""
+
+    name: str
+    directory: Path
+    bytes: int
+    tensors: int
+    units_resumed: int
+    relative_errors: dict[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class ConvertResult:
+    """What ``convert`` made."""
+
+    artifacts: tuple[ArtifactResult, ...]
+    source_bytes: int
+    seconds: float
+
+
+@dataclass
+class _Run:
+    """One artifact in the making."""
+
+    plan: ArtifactPlan
+    writer: ArtifactWriter
+
+
+def convert(
+    source: str | Path,
+    to: Sequence[str | Path | Recipe],
+    output: str | Path,
+    *,
+    revision: str | None = None,
+    workers: int | None = None,
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    force: bool = False,
+    restart: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    stop: threading.Event | None = None,
+) -> ConvertResult:
+    """Convert a Llama 4 checkpoint to one or several quantized artifacts, each in ``output/<name>``.
+
+    source: local directory or hub repository id (then ``revision`` applies).  to: preset names, recipe files or recipes.
+    workers: units worked on at once; default by cores and memory.  max_shard_bytes: largest tensor file.  force: replace finished
+    artifacts.  restart: discard partial ones instead of resuming them.  progress: called from worker threads after each unit, one
+    call at a time.  stop: set it to end the run cleanly; the same call later resumes.
+
+    Raises the errors documented in ``quantkit.errors``; whatever is raised, nothing incomplete stands under a final name and
+    finished work can be resumed.
+    """
+    started = time.monotonic()
+    recipes = [resolve_recipe(target) for target in to]
+    with Checkpoint.open(source, revision) as checkpoint:
+        plan = plan_checkpoint(checkpoint, recipes, max_shard_bytes)
+        runs: list[_Run] = []
+        try:
+            for artifact in plan.artifacts:
+                final = Path(output) / artifact.name
+                writer = ArtifactWriter(final, artifact.files, _fingerprint(checkpoint, artifact), force=force, restart=restart)
+                runs.append(_Run(artifact, writer))
+            count = workers or default_workers(plan)
+            _convert_units(checkpoint, plan, runs, count, progress, stop, started)
+            results = [_publish(run, plan, count, Path(output)) for run in runs]
+        finally:
+            for run in runs:
+                run.writer.close()
+        source_bytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    return ConvertResult(tuple(results), source_bytes, time.monotonic() - started)
+
+
+def plan_checkpoint(checkpoint: Checkpoint, recipes: Sequence[Recipe], max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES) -> Plan:
+    """The exact plan for an opened checkpoint; see :func:`quantkit.plan.make_plan`."""
+    return make_plan(
+        checkpoint.config_text,
+        checkpoint.config,
+        recipes,
+        max_shard_bytes=max_shard_bytes,
+        dtypes={name: tensor.dtype for name, tensor in checkpoint.tensors.items()},
+        provenance=checkpoint.provenance(),
+        carried=checkpoint.carried_files(),
+    )
+
+
+def _fingerprint(checkpoint: Checkpoint, artifact: ArtifactPlan) -> dict[str, object]:
+    """What must be equal for a partial output to be resumed."""
+    layout = xxhash.xxh3_64_hexdigest(b"".join(file.name.encode() + file.header for file in artifact.files))
+    return {"version": __version__, "source": checkpoint.fingerprint(), "recipe": artifact.recipe.to_dict(), "layout": layout}
+
+
+# ----------------------------------------------------------------------------------------------------------------- units
+
+
+def _convert_units(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    runs: Sequence[_Run],
+    workers: int,
+    progress: Callable[[Progress], None] | None,
+    stop: threading.Event | None,
+    started: float,
+) -> None:
+    sizes = {unit.key: _source_bytes(checkpoint, unit) for unit in plan.units}
+    todo = [unit for unit in plan.units if any(unit.key not in run.writer.completed for run in runs)]
+    done_bytes = sum(sizes.values()) - sum(sizes[unit.key] for unit in todo)
+    resumed, total = len(plan.units) - len(todo), sum(sizes.values())
+    counter = {"units": resumed, "bytes": done_bytes, "written": 0}
+    lock = threading.Lock()
+
+    def work(unit: Unit, workspace: Workspace) -> None:
+        pending = [run for run in runs if unit.key not in run.writer.completed]
+        convert_unit = _copy_unit if unit.copies else _quantize_unit
+        convert_unit(checkpoint, unit, pending, workspace)
+        with lock:
+            counter["units"] += 1
+            counter["bytes"] += sizes[unit.key]
+            counter["written"] += sum(tensor.nbytes for run in pending for tensor in run.plan.outputs[unit.key])
+            if progress is not None:
+                seconds = time.monotonic() - started
+                progress(Progress("convert", counter["units"], len(plan.units), resumed, counter["bytes"], total, counter["written"], unit.key, seconds))
+
+    run_units(todo, work, workers=workers, stop=stop)
+
+
+def _source_bytes(checkpoint: Checkpoint, unit: Unit) -> int:
+    if unit.copies:
+        return sum(checkpoint.tensors[copy.name].nbytes for copy in unit.copies)
+    return sum(math.prod(matrix.shape) * DTYPE_BYTES[checkpoint.tensors[matrix.tensor].dtype] for matrix in unit.matrices)
+
+
+def _copy_unit(checkpoint: Checkpoint, unit: Unit, pending: Sequence[_Run], workspace: Workspace) -> None:
+    """Tensors that no recipe quantizes pass through byte for byte, chunk by chunk."""
+    digests: dict[str, str] = {}
+    for copy in unit.copies:
+        digest, position = xxhash.xxh3_64(), 0
+        for chunk in checkpoint.chunks(copy.name):
+            _check_finite(chunk, checkpoint.tensors[copy.name].dtype, copy.name)
+            digest.update(chunk)
+            for run in pending:
+                run.writer.write_part(copy.name, position, chunk)
+            position += len(chunk)
+        digests[copy.name] = digest.hexdigest()
+    entries = [ledger.kept_entry(copy, digests[copy.name]) for copy in unit.copies]
+    for run in pending:
+        run.writer.commit(unit.key, digests, [entry.to_dict() for entry in entries])
+
+
+def _quantize_unit(checkpoint: Checkpoint, unit: Unit, pending: Sequence[_Run], workspace: Workspace) -> None:
+    """Read the unit's matrices once, then quantize, encode and write them for each artifact that lacks them."""
+    weights, digests = checkpoint.read_unit(unit, workspace)
+    for run in pending:
+        form, assignments = FORMATS[run.plan.recipe.format], run.plan.assignments
+        entries: list[ledger.LedgerEntry] = []
+        written: dict[str, str] = {}
+        for group in _same_assignment(unit.matrices, assignments):
+            assignment = assignments[unit.matrices[group[0]].name]
+            if assignment.scheme is None:
+                for index in group:
+                    matrix = unit.matrices[index]
+                    _check_finite(weights[index], checkpoint.tensors[matrix.tensor].dtype, matrix.name)
+                    written[f"{matrix.name}.weight"] = run.writer.write(f"{matrix.name}.weight", _raw(weights[index].contiguous()))
+                    entries.append(ledger.kept_entry(matrix, digests[index]))
+                continue
+            try:
+                results = METHODS[assignment.method](
+                    [weights[index] for index in group], assignment.scheme, clip_search=assignment.clip_search, workspace=workspace
+                )
+            except WeightError as error:
+                raise WeightError(f"{_describe(unit, [unit.matrices[index] for index in group])}: {error}") from error
+            for index, (quantized, statistics) in zip(group, results, strict=True):
+                matrix = unit.matrices[index]
+                entry = ledger.quantized_entry(matrix, assignment, quantized.scheme.name, statistics, digests[index])
+                ledger.check_entry(entry, assignment)
+                entries.append(entry)
+                for name, tensor in form.encode(matrix.name, quantized).items():
+                    written[name] = run.writer.write(name, _raw(tensor))
+        run.writer.commit(unit.key, written, [entry.to_dict() for entry in entries])
+
+
+def _same_assignment(matrices: Sequence[WeightMatrix], assignments: dict[str, Assignment]) -> list[list[int]]:
+    """Indices of the unit's matrices grouped by equal assignment, in order."""
+    groups: dict[Assignment, list[int]] = {}
+    for index, matrix in enumerate(matrices):
+        groups.setdefault(assignments[matrix.name], []).append(index)
+    return list(groups.values())
+
+
+def _raw(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without a copy."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def _check_finite(data: memoryview | torch.Tensor, dtype: str, name: str) -> None:
+    kind, magnitude, infinity = _BITS[dtype]
+    bits = np.frombuffer(_raw(data.contiguous()) if isinstance(data, torch.Tensor) else data, dtype=kind)
+    if bits.size and (bits & kind(magnitude)).max() >= infinity:
+        raise WeightError(f"{name}: the source holds a NaN or an infinite value; repair or re-download this shard")
+
+
+def _describe(unit: Unit, matrices: Sequence[WeightMatrix]) -> str:
+    where = matrices[0].tensor if unit.expert is not None else ", ".join(matrix.name for matrix in matrices)
+    return f"{where}, expert {unit.expert}" if unit.expert is not None else where
+
+
+# --------------------------------------------------------------------------------------------------------------- publish
+
+
+def _publish(run: _Run, plan: Plan, workers: int, output: Path) -> ArtifactResult:
+    entries = [
+        ledger.LedgerEntry(**line) for unit in plan.units for line in run.writer.completed[unit.key]["ledger"]
+    ]
+    ledger.check(entries, run.plan.assignments)
+    sidecars = run.plan.sidecars | {"ledger.json": ledger.ledger_text(run.plan.name, entries)}
+    provenance = plan.provenance or {}
+    run.writer.finish(sidecars, plan.carried, lambda files: manifest_text(run.plan.recipe, provenance, files))
+    errors: dict[str, list[float]] = {}
+    for entry in entries:
+        if entry.applied != "keep":
+            errors.setdefault(entry.role, []).append(entry.relative_error)
+    summary = {role: (sum(values) / len(values), max(values)) for role, values in errors.items()}
+    directory = output / run.plan.name
+    size = sum(path.stat().st_size for path in directory.iterdir())
+    return ArtifactResult(run.plan.name, directory, size, len(entries), run.writer.resumed, summary)

@@ -1,0 +1,178 @@
+"""What a run costs: memory, disk, time, and which GPUs can hold the result.
+
+Sizes come from the plan and are exact.  Memory is a bound derived from the largest unit and the number of workers.  Time is an
+estimate: a probe of about a second measures how fast this machine reads the source, writes to the output's disk, hashes, and quantizes
+with each scheme of the plan; the run is as slow as the slowest of disk and cores.  The GPU table divides weights over tensor-parallel GPUs
+and states its two assumptions: the share of memory an engine may use and what it needs beside weights and KV cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from quantkit.formats import FORMATS
+from quantkit.formats.base import DTYPE_BYTES
+from quantkit.llama4 import Llama4Config, Unit
+from quantkit.methods import METHODS
+from quantkit.plan import ArtifactPlan, Plan
+from quantkit.scheme import Scheme
+from quantkit.workspace import Workspace
+
+GPU_GIGABYTES = (24, 48, 80, 141, 192)
+GPU_COUNTS = (1, 2, 4, 8)
+USABLE_SHARE = 0.92  # of a GPU's memory, what serving engines take by default
+OVERHEAD_BYTES = 2_500_000_000  # per GPU: context, CUDA graphs, activations
+COPY_CHUNK_BYTES = 8 << 20  # pass-through copies hold one chunk
+MEMORY_SHARE = 0.25  # of available memory, what the default number of workers may fill
+MAXIMUM_DEFAULT_WORKERS = 32
+
+
+@dataclass(frozen=True)
+class CostEstimate:
+    """Cost of one run.  peak_memory_bytes: above the bare import.  seconds is None when nothing could be measured."""
+
+    workers: int
+    peak_memory_bytes: int
+    peak_gpu_memory_bytes: int
+    disk_bytes: int
+    source_bytes: int
+    seconds: float | None
+    rates: dict[str, float]
+
+
+@dataclass(frozen=True)
+class GpuFit:
+    """Whether an artifact fits on ``count`` GPUs of ``gigabytes`` each with tensor parallelism, and the room left.
+
+    context_tokens: how many tokens of KV cache (BF16) the room holds, all sequences together.  fits: that is at least the context asked.
+    """
+
+    gigabytes: int
+    count: int
+    fits: bool
+    context_tokens: int
+
+
+def unit_memory(unit: Unit, artifacts: Sequence[ArtifactPlan], config: Llama4Config) -> int:
+    """Bytes one worker holds for this unit: its source slice, one byte per code, and the encoded tensors of one artifact at a time."""
+    if unit.copies:
+        return COPY_CHUNK_BYTES
+    elements = sum(math.prod(matrix.shape) for matrix in unit.matrices)
+    encoded = max(sum(tensor.nbytes for tensor in artifact.outputs[unit.key]) for artifact in artifacts)
+    return elements * DTYPE_BYTES[config.dtype] + elements + encoded
+
+
+def default_workers(plan: Plan) -> int:
+    """One worker per core, fewer when their buffers would not fit in a quarter of the memory that is free now."""
+    largest = max(unit_memory(unit, plan.artifacts, plan.config) for unit in plan.units)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, int(MEMORY_SHARE * _available_memory()) // largest, MAXIMUM_DEFAULT_WORKERS))
+
+
+def _available_memory() -> int:
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def estimate_cost(plan: Plan, output: Path, *, workers: int | None = None, sample: Path | None = None) -> CostEstimate:
+    """Estimate the run of ``plan`` into ``output``.
+
+    sample: a source shard to measure reading with; without it reading is taken to be as fast as writing.  The probe writes 64 MB
+    beside the output and removes it.
+    """
+    count = workers or default_workers(plan)
+    largest = sorted((unit_memory(unit, plan.artifacts, plan.config) for unit in plan.units), reverse=True)[:count]
+    source = sum(
+        math.prod(item.shape) * DTYPE_BYTES[plan.config.dtype] for unit in plan.units for item in (*unit.matrices, *unit.copies)
+    )
+    disk = sum(artifact.total_bytes for artifact in plan.artifacts)
+    rates = _probe(plan, output, sample)
+    seconds: float | None = None
+    if "write" in rates:
+        transfer = source / rates.get("read", rates["write"]) + disk / rates["write"]
+        compute = sum(_elements(plan, artifact, name) / rate for artifact in plan.artifacts for name, rate in rates.items() if name in _schemes(artifact))
+        seconds = max(transfer, compute / count) + disk / (rates["hash"] * count)
+    return CostEstimate(count, sum(largest), 0, disk, source, seconds, rates)
+
+
+def _schemes(artifact: ArtifactPlan) -> dict[str, tuple[Scheme, str, bool]]:
+    return {
+        a.scheme.name: (a.scheme, a.method, a.clip_search) for a in artifact.assignments.values() if a.scheme is not None
+    }
+
+
+def _elements(plan: Plan, artifact: ArtifactPlan, scheme: str) -> int:
+    return sum(
+        math.prod(matrix.shape)
+        for unit in plan.units
+        for matrix in unit.matrices
+        if (assigned := artifact.assignments[matrix.name].scheme) is not None and assigned.name == scheme
+    )
+
+
+def _probe(plan: Plan, output: Path, sample: Path | None) -> dict[str, float]:
+    """Measured rates: ``read``, ``write``, ``hash`` in bytes per second, and weights per second and core for each scheme."""
+    rates: dict[str, float] = {}
+    block = os.urandom(1 << 20) * 16
+    started = time.perf_counter()
+    hashlib.sha256(block).digest()
+    rates["hash"] = len(block) / (time.perf_counter() - started)
+    parent = output
+    while not parent.is_dir() and parent != parent.parent:
+        parent = parent.parent
+    if os.access(parent, os.W_OK):
+        with tempfile.TemporaryFile(dir=parent) as file:
+            started = time.perf_counter()
+            for _ in range(4):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+            rates["write"] = 4 * len(block) / (time.perf_counter() - started)
+    if sample is not None and sample.is_file():
+        with sample.open("rb", buffering=0) as shard:
+            started, size = time.perf_counter(), 0
+            while size < 256 << 20 and (got := shard.read(16 << 20)):
+                size += len(got)
+            rates["read"] = max(size, 1) / (time.perf_counter() - started)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(1024, 1024, generator=generator, dtype=torch.float32).to(torch.bfloat16).T
+    for artifact in plan.artifacts:
+        form = FORMATS[artifact.recipe.format]
+        for name, (scheme, method, search) in _schemes(artifact).items():
+            workspace = Workspace()
+            for _ in range(2):  # the first call may compile
+                started = time.perf_counter()
+                [(quantized, _)] = METHODS[method]([weight], scheme, clip_search=search, workspace=workspace)
+                form.encode("probe", quantized)
+                rates[name] = weight.numel() / (time.perf_counter() - started)
+    return rates
+
+
+def kv_cache_bytes_per_token(config: Llama4Config) -> int:
+    """BF16 keys and values of one token over all layers.  Engines that trim chunked layers need less for long contexts."""
+    return 2 * 2 * config.num_layers * config.num_key_value_heads * config.head_dim
+
+
+def gpu_fits(artifact_bytes: int, config: Llama4Config, context: int) -> list[GpuFit]:
+    """For each GPU size and count: whether weights and ``context`` tokens of KV cache fit, and how many tokens there is room for."""
+    rows = []
+    for gigabytes in GPU_GIGABYTES:
+        for count in GPU_COUNTS:
+            usable = count * (gigabytes * 1_000_000_000 * USABLE_SHARE - OVERHEAD_BYTES) - artifact_bytes
+            copies = max(1, count / config.num_key_value_heads)  # more GPUs than KV heads: heads are replicated
+            tokens = max(0, int(usable / (kv_cache_bytes_per_token(config) * copies)))
+            rows.append(GpuFit(gigabytes, count, tokens >= context, tokens))
+    return rows

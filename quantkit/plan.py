@@ -1,0 +1,206 @@
+"""Plan: every tensor, its scheme, its place in the output and what it costs, before any weight is read.
+
+From the config and the recipes follow names, shapes and dtypes of all outputs, hence every header, offset and file size.  The same
+plan is what ``quantkit plan`` prints, what the writer preallocates, and what the ledger is checked against; so the prediction cannot
+drift from the run.  A plan needs no weights; given an opened checkpoint it also knows the files that are carried along and the true
+source dtypes, and then the size of every single output file is exact.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantkit import ledger
+from quantkit.errors import RecipeError
+from quantkit.formats import FORMATS
+from quantkit.formats.base import ClientNote, OutputFile, OutputTensor
+from quantkit.llama4 import Llama4Config, Role, Unit, units
+from quantkit.recipe import Assignment, Recipe, assign
+from quantkit.scheme import Scheme
+from quantkit.version import __version__
+
+DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
+MANIFEST_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ArtifactPlan:
+    """One artifact: what each tensor gets and where its bytes go.
+
+    assignments: matrix or tensor name -> Assignment.  outputs: unit key -> the tensors that the unit writes.  files: tensor files
+    with headers and offsets.  sidecars: small files known in full (config, index).  file_sizes: every file of the finished artifact
+    with its exact size; ledger and manifest among them, the manifest only when the source is known.
+    """
+
+    recipe: Recipe
+    assignments: dict[str, Assignment]
+    outputs: dict[str, tuple[OutputTensor, ...]]
+    files: tuple[OutputFile, ...]
+    sidecars: dict[str, bytes]
+    file_sizes: dict[str, int]
+    notes: tuple[ClientNote, ...]
+
+    @property
+    def name(self) -> str:
+        """Directory name of the artifact."""
+        return self.recipe.name
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensor files, headers included."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(self.file_sizes.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All artifacts of one run over one source.  provenance is None when planned from a config alone."""
+
+    config: Llama4Config
+    units: tuple[Unit, ...]
+    artifacts: tuple[ArtifactPlan, ...]
+    provenance: dict[str, Any] | None
+    carried: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class RoleSummary:
+    """Totals of one role in one artifact; bits per weight count scales and all else stored for it."""
+
+    role: Role
+    schemes: tuple[str, ...]
+    tensors: int
+    parameters: int
+    bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits for each source parameter."""
+        return 8 * self.bytes / self.parameters
+
+
+def make_plan(
+    config_text: str,
+    config: Llama4Config,
+    recipes: Sequence[Recipe],
+    *,
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    dtypes: Mapping[str, str] | None = None,
+    provenance: dict[str, Any] | None = None,
+    carried: Sequence[Path] = (),
+) -> Plan:
+    """Plan all artifacts of a run.
+
+    dtypes: source tensor name -> safetensors dtype, from an opened checkpoint; without it the config's dtype is assumed.
+    Raises RecipeError when a recipe does not fit the model or a format cannot hold it.
+    """
+    names = [recipe.name for recipe in recipes]
+    if not recipes:
+        raise RecipeError("nothing to make: name at least one target")
+    if len(set(names)) < len(names):
+        raise RecipeError(f"two targets have the same name ({', '.join(names)}); their artifacts would share one directory")
+    if max_shard_bytes < 1:
+        raise RecipeError(f"the largest shard size is {max_shard_bytes}; expected a positive number of bytes")
+    work = units(config)
+    artifacts = tuple(_plan_artifact(config_text, config, work, recipe, max_shard_bytes, dtypes, provenance, carried) for recipe in recipes)
+    return Plan(config, tuple(work), artifacts, provenance, tuple(carried))
+
+
+def _plan_artifact(
+    config_text: str,
+    config: Llama4Config,
+    work: list[Unit],
+    recipe: Recipe,
+    max_shard_bytes: int,
+    dtypes: Mapping[str, str] | None,
+    provenance: dict[str, Any] | None,
+    carried: Sequence[Path],
+) -> ArtifactPlan:
+    if recipe.format not in FORMATS:
+        raise RecipeError(f"recipe {recipe.name!r}: unknown format {recipe.format!r}. Formats: {', '.join(FORMATS)}")
+    form = FORMATS[recipe.format]
+    assignments = assign(recipe, work)
+    schemes: dict[Any, Scheme | None] = {matrix: assignments[matrix.name].scheme for unit in work for matrix in unit.matrices}
+    if not any(schemes.values()):
+        raise RecipeError(f"recipe {recipe.name!r} quantizes nothing: every rule says keep")
+    notes = form.client_notes(schemes, config)
+    outputs: dict[str, tuple[OutputTensor, ...]] = {}
+    for unit in work:
+        tensors: list[OutputTensor] = []
+        for copy in unit.copies:
+            tensors.append(OutputTensor(copy.name, _dtype(dtypes, copy.name, config), copy.shape))
+        for matrix in unit.matrices:
+            tensors.extend(form.output_tensors(matrix, schemes[matrix], _dtype(dtypes, matrix.tensor, config)))
+        outputs[unit.key] = tuple(tensors)
+    files = tuple(form.place([tensor for tensors in outputs.values() for tensor in tensors], max_shard_bytes))
+    sidecars = {"config.json": form.config_text(config_text, form.quantization_config(schemes)).encode()}
+    index = form.index_text(files)
+    if index is not None:
+        sidecars["model.safetensors.index.json"] = index.encode()
+    sizes = {file.name: file.size for file in files} | {name: len(data) for name, data in sidecars.items()}
+    sizes |= {path.name: path.stat().st_size for path in carried}
+    sizes["ledger.json"] = len(ledger.ledger_text(recipe.name, _blank_entries(work, assignments)))
+    if provenance is not None:
+        blank = {name: {"size": size, "sha256": "0" * 64} for name, size in sizes.items()}
+        sizes["manifest.json"] = len(manifest_text(recipe, provenance, blank))
+    return ArtifactPlan(recipe, assignments, outputs, files, sidecars, sizes, tuple(notes))
+
+
+def _dtype(dtypes: Mapping[str, str] | None, name: str, config: Llama4Config) -> str:
+    return dtypes[name] if dtypes is not None else config.dtype
+
+
+def _blank_entries(work: list[Unit], assignments: Mapping[str, Assignment]) -> list[ledger.LedgerEntry]:
+    blank = ledger.QuantizationStatistics(0.0, 0.0, 0, 0.0, 0.0)
+    entries = []
+    for unit in work:
+        for copy in unit.copies:
+            entries.append(ledger.kept_entry(copy, "0" * 16))
+        for matrix in unit.matrices:
+            assignment = assignments[matrix.name]
+            if assignment.scheme is None:
+                entries.append(ledger.kept_entry(matrix, "0" * 16))
+            else:
+                entries.append(ledger.quantized_entry(matrix, assignment, assignment.scheme.name, blank, "0" * 16))
+    return entries
+
+
+def manifest_text(recipe: Recipe, provenance: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """``manifest.json``: which source and recipe, by which version, and the size and sha256 of every other file."""
+    content = {
+        "quantkit_manifest": MANIFEST_VERSION,
+        "quantkit_version": __version__,
+        "artifact": recipe.name,
+        "format": recipe.format,
+        "recipe": recipe.to_dict(),
+        "source": provenance,
+        "files": {name: files[name] for name in sorted(files)},
+    }
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def summarize_roles(plan: Plan, artifact: ArtifactPlan) -> list[RoleSummary]:
+    """Per role: schemes, tensors, parameters and bytes, in the order of the model."""
+    rows: dict[Role, tuple[set[str], int, int, int]] = {}
+    for unit in plan.units:
+        items = (*unit.matrices, *unit.copies)
+        schemes, tensors, parameters, size = rows.get(unit.role, (set(), 0, 0, 0))
+        for item in items:
+            scheme = artifact.assignments[item.name].scheme
+            schemes = schemes | {scheme.name if scheme else "keep"}
+        rows[unit.role] = (
+            schemes,
+            tensors + len(items),
+            parameters + sum(math.prod(item.shape) for item in items),
+            size + sum(tensor.nbytes for tensor in artifact.outputs[unit.key]),
+        )
+    return [RoleSummary(role, tuple(sorted(schemes)), *rest) for role, (schemes, *rest) in rows.items()]

@@ -1,0 +1,276 @@
+"""Recipe: which scheme, method and format each tensor gets.  Presets, TOML files, validation, fingerprint.
+
+A recipe is an ordered list of rules.  For each tensor the rules are tried from top to bottom and the first that matches decides,
+so exceptions stand above the general rule.  A rule matches by role, by layer and by name, all of those that it states:
+
+    name = "int4-with-int8-start"            # the artifact's directory name
+    format = "compressed-tensors"
+    maximum_error = 0.2                      # optional: relative L2 error of one matrix that ends the run
+
+    [[rules]]
+    roles = ["routed_expert", "shared_expert", "dense_mlp"]
+    layers = "0-3,47"                        # inclusive ranges
+    scheme = "int8-g128"
+
+    [[rules]]
+    name = 'layers\\.10\\.feed_forward\\.'      # regular expression, searched in the tensor's name
+    scheme = "keep"
+
+    [[rules]]
+    roles = ["routed_expert", "shared_expert", "dense_mlp"]
+    scheme = "int4-g128"
+    method = "rtn"
+    clip_search = true
+
+    [[rules]]
+    scheme = "keep"                          # everything else is stored as in the source
+
+Nothing is silent: a tensor that no rule matches, a rule that decides nothing, and a quantizing rule that reaches a tensor which must
+stay as it is (router, norms, embedding, head, vision) are errors that name the tensor or the rule.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from quantkit.errors import RecipeError
+from quantkit.llama4 import ROLES, Role, Unit
+from quantkit.scheme import KEEP, Scheme, parse_scheme, scheme_names
+
+QUANTIZABLE_ROLES: tuple[Role, ...] = ("routed_expert", "shared_expert", "dense_mlp", "attention")
+FEED_FORWARD_ROLES: tuple[Role, ...] = ("routed_expert", "shared_expert", "dense_mlp")
+METHOD_NAMES = ("rtn",)
+
+# Relative L2 error of one matrix above which a run fails, by number family.  Round-to-nearest stays below these for weights as heavy
+# tailed as Student's t with 3 degrees of freedom; more means a damaged source or a wrong axis.  A recipe can state its own.
+MAXIMUM_ERROR = {"int8": 0.12, "fp8": 0.06, "int4": 0.45, "fp4": 0.25}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of a recipe; see the module docstring.  ``None`` means that the rule does not look at that property."""
+
+    scheme: str
+    roles: tuple[Role, ...] | None = None
+    layers: str | None = None
+    name: str | None = None
+    method: str = "rtn"
+    clip_search: bool | None = None
+
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An ordered list of rules for one artifact.  ``name`` is its directory name."""
+
+    name: str
+    rules: tuple[Rule, ...]
+    format: str = "compressed-tensors"
+    maximum_error: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form, the one that fingerprints and manifests hold."""
+        return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What one tensor gets.  scheme None: stored as in the source.  maximum_error: relative L2 bound, None when kept."""
+
+    scheme: Scheme | None
+    method: str = "rtn"
+    clip_search: bool = False
+    maximum_error: float | None = None
+
+
+# --------------------------------------------------------------------------------------------------------------- presets
+
+
+def _preset(name: str, scheme: str) -> Recipe:
+    return Recipe(name, (Rule(scheme, roles=FEED_FORWARD_ROLES), Rule(KEEP)))
+
+
+# What every public Llama 4 release does: feed-forward weights quantized, everything else as in the source.
+PRESETS: dict[str, Recipe] = {
+    name: _preset(name, scheme)
+    for name, scheme in {
+        "fp8-dynamic": "fp8-channel-dynamic",
+        "fp8-block": "fp8-block-dynamic",
+        "w8a16": "int8-g128",
+        "w8a16-channel": "int8-channel",
+        "w8a8": "int8-channel-dynamic",
+        "w4a16-rtn": "int4-g128",
+        "w4a16-rtn-g64": "int4-g64",
+        "w4a16-rtn-g32": "int4-g32",
+        "w4a16-rtn-channel": "int4-channel",
+        "w4a16-rtn-asym": "int4-g128-asym",
+        "nvfp4a16": "nvfp4",
+        "mxfp4a16": "mxfp4",
+    }.items()
+}
+
+
+def resolve_recipe(target: str | Path | Recipe) -> Recipe:
+    """A Recipe as it is, the preset of that name, or the TOML file at that path.  Raises RecipeError."""
+    if isinstance(target, Recipe):
+        return target
+    if str(target) in PRESETS:
+        return PRESETS[str(target)]
+    path = Path(target)
+    if path.suffix == ".toml" or path.is_file():
+        return load_recipe(path)
+    raise RecipeError(f"unknown preset {str(target)!r}{_suggest(str(target), list(PRESETS))}. Presets: {', '.join(PRESETS)}; or give a recipe file (.toml)")
+
+
+# ------------------------------------------------------------------------------------------------------------ TOML files
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe file.  Raises RecipeError with the file, the rule and what is wrong in it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path}: cannot be read: {error}") from error
+    return parse_recipe(text, str(path), default_name=path.stem)
+
+
+def parse_recipe(text: str, where: str, default_name: str = "recipe") -> Recipe:
+    """Parse and validate the TOML text of a recipe; ``where`` is named in errors."""
+    try:
+        data = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise RecipeError(f"recipe {where}: not valid TOML: {error}") from error
+    _known_keys(data, ("name", "format", "maximum_error", "rules"), f"recipe {where}")
+    rules = data.get("rules")
+    if not isinstance(rules, list) or not rules:
+        raise RecipeError(f"recipe {where}: needs at least one [[rules]] table")
+    name = data.get("name", default_name)
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise RecipeError(f"recipe {where}: name {name!r} must be letters, digits, '.', '_' and '-' (it names a directory)")
+    bound = data.get("maximum_error")
+    if bound is not None and (isinstance(bound, bool) or not isinstance(bound, (int, float)) or not 0 < bound < 10):
+        raise RecipeError(f"recipe {where}: maximum_error is {bound!r}; expected a number between 0 and 10")
+    form = data.get("format", "compressed-tensors")
+    if not isinstance(form, str):
+        raise RecipeError(f"recipe {where}: format is {form!r}; expected a string")
+    parsed = tuple(_parse_rule(rule, f"recipe {where}, rule {number}") for number, rule in enumerate(rules, 1))
+    return Recipe(name, parsed, form, float(bound) if bound is not None else None)
+
+
+def _parse_rule(rule: Any, where: str) -> Rule:
+    if not isinstance(rule, Mapping):
+        raise RecipeError(f"{where}: expected a table")
+    _known_keys(rule, ("scheme", "roles", "layers", "name", "method", "clip_search"), where)
+    scheme = rule.get("scheme")
+    if not isinstance(scheme, str):
+        raise RecipeError(f"{where}: needs a scheme, one of {', '.join(scheme_names())}")
+    try:
+        parse_scheme(scheme)
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from error
+    roles = rule.get("roles")
+    if roles is not None:
+        if not isinstance(roles, list) or not roles or not all(isinstance(role, str) for role in roles):
+            raise RecipeError(f"{where}: roles must be a list of names; known roles: {', '.join(ROLES)}")
+        for role in roles:
+            if role not in ROLES:
+                raise RecipeError(f"{where}: unknown role {role!r}{_suggest(role, list(ROLES))}. Roles: {', '.join(ROLES)}")
+    layers, name = rule.get("layers"), rule.get("name")
+    if layers is not None:
+        layers = str(layers) if isinstance(layers, int) and not isinstance(layers, bool) else layers
+        parse_layers(layers, where)
+    if name is not None:
+        try:
+            re.compile(name)
+        except (re.error, TypeError, RecursionError, OverflowError) as error:
+            raise RecipeError(f"{where}: name {name!r} is not a regular expression: {error}") from error
+    method = rule.get("method", "rtn")
+    if method not in METHOD_NAMES:
+        raise RecipeError(f"{where}: unknown method {method!r}. Methods: {', '.join(METHOD_NAMES)}")
+    clip_search = rule.get("clip_search")
+    if clip_search is not None and not isinstance(clip_search, bool):
+        raise RecipeError(f"{where}: clip_search is {clip_search!r}; expected true or false")
+    return Rule(scheme, tuple(roles) if roles is not None else None, layers, name, method, clip_search)
+
+
+def parse_layers(text: Any, where: str = "layers") -> list[tuple[int, int]]:
+    """``"0-3,47"`` as inclusive ranges ``[(0, 3), (47, 47)]``."""
+    ranges = []
+    for part in text.split(",") if isinstance(text, str) else [""]:
+        match = re.fullmatch(r"\s*(\d{1,6})(?:\s*-\s*(\d{1,6}))?\s*", part)
+        if not match or int(match[2] or match[1]) < int(match[1]):
+            raise RecipeError(f'{where}: layers is {text!r}; expected inclusive ranges such as "0-3,47"')
+        ranges.append((int(match[1]), int(match[2] or match[1])))
+    return ranges
+
+
+def _known_keys(table: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+    for key in table:
+        if key not in known:
+            raise RecipeError(f"{where}: unknown key {key!r}{_suggest(key, list(known))}. Known keys: {', '.join(known)}")
+
+
+def _suggest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, 1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+# ------------------------------------------------------------------------------------------------------------ assignment
+
+
+def assign(recipe: Recipe, units: list[Unit]) -> dict[str, Assignment]:
+    """The assignment of every matrix and copied tensor of ``units``, by name.
+
+    Raises RecipeError that lists every unmatched tensor, every rule that decides nothing, and every tensor that a rule quantizes but
+    that must stay as it is.
+    """
+    table = [_assignment(recipe, rule) for rule in recipe.rules]
+    ranges = [parse_layers(rule.layers) if rule.layers is not None else None for rule in recipe.rules]
+    patterns = [re.compile(rule.name) if rule.name is not None else None for rule in recipe.rules]
+    used = [0] * len(recipe.rules)
+    result: dict[str, Assignment] = {}
+    problems: list[str] = []
+    for unit in units:
+        for item in (*unit.matrices, *unit.copies):
+            for index, rule in enumerate(recipe.rules):
+                if rule.roles is not None and item.role not in rule.roles:
+                    continue
+                allowed, pattern = ranges[index], patterns[index]
+                if allowed is not None and (item.layer is None or not any(low <= item.layer <= high for low, high in allowed)):
+                    continue
+                if pattern is not None and not pattern.search(item.name):
+                    continue
+                used[index] += 1
+                if table[index].scheme is not None and not unit.matrices:
+                    problems.append(f"rule {index + 1} gives {rule.scheme} to {item.name}, but {item.role} tensors are always kept")
+                result[item.name] = table[index]
+                break
+            else:
+                problems.append(f'no rule matches {item.name} (role {item.role}); end the recipe with a rule scheme = "keep"')
+    problems += [f"rule {i + 1} ({_describe(rule)}) decides no tensor" for i, rule in enumerate(recipe.rules) if not used[i]]
+    if problems:
+        shown = problems[:12] + ([f"and {len(problems) - 12} more"] if len(problems) > 12 else [])
+        raise RecipeError(f"recipe {recipe.name!r} does not fit this model:\n  " + "\n  ".join(shown))
+    return result
+
+
+def _assignment(recipe: Recipe, rule: Rule) -> Assignment:
+    scheme = parse_scheme(rule.scheme)
+    if scheme is None:
+        return Assignment(None)
+    # Searching FP8 scales gains little and costs a pass over the data; for the others it is cheap beside the disk.
+    search = rule.clip_search if rule.clip_search is not None else scheme.number != "fp8"
+    bound = recipe.maximum_error if recipe.maximum_error is not None else MAXIMUM_ERROR[scheme.number]
+    return Assignment(scheme, rule.method, search, bound)
+
+
+def _describe(rule: Rule) -> str:
+    parts = [f"{key} = {value}" for key, value in asdict(rule).items() if value is not None and key in ("scheme", "roles", "layers", "name")]
+    return ", ".join(parts)
