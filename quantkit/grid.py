@@ -1,21 +1,46 @@
 """QuantizedTensor: codes and scales of one weight matrix, free of any file layout.
 
 A method returns one, a format encodes it, a decoder gives it back, and ``dequantize`` says what it means.  The functions here
-are the plain torch statement of every number family: the oracle for the fused kernels, and the decoder used by verification.
+are the plain torch statement of every number family: ``fit`` (the scale that just reaches the largest weight), ``snap`` (the
+nearest codes for given scales), ``dequantize`` and ``measure``.  They are the oracle for the fused kernels, which must give the
+same bits, and the decoder used by verification.
+
+Rules, the same as compressed-tensors uses, computed in float32:
+
+* int4, int8   scale = absmax / 7.5 or / 127.5 (half the number of codes minus a half), with a zero point (max - min) / 15
+* fp8          scale = absmax / 448
+* mxfp4        scale = 2^e with e from absmax rounded to the next power of two from mantissa 1.75 on, less 2
+* nvfp4        global scale = 448 * 6 / (absmax of all matrices that share it); scale = fp8(global scale * absmax / 6)
+
+Scales are rounded to their stored dtype before codes are computed.  They are kept in ``scale_limits``: positive, also for groups
+of zeros and for weights so small that the library's scale rounds to 0, and small enough that no code stands for an infinite value.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from quantkit.scheme import Scheme
+from quantkit.scheme import BLOCK_SIZE, Scheme
 
 INT_RANGE = {"int4": (-8, 7), "int8": (-128, 127)}
 FP8_MAX = 448.0
 FP4_MAX = 6.0
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+FP4_MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
+
+# Half the distance between the outermost codes: absmax is divided by it.
+HALF_RANGE = {"int4": 7.5, "int8": 127.5, "fp8": FP8_MAX, "fp4": FP4_MAX}
+# Smallest and largest stored scale.  The smallest is the least positive BF16 number; the largest keeps the outermost code finite.
+BF16_SCALE_MINIMUM = 2.0**-133
+BF16_SCALE_MAXIMUM = {"int4": 255 * 2.0**117, "int8": 255 * 2.0**113, "fp8": 145 * 2.0**112}
+ASYMMETRIC_SCALE_MAXIMUM = 136 * 2.0**117
+E8M0_BIAS = 127
+E8M0_CODES = (0, E8M0_BIAS + 125)
+FP8_SCALE_CODES = (1, 126)  # 2^-9 .. 448, as bits of a float8_e4m3fn
+GLOBAL_SCALE_MAXIMUM = 2.0**126
 
 
 @dataclass(frozen=True)
@@ -54,3 +79,131 @@ class QuantizationStatistics:
     def relative_error(self) -> float:
         """Relative L2 error; 0 for an all-zero matrix."""
         return (self.squared_error / self.squared_weight) ** 0.5 if self.squared_weight else 0.0
+
+
+def effective_scale(scheme: Scheme, scale: torch.Tensor, global_scale: torch.Tensor | None = None) -> torch.Tensor:
+    """What one code step is worth: float32, shape of ``scale``."""
+    if scheme.scale_number == "e8m0":
+        return torch.ldexp(torch.ones((), dtype=torch.float32), scale.to(torch.int32) - E8M0_BIAS)
+    value = scale.to(torch.float32)
+    return value if global_scale is None else value / global_scale
+
+
+def dequantize(quantized: QuantizedTensor) -> torch.Tensor:
+    """The stored values, float32 ``[out, in]``."""
+    scheme, codes = quantized.scheme, quantized.codes
+    if scheme.number == "fp4":
+        magnitude = torch.tensor(FP4_VALUES, dtype=torch.float32)
+        values = torch.cat([magnitude, -magnitude])[codes.to(torch.int32)]
+    else:
+        values = codes.to(torch.float32)
+    if quantized.zero_point is not None:
+        values -= _spread(scheme, quantized.zero_point, codes.shape)
+    values *= _spread(scheme, effective_scale(scheme, quantized.scale, quantized.global_scale), codes.shape)
+    return values
+
+
+def fit_global_scale(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The nvfp4 divisor float32 ``[1]`` for matrices that share one: their largest weight uses both number ranges in full."""
+    largest = max(weight.abs().amax().to(torch.float32) for weight in weights)
+    if not largest:
+        return torch.ones(1)
+    return (FP8_MAX * FP4_MAX / largest).clamp(max=GLOBAL_SCALE_MAXIMUM).reshape(1)
+
+
+def fit(weight: torch.Tensor, scheme: Scheme, global_scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Stored scale and zero point that just reach the largest weight of each group (no clip search).
+
+    weight: finite, ``[out, in]``, any floating dtype.  Returns (scale, zero point or None) as ``QuantizedTensor`` holds them.
+    """
+    grouped = _grouped(scheme, weight.to(torch.float32))
+    if not scheme.symmetric:
+        low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+        scale = _to_bf16((high / 2 - low / 2) / 7.5, ASYMMETRIC_SCALE_MAXIMUM)
+        zero_point = (-8 - low / scale.to(torch.float32)).round().clamp(-8, 7)
+        return scale, zero_point.to(torch.int8)
+    largest = grouped.abs().amax(-1)
+    if scheme.scale_number == "e8m0":
+        # Adding a quarter of the mantissa's range carries into the exponent from mantissa 1.75 on.
+        exponent = ((largest.view(torch.int32) + (1 << 21)) >> 23) - 2
+        return exponent.clamp(*E8M0_CODES).to(torch.uint8), None
+    scale = largest / HALF_RANGE[scheme.number]
+    if scheme.scale_number == "fp8":
+        assert global_scale is not None
+        codes = (global_scale * scale).clamp(max=FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+        return codes.clamp(*FP8_SCALE_CODES).view(torch.float8_e4m3fn), None
+    return _to_bf16(scale, BF16_SCALE_MAXIMUM[scheme.number]), None
+
+
+def snap(
+    weight: torch.Tensor,
+    scheme: Scheme,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None = None,
+    global_scale: torch.Tensor | None = None,
+) -> QuantizedTensor:
+    """The nearest code of every weight (ties to even) for given stored scales."""
+    steps = _steps(weight, scheme, scale, zero_point, global_scale)
+    if scheme.number == "fp8":
+        codes = steps.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    elif scheme.number == "fp4":
+        # Of two equally near values the one with the even code wins: midpoints 0, 2, 4, 6 belong to the value below.
+        magnitude = steps.abs()
+        code = torch.zeros(steps.shape, dtype=torch.uint8)
+        for index, midpoint in enumerate(FP4_MIDPOINTS):
+            code += (magnitude > midpoint) if index % 2 == 0 else (magnitude >= midpoint)
+        codes = code | (torch.signbit(weight).to(torch.uint8) << 3)
+    else:
+        codes = steps.clamp(*INT_RANGE[scheme.number]).round().to(torch.int8)
+    return QuantizedTensor(scheme, codes, scale, zero_point, global_scale)
+
+
+def measure(weight: torch.Tensor, quantized: QuantizedTensor) -> QuantizationStatistics:
+    """Error, clipping and scale range of a quantized weight against its source, in float64."""
+    scheme = quantized.scheme
+    steps = _steps(weight, scheme, quantized.scale, quantized.zero_point, quantized.global_scale)
+    lowest, highest = INT_RANGE.get(scheme.number, (-HALF_RANGE[scheme.number], HALF_RANGE[scheme.number]))
+    source = weight.to(torch.float64)
+    scale = effective_scale(scheme, quantized.scale, quantized.global_scale)
+    return QuantizationStatistics(
+        squared_error=float((source - dequantize(quantized)).square().sum()),
+        squared_weight=float(source.square().sum()),
+        clipped=int(((steps > highest) | (steps < lowest)).sum()),
+        scale_minimum=float(scale.min()),
+        scale_maximum=float(scale.max()),
+    )
+
+
+def _steps(
+    weight: torch.Tensor,
+    scheme: Scheme,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    global_scale: torch.Tensor | None,
+) -> torch.Tensor:
+    """Weights in units of their scale, zero point added, not rounded: float32 ``[out, in]``."""
+    steps = weight.to(torch.float32) / _spread(scheme, effective_scale(scheme, scale, global_scale), weight.shape)
+    if zero_point is not None:
+        steps += _spread(scheme, zero_point.to(torch.float32), weight.shape)
+    return steps
+
+
+def _grouped(scheme: Scheme, weight: torch.Tensor) -> torch.Tensor:
+    """View of ``[out, in]`` as ``[*scale_shape, weights per scale]``."""
+    rows, columns = scheme.scale_shape(*weight.shape)
+    if scheme.granularity == "block":
+        blocks = weight.reshape(rows, BLOCK_SIZE, columns, BLOCK_SIZE).transpose(1, 2)
+        return blocks.reshape(rows, columns, BLOCK_SIZE * BLOCK_SIZE)
+    return weight.reshape(rows, columns, -1)
+
+
+def _spread(scheme: Scheme, per_scale: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Repeat one value per scale over the weights ``[out, in]`` that share it."""
+    rows, columns = per_scale.shape
+    if scheme.granularity == "block":
+        per_scale = per_scale.repeat_interleave(BLOCK_SIZE, 0)
+    return per_scale.repeat_interleave(shape[1] // columns, 1)
+
+
+def _to_bf16(scale: torch.Tensor, maximum: float) -> torch.Tensor:
+    return scale.to(torch.bfloat16).clamp(BF16_SCALE_MINIMUM, maximum)

@@ -1,0 +1,31 @@
+"""Workspace: scratch memory that one worker reuses from unit to unit.
+
+A unit of work needs buffers of some 100 MB (source slice, codes, packed bytes).  Fresh allocations of that size are returned to the
+system when freed, so every unit would pay for faulting the same pages in again; a named buffer is faulted once and kept.  A
+workspace belongs to one worker: it is not thread-safe, and what ``take`` returned for a name is overwritten by the next user of it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Workspace:
+    """Named byte buffers that only ever grow."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, NDArray[np.uint8]] = {}
+
+    def take(self, name: str, nbytes: int) -> NDArray[np.uint8]:
+        """The first ``nbytes`` of the buffer of that name, uninitialised: uint8 ``[nbytes]``."""
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.size < nbytes:
+            self._buffers.pop(name, None)  # let go of the old one before the larger one is allocated
+            buffer = self._buffers[name] = np.empty(nbytes, dtype=np.uint8)
+        return buffer[:nbytes]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(buffer.size for buffer in self._buffers.values())
