@@ -22,7 +22,7 @@ import torch
 import xxhash
 
 from quantkit import ledger
-from quantkit.checkpoint import Checkpoint
+from quantkit.checkpoint import Checkpoint, load_config
 from quantkit.engine import run_units
 from quantkit.errors import WeightError
 from quantkit.estimate import default_workers
@@ -125,6 +125,27 @@ def convert(
                 run.writer.close()
         source_bytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     return ConvertResult(tuple(results), source_bytes, time.monotonic() - started)
+
+
+def plan(
+    source: str | Path,
+    to: Sequence[str | Path | Recipe],
+    *,
+    revision: str | None = None,
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+) -> Plan:
+    """Plan the same run without doing it.
+
+    With weights in a local directory every file size is exact and the source is checked as ``convert`` would; from a hub id, a
+    ``config.json`` or a directory that holds only that, no weights are fetched and tensor files, config and index are exact.
+    """
+    recipes = [resolve_recipe(target) for target in to]
+    path = Path(source)
+    if path.is_dir() and any(path.glob("*.safetensors")):
+        with Checkpoint.open(path) as checkpoint:
+            return plan_checkpoint(checkpoint, recipes, max_shard_bytes)
+    text, config, _ = load_config(source, revision)
+    return make_plan(text, config, recipes, max_shard_bytes=max_shard_bytes)
 
 
 def plan_checkpoint(checkpoint: Checkpoint, recipes: Sequence[Recipe], max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES) -> Plan:

@@ -1,0 +1,274 @@
+"""Verification: re-open an artifact and find out whether it is what it says it is.
+
+Everything is read from the artifact's own bytes.  The checks, from cheap to dear:
+
+* manifest: every listed file is there with its size and sha256, and no other file lies beside them;
+* headers: every tensor file parses, the index agrees with the files;
+* tensors: the config and its quantization section say which tensors must exist with which shape and dtype: exactly these do;
+* scales: every scale is finite and positive;
+* ledger: one entry for each tensor, each as the recipe asked;
+* source: with the source at hand, kept tensors are equal to it byte for byte and a sample of quantized matrices, decoded, is as far
+  from it as the ledger says; without it, the sample is decoded and must be finite.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from quantkit import ledger
+from quantkit.checkpoint import Checkpoint, TensorFiles
+from quantkit.errors import ArtifactError, CheckpointError, LedgerError, QuantkitError
+from quantkit.formats import compressed_tensors
+from quantkit.formats.base import OutputTensor
+from quantkit.grid import dequantize
+from quantkit.llama4 import Llama4Config, Unit, WeightMatrix, parse_config, units
+from quantkit.scheme import Scheme
+
+ERROR_TOLERANCE = 1e-4  # the ledger's error, summed in another order, against the error measured here
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check and its outcome."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """All checks of one artifact.  sampled: number of matrices decoded."""
+
+    directory: Path
+    checks: tuple[Check, ...]
+    tensors: int
+    bytes: int
+    sampled: int
+
+
+def verify(
+    directory: str | Path, source: str | Path | None = None, *, revision: str | None = None, sample: int = 16, seed: int = 0
+) -> VerifyResult:
+    """Verify the artifact in ``directory``, against its BF16 ``source`` if given.
+
+    sample: how many quantized matrices to decode, chosen by ``seed``; kept tensors are all compared.
+    Raises ArtifactError that lists every failed check.
+    """
+    path = Path(directory)
+    if not (path / "config.json").is_file():
+        raise ArtifactError(f"{path} is not an artifact: it has no config.json")
+    checks: list[Check] = []
+
+    def run(name: str, check: Callable[[], str]) -> None:
+        try:
+            checks.append(Check(name, True, check()))
+        except (QuantkitError, OSError) as error:
+            checks.append(Check(name, False, str(error)))
+
+    manifest: dict[str, Any] = {}
+    run("manifest", lambda: _check_manifest(path, manifest))
+    try:
+        files = TensorFiles.open(path)
+    except CheckpointError as error:
+        checks.append(Check("headers", False, str(error)))
+        raise _failure(path, checks) from error
+    with files:
+        checks.append(Check("headers", True, f"{len(files.tensors)} tensors in {len(files.paths)} files"))
+        chosen: list[tuple[WeightMatrix, Scheme]] = []
+        artifact = _Artifact(path, files)
+        run("tensors", lambda: _check_tensors(artifact))
+        if checks[-1].ok:
+            run("scales", lambda: _check_scales(artifact))
+            entries: dict[str, ledger.LedgerEntry] = {}
+            run("ledger", lambda: _check_ledger(artifact, entries))
+            quantized = [(matrix, scheme) for matrix, scheme in artifact.schemes.items() if scheme is not None]
+            chosen = random.Random(seed).sample(quantized, min(sample, len(quantized)))
+            if source is None:
+                run("sample", lambda: _check_decodes(artifact, chosen))
+            else:
+                run("source", lambda: _check_source(artifact, chosen, entries, source, revision))
+        if not all(check.ok for check in checks):
+            raise _failure(path, checks)
+        size = sum(tensor.nbytes for tensor in files.tensors.values())
+        return VerifyResult(path, tuple(checks), len(files.tensors), size, len(chosen))
+
+
+def _failure(path: Path, checks: list[Check]) -> ArtifactError:
+    failed = [check for check in checks if not check.ok]
+    lines = "\n".join(f"  {check.name}: {check.detail}" for check in failed)
+    return ArtifactError(f"{path} fails {len(failed)} of {len(checks)} checks:\n{lines}\nDo not use it; convert again.")
+
+
+class _Artifact:
+    """An opened artifact with what its own config says of it."""
+
+    def __init__(self, path: Path, files: TensorFiles):
+        self.path, self.files = path, files
+        self.config: Llama4Config
+        self.units: list[Unit] = []
+        self.schemes: dict[WeightMatrix, Scheme | None] = {}
+
+    def load(self) -> None:
+        config = _read_json(self.path / "config.json")
+        quantization = config.pop("quantization_config", None)
+        if not isinstance(quantization, Mapping):
+            raise ArtifactError("config.json has no quantization_config: this is not a quantized artifact")
+        self.config = parse_config(config)
+        self.units = units(self.config)
+        self.schemes = {
+            matrix: compressed_tensors.scheme_of(quantization, matrix.name) for unit in self.units for matrix in unit.matrices
+        }
+
+    def decode(self, matrix: WeightMatrix, scheme: Scheme) -> torch.Tensor:
+        """The stored values of one matrix, float32 ``[out, in]``."""
+        names = [tensor.name for tensor in compressed_tensors.output_tensors(matrix, scheme, self.config.dtype)]
+        tensors = {name: self.files.read(name) for name in names}
+        return dequantize(compressed_tensors.decode(matrix.name, tensors, scheme))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path.name} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ArtifactError(f"{path.name} does not hold a JSON object")
+    return content
+
+
+def _check_manifest(path: Path, manifest: dict[str, Any]) -> str:
+    manifest |= _read_json(path / "manifest.json")
+    listed = manifest.get("files")
+    if not isinstance(listed, dict) or not all(isinstance(entry, dict) for entry in listed.values()):
+        raise ArtifactError("manifest.json lists no files")
+    problems = [f"{item.name} is not listed" for item in sorted(path.iterdir()) if item.name not in listed and item.name != "manifest.json"]
+    size = 0
+    for name, entry in listed.items():
+        file = path / name
+        if Path(name).name != name or not file.is_file():
+            problems.append(f"{name} is missing")
+        elif file.stat().st_size != entry.get("size"):
+            problems.append(f"{name} has {file.stat().st_size} bytes; the manifest says {entry.get('size')}")
+        else:
+            with file.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            if digest != entry.get("sha256"):
+                problems.append(f"{name} has another sha256 than the manifest says: its content was changed or damaged")
+            size += entry["size"]
+    if problems:
+        raise ArtifactError("; ".join(problems))
+    return f"{len(listed)} files, {size:,} bytes, every sha256 as listed"
+
+
+def _check_tensors(artifact: _Artifact) -> str:
+    artifact.load()
+    expected: dict[str, OutputTensor] = {}
+    for unit in artifact.units:
+        for copy in unit.copies:
+            stored = artifact.files.tensors.get(copy.name)
+            expected[copy.name] = OutputTensor(copy.name, stored.dtype if stored else artifact.config.dtype, copy.shape)
+        for matrix in unit.matrices:
+            stored = artifact.files.tensors.get(f"{matrix.name}.weight")
+            for tensor in compressed_tensors.output_tensors(
+                matrix, artifact.schemes[matrix], stored.dtype if stored else artifact.config.dtype
+            ):
+                expected[tensor.name] = tensor
+    found = artifact.files.tensors
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} is not expected" for name in found if name not in expected]
+    for name, tensor in expected.items():
+        if name in found and (found[name].shape != tensor.shape or found[name].dtype != tensor.dtype):
+            problems.append(f"{name} is {found[name].dtype} {list(found[name].shape)}; expected {tensor.dtype} {list(tensor.shape)}")
+    if problems:
+        raise ArtifactError(f"{len(problems)} problems: " + "; ".join(problems[:8]) + ("; ..." if len(problems) > 8 else ""))
+    return f"{len(expected)} tensors have the names, shapes and dtypes that config.json implies"
+
+
+def _check_scales(artifact: _Artifact) -> str:
+    count = 0
+    for name in artifact.files.tensors:
+        if name.endswith(("_scale", "_global_scale")):
+            scale = artifact.files.read(name)
+            if scale.dtype == torch.uint8:  # powers of two; 255 is the NaN of this number format
+                bad = bool((scale == 255).any())
+            else:
+                values = scale.float()
+                bad = not bool(torch.isfinite(values).all() and (values > 0).all())
+            if bad:
+                raise ArtifactError(f"{name} holds a scale that is not finite and positive")
+            count += scale.numel()
+    return f"{count:,} scales are finite and positive"
+
+
+def _check_ledger(artifact: _Artifact, entries: dict[str, ledger.LedgerEntry]) -> str:
+    try:
+        data = (artifact.path / "ledger.json").read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"ledger.json cannot be read: {error}") from error
+    entries |= {entry.name: entry for entry in ledger.read_ledger(data)}
+    wanted = {matrix.name: scheme.name if scheme else "keep" for matrix, scheme in artifact.schemes.items()}
+    wanted |= {copy.name: "keep" for unit in artifact.units for copy in unit.copies}
+    for name, scheme in wanted.items():
+        if name not in entries:
+            raise LedgerError(f"the ledger has no entry for {name}")
+        entry = entries[name]
+        if not entry.asked == entry.applied == scheme:
+            raise LedgerError(f"{name}: asked {entry.asked}, applied {entry.applied}, but config.json says {scheme}")
+    if len(entries) != len(wanted):
+        raise LedgerError(f"the ledger has {len(entries)} entries; expected {len(wanted)}")
+    quantized = [entry.relative_error for entry in entries.values() if entry.applied != "keep"]
+    return f"{len(quantized)} matrices quantized as asked, {len(entries) - len(quantized)} tensors kept, worst error {max(quantized, default=0):.4f}"
+
+
+def _check_decodes(artifact: _Artifact, chosen: list[tuple[WeightMatrix, Scheme]]) -> str:
+    for matrix, scheme in chosen:
+        if not bool(torch.isfinite(artifact.decode(matrix, scheme)).all()):
+            raise ArtifactError(f"{matrix.name}: a decoded value is not finite")
+    return f"{len(chosen)} matrices decoded, all values finite (give the source to compare with it)"
+
+
+def _check_source(
+    artifact: _Artifact,
+    chosen: list[tuple[WeightMatrix, Scheme]],
+    entries: Mapping[str, ledger.LedgerEntry],
+    source: str | Path,
+    revision: str | None,
+) -> str:
+    with Checkpoint.open(source, revision) as checkpoint:
+        if checkpoint.config != artifact.config:
+            raise ArtifactError(f"{source} is not the source of this artifact: its config differs")
+        kept = 0
+        for unit in artifact.units:
+            names = [copy.name for copy in unit.copies]
+            names += [m.tensor for m in unit.matrices if artifact.schemes[m] is None and m.expert is None]
+            for name in names:
+                digest = xxhash.xxh3_64()
+                for chunk in checkpoint.chunks(name):
+                    digest.update(chunk)
+                mine = xxhash.xxh3_64()
+                for chunk in artifact.files.chunks(name):
+                    mine.update(chunk)
+                if digest.digest() != mine.digest():
+                    raise ArtifactError(f"{name} is kept but differs from the source")
+                kept += 1
+        worst = 0.0
+        for matrix, scheme in chosen:
+            weight = checkpoint.read_matrix(matrix, None).double()
+            difference = (weight - artifact.decode(matrix, scheme).double()).norm().item()
+            error = difference / (weight.norm().item() or 1.0)
+            stated = entries[matrix.name].relative_error if matrix.name in entries else math.nan
+            if not abs(error - stated) <= ERROR_TOLERANCE * max(1.0, stated):
+                raise ArtifactError(f"{matrix.name}: relative error to the source is {error:.6f}; the ledger says {stated:.6f}")
+            worst = max(worst, error)
+        return f"{kept} kept tensors equal the source; {len(chosen)} matrices are as far from it as the ledger says (worst {worst:.4f})"
