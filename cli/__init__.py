@@ -1,0 +1,12 @@
+"""The ``quantkit`` command: a thin layer that parses, makes one library call and renders the result.
+
+    app.py       the commands: options, help, one library call each
+    run.py       what every command shares: errors to messages and exit codes, JSON, signals
+    progress.py  the live display of a conversion, or plain lines where there is no terminal
+    tables.py    results as rich tables
+    data.py      results as JSON-able dictionaries
+    units.py     sizes, durations and rates as text, and back
+
+The folder is installed as ``quantkit_cli``.  The library, and with it torch, is imported inside the commands only, so that
+``quantkit --help`` and shell completion answer at once.
+"""
