@@ -1,0 +1,161 @@
+"""The planned files of one artifact on disk: allocated at full size, filled at offsets by several threads, synced, read back.
+
+Writes go straight from the caller's buffer to ``pwrite``, reads come by ``preadv`` into one reused buffer; nothing is mapped,
+because mapped pages count as resident memory.  Space is allocated before any work starts, so a full disk is found in the first
+second and not in the last hour; a file system that cannot allocate gets sparse files instead.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from quantkit.errors import Interrupted, OutputError
+from quantkit.formats.base import OutputFile
+from quantkit.journal import output_errors, sync_directory, write_all
+
+READ_BYTES = 8 << 20
+STOPPED = "stopped while the written files were checked; nothing is lost: run the same command again to continue"
+
+_NO_ALLOCATION = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor's bytes go: file name, absolute offset, size."""
+
+    file: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class FileCheck:
+    """What reading a file back showed.  wrong: names of tensors that differ from what was written; the
+    empty name stands for the header or the size of the file."""
+
+    name: str
+    size: int
+    sha256: str
+    wrong: tuple[str, ...]
+
+
+class DataFiles:
+    """The data files of one artifact in ``directory``.  Thread-safe once ``open`` and ``allocate`` are done."""
+
+    def __init__(self, directory: Path, files: Sequence[OutputFile]) -> None:
+        self.directory = directory
+        self.files = {file.name: file for file in files}
+        self.places = {
+            tensor.name: Place(file.name, file.offsets[tensor.name], tensor.nbytes) for file in files for tensor in file.tensors
+        }
+        self._descriptors: dict[str, int] = {}
+
+    def open(self) -> dict[str, str]:
+        """Open all files, creating those that do not exist; returns what is wrong with which: name -> reason.
+
+        A file with the planned size and header is right; what its tensors hold is not looked at.
+        """
+        faults: dict[str, str] = {}
+        for name, file in self.files.items():
+            path = self.directory / name
+            with output_errors(f"open {path}"):
+                existed = path.exists()
+                descriptor = self._descriptors[name] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                size = os.fstat(descriptor).st_size
+                if not existed:
+                    faults[name] = "is missing"
+                elif size != file.size:
+                    faults[name] = f"has {size} bytes instead of {file.size}"
+                elif os.pread(descriptor, len(file.header), 0) != file.header:
+                    faults[name] = "has another header than planned"
+        return faults
+
+    def allocate(self, names: Collection[str]) -> None:
+        """Give the named files their full size and their header, dropping what they held.  All is durable on return.
+
+        Raises OutputError, before anything is allocated when the disk has too little room for all files.
+        """
+        with output_errors(f"measure the free space of {self.directory}"):
+            needed = sum(max(0, self.files[name].size - os.fstat(fd).st_blocks * 512) for name, fd in self._descriptors.items())
+            disk = os.statvfs(self.directory)
+        free = disk.f_bavail * disk.f_frsize
+        if free < needed:
+            raise OutputError(
+                f"{self.directory} needs {needed / 1e9:.3f} GB more, but the disk has {free / 1e9:.3f} GB free: "
+                "free some space, or choose an output directory on another disk"
+            )
+        for name in names:
+            file, descriptor = self.files[name], self._descriptors[name]
+            with output_errors(f"allocate {self.directory / name} ({file.size} bytes)"):
+                os.ftruncate(descriptor, 0)
+                try:
+                    os.posix_fallocate(descriptor, 0, file.size)
+                except OSError as error:
+                    if error.errno not in _NO_ALLOCATION:
+                        raise
+                    os.ftruncate(descriptor, file.size)
+                write_all(descriptor, file.header, 0)
+                os.fsync(descriptor)
+        with output_errors(f"prepare {self.directory}"):
+            sync_directory(self.directory)
+
+    def write(self, name: str, position: int, data: memoryview) -> None:
+        """Write bytes of tensor ``name``, ``position`` bytes from its start."""
+        place = self.places[name]
+        if position < 0 or position + len(data) > place.nbytes:
+            raise ValueError(f"{name}: bytes {position} to {position + len(data)} lie outside of its {place.nbytes} bytes")
+        with output_errors(f"write {name} to {self.directory / place.file}"):
+            write_all(self._descriptors[place.file], data, place.offset + position)
+
+    def sync(self, names: Collection[str]) -> None:
+        """Make what was written to the named files durable.  Raises OSError."""
+        for name in sorted(names):
+            os.fdatasync(self._descriptors[name])
+
+    def check(self, name: str, digests: Mapping[str, str], stop: threading.Event, checked: Callable[[int], None]) -> FileCheck:
+        """Read a file back once: its sha256, and which tensors differ from ``digests`` (name -> xxh3_64, all tensors of the file).
+
+        checked: told the number of bytes after each read.  Raises Interrupted soon after ``stop`` is set.
+        """
+        file, descriptor = self.files[name], self._descriptors[name]
+        tensors = sorted(file.tensors, key=lambda tensor: (file.offsets[tensor.name], tensor.nbytes))
+        segments = [("", len(file.header), xxhash.xxh3_64_hexdigest(file.header))]
+        segments += [(tensor.name, tensor.nbytes, digests[tensor.name]) for tensor in tensors]
+        whole, wrong = hashlib.sha256(), []
+        buffer = memoryview(bytearray(min(READ_BYTES, file.size)))
+        position, unread = 0, buffer[:0]
+        for tensor_name, left, digest in segments:  # they follow each other without gaps
+            part = xxhash.xxh3_64()
+            while left:
+                if not unread:
+                    if stop.is_set():
+                        raise Interrupted(STOPPED)
+                    with output_errors(f"read back {self.directory / name}"):
+                        count = os.preadv(descriptor, [buffer], position)
+                    if not count:
+                        break  # shorter than it was: the digest cannot match
+                    position, unread = position + count, buffer[:count]
+                    whole.update(unread)
+                    checked(count)
+                part.update(unread[:left])
+                left, unread = left - len(unread[:left]), unread[left:]
+            if left or part.hexdigest() != digest:
+                wrong.append(tensor_name)
+        size = os.fstat(descriptor).st_size
+        if size != file.size and not wrong:
+            wrong.append("")
+        return FileCheck(name, size, whole.hexdigest(), tuple(wrong))
+
+    def close(self) -> None:
+        """Close all files.  Harmless when repeated."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()

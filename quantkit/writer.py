@@ -1,0 +1,441 @@
+"""Writes one artifact: planned files filled in place, resumable at any moment, published by one rename.
+
+    out/name.partial/            all work happens here: data files at their full planned size, sidecars, journal.jsonl
+    out/name/                    appears by renaming that directory, when everything in it was written, checked and synced
+    out/name.replaced/           with ``force``: the former out/name, between the rename that moves it away and its removal
+
+What is durable when.  Opening creates the journal (fingerprint first), then allocates each file, writes its header and syncs
+files and directory; only then are units written.  A unit counts once its line is in the journal, and that line is written after
+the unit's data was synced (see :mod:`quantkit.journal`).  So a kill or a power cut loses at most the units that were in flight
+or in the backlog.
+
+What resuming trusts.  The fingerprint must be equal, else ResumeError.  A file that is missing, has another size or another
+header is made anew and the units that had written to it are done again, with a warning.  Other data is taken on the journal's
+word for now: ``seal`` reads every file back and compares each tensor with the checksum in the journal, so damage cannot reach a
+finished artifact; the units it hit are struck from the journal and a rerun does them again.
+
+Why renaming the directory publishes.  A rename is atomic, so ``out/name`` either does not exist or is complete, never partly
+there; all that it holds was synced before.  The journal goes along and is removed last: a directory with a final name and a
+journal says that publishing was cut short between artifacts or before the clean-up, and the same command finishes that without
+doing anything again. A replaced artifact is moved aside, not deleted, until the new one stands; if a kill falls between the two
+renames, the next run moves it back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from quantkit.datafiles import STOPPED, DataFiles, FileCheck
+from quantkit.errors import Interrupted, OutputError, ResumeError
+from quantkit.formats.base import OutputFile
+from quantkit.journal import GroupCommit, Journal, Record, output_errors, sync_directory, write_all
+
+JOURNAL = "journal.jsonl"
+MANIFEST = "manifest.json"
+COPY_BYTES = 8 << 20
+
+_logger = logging.getLogger(__name__)
+
+
+class ArtifactWriter:
+    """One artifact in the making; see the module's text.
+
+    completed: unit key -> its journal record ``{"unit", "tensors", "ledger"}``, units of former runs included.
+    resumed: how many units former runs had completed.
+    """
+
+    def __init__(
+        self,
+        final_directory: Path,
+        files: Sequence[OutputFile],
+        fingerprint: Mapping[str, Any],
+        *,
+        force: bool = False,
+        restart: bool = False,
+    ) -> None:
+        """Begin or resume an artifact.  Whatever is wrong with the output directory is found here.
+
+        fingerprint: JSON-able; what must be equal for a partial output to be resumed.  force: replace a finished artifact of that
+        name.  restart: discard a partial one.  Raises OutputError or ResumeError.
+        """
+        self.final = Path(final_directory).resolve()
+        self.partial = self.final.with_name(self.final.name + ".partial")
+        self.completed: dict[str, Record] = {}
+        self.resumed = 0
+        self._former = self.final.with_name(self.final.name + ".replaced")
+        self._data = DataFiles(self.partial, files)
+        self._journal: Journal | None = None
+        self._commits: GroupCommit | None = None
+        self._checker: ThreadPoolExecutor | None = None
+        self._created: list[Path] = []  # directories, innermost first
+        self._owned = False  # the partial directory is this run's to remove
+        self._published = False
+        self._stop = threading.Event()
+        self._turn = threading.Lock()
+        self._digests: dict[str, str] = {}  # of every tensor written
+        self._unwritten = {file.name: {tensor.name for tensor in file.tensors} for file in files}
+        self._checks: dict[str, Future[FileCheck]] = {}
+        self._checked_bytes = 0
+        self._on_checked: Callable[[int], None] = lambda count: None
+        try:
+            if not self._adopt_published(fingerprint, restart):
+                self._open(fingerprint, force, restart)
+        except BaseException:
+            self.close()
+            raise
+
+    def _adopt_published(self, fingerprint: Mapping[str, Any], restart: bool) -> bool:
+        """Whether the final directory is this very artifact and publishing was cut short before its journal was removed."""
+        if restart or not (self.final / JOURNAL).is_file():
+            return False
+        journal = Journal(self.final / JOURNAL)
+        if _stored_fingerprint(journal) != _canonical(fingerprint):
+            journal.close()
+            return False
+        self._journal, self._published = journal, True
+        self.completed = _completed(journal.records)
+        self.resumed = len(self.completed)
+        return True
+
+    def _open(self, fingerprint: Mapping[str, Any], force: bool, restart: bool) -> None:
+        if not self._former.exists():
+            self._check_final(force)
+        with output_errors(f"create {self.partial}"):
+            self._make_directory()
+            if not restart and not (self.partial / JOURNAL).exists() and any(self.partial.iterdir()):
+                raise ResumeError(f"{self.partial} has no {JOURNAL} to resume by: move it away, or restart to discard it")
+        self._journal = journal = Journal(self.partial / JOURNAL)
+        stored = _stored_fingerprint(journal)
+        self._owned = stored is None
+        self._repair_replacement(force)
+        self._check_final(force)
+        if stored is not None and stored != _canonical(fingerprint) and not restart:
+            differences = "\n  ".join(_differences(stored, _canonical(fingerprint)))
+            raise ResumeError(
+                f"{self.partial} cannot be resumed, because it was begun from something else:\n  {differences}\n"
+                "repeat the former command to finish it, choose another output directory, or restart to discard it"
+            )
+        self._owned = True
+        with output_errors(f"write {journal.path}"):
+            if restart or stored is None:
+                journal.start(fingerprint)
+            journal.sign()
+        self.completed = _completed(journal.records)
+        self.resumed = len(self.completed)
+        with output_errors(f"clear {self.partial}"):
+            self._remove_strays(keep=set() if restart else set(self._data.files))
+        faults = self._data.open()
+        self._strike_units_in(faults)
+        self.resumed = len(self.completed)
+        self._data.allocate(faults)
+        with output_errors(f"create {self.partial}"):
+            sync_directory(self.partial.parent)
+        self._commits = GroupCommit(journal, self._data.sync)
+        self._checker = ThreadPoolExecutor(1, "quantkit-check")
+        for record in self.completed.values():
+            self._note_written(record)
+
+    def _check_final(self, force: bool) -> None:
+        if not self.final.exists():
+            return
+        if not self.final.is_dir():
+            raise OutputError(f"{self.final} is a file: remove it or choose another output directory")
+        if not force:
+            raise OutputError(f"{self.final} exists already: choose another output directory, remove it, or force to replace it")
+        if any(self.final.iterdir()) and not (self.final / MANIFEST).is_file():
+            raise OutputError(f"{self.final} has no {MANIFEST}, so it is no artifact of quantkit and is not replaced: move it away")
+
+    def _make_directory(self) -> None:
+        for path in reversed([path for path in (self.partial, *self.partial.parents) if not path.exists()]):
+            path.mkdir(exist_ok=True)
+            self._created.insert(0, path)
+
+    def _repair_replacement(self, force: bool) -> None:
+        """Undo or complete a replacement that was cut short; see the module's text."""
+        with output_errors(f"move {self._former} back to {self.final}"):
+            if not self._former.exists():
+                return
+            if not self.final.exists():
+                self._former.rename(self.final)
+                sync_directory(self.final.parent)
+            elif (self.final / JOURNAL).exists():
+                shutil.rmtree(self._former)
+            elif force:
+                raise OutputError(f"{self._former} is in the way: move it away or remove it")
+
+    def _remove_strays(self, keep: set[str]) -> None:
+        """Sidecars of a run that was killed while sealing, and anything else that is not planned."""
+        for path in self.partial.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.is_symlink() or path.name not in keep | {JOURNAL}:
+                path.unlink()
+
+    def _strike_units_in(self, faults: Mapping[str, str]) -> None:
+        """Units that wrote to a file which is no longer what it was are done again."""
+        struck: set[str] = set()
+        for name, reason in faults.items():
+            tensors = {tensor.name for tensor in self._data.files[name].tensors}
+            units = {key for key, record in self.completed.items() if not tensors.isdisjoint(record["tensors"])}
+            if units:
+                _logger.warning("%s %s: %d finished units are done again", self.partial / name, reason, len(units))
+            struck |= units
+        self._strike(struck)
+
+    def _strike(self, units: set[str]) -> None:
+        assert self._journal is not None
+        for unit in units:
+            del self.completed[unit]
+        if units:
+            with output_errors(f"write {self._journal.path}"):
+                self._journal.append([{"struck": sorted(units)}])
+
+    # ------------------------------------------------------------------------------------------------------------- units
+
+    def write(self, name: str, data: bytes | bytearray | memoryview) -> str:
+        """Write a whole tensor at its place; returns the xxh3_64 of its bytes.  Thread-safe.
+
+        data: flat bytes, as many as planned; they are not copied.  Raises OutputError when the disk refuses.
+        """
+        if len(data) != self._data.places[name].nbytes:
+            raise ValueError(f"{name}: got {len(data)} bytes, planned were {self._data.places[name].nbytes}")
+        self.write_part(name, 0, data)
+        return xxhash.xxh3_64_hexdigest(data)
+
+    def write_part(self, name: str, position: int, data: bytes | bytearray | memoryview) -> None:
+        """Write a piece of a tensor, ``position`` bytes from its start.  Thread-safe."""
+        self._data.write(name, position, memoryview(data))
+
+    def commit(self, unit: str, tensors: Mapping[str, str], ledger: Sequence[Mapping[str, Any]]) -> None:
+        """Say that a unit is written: it becomes durable soon, and a resumed run skips it.  Thread-safe.
+
+        tensors: name -> xxh3_64 of each tensor that the unit wrote.  ledger: its ledger lines, kept for it.  Raises OutputError
+        when this or earlier units could not be made durable.
+        """
+        assert self._commits is not None
+        record: Record = _canonical({"unit": unit, "tensors": dict(tensors), "ledger": list(ledger)})  # as a resumed run sees it
+        self._commits.put(record, {self._data.places[name].file for name in tensors})
+        self.completed[unit] = record
+        self._note_written(record)
+
+    def _note_written(self, record: Record) -> None:
+        """Files that have just become whole are read back in the background while other units run."""
+        assert self._checker is not None
+        with self._turn:
+            self._digests.update(record["tensors"])
+            touched = {self._data.places[name].file for name in record["tensors"]}
+            for file in touched:
+                self._unwritten[file].difference_update(record["tensors"])
+                if not self._unwritten[file] and file not in self._checks:
+                    self._checks[file] = self._checker.submit(self._check, file)
+
+    # ------------------------------------------------------------------------------------------------------------ finish
+
+    def finish(
+        self,
+        sidecars: Mapping[str, bytes],
+        carried: Sequence[Path],
+        manifest: Callable[[dict[str, dict[str, Any]]], bytes],
+        *,
+        workers: int = 2,
+        stop: threading.Event | None = None,
+        checked: Callable[[int], None] | None = None,
+    ) -> None:
+        """``seal`` and ``publish`` for a single artifact."""
+        self.seal(sidecars, carried, manifest, workers=workers, stop=stop, checked=checked)
+        publish([self])
+
+    def seal(
+        self,
+        sidecars: Mapping[str, bytes],
+        carried: Sequence[Path],
+        manifest: Callable[[dict[str, dict[str, Any]]], bytes],
+        *,
+        workers: int = 2,
+        stop: threading.Event | None = None,
+        checked: Callable[[int], None] | None = None,
+    ) -> None:
+        """Check and complete the partial directory: afterwards only the rename is missing, and all is durable.
+
+        sidecars: small files, name -> content.  carried: files copied along under their own names.  manifest: gets
+        ``{file: {"size", "sha256"}}`` of every other file, returns the content of the manifest.  workers: files read back at once.
+        stop: set it to end early, by Interrupted.  checked: told, from other threads, how many bytes have just been read back.
+
+        Raises OutputError when a unit could not be made durable, a tensor was never written, or one reads back wrong.
+        """
+        if self._published:
+            return
+        assert self._commits is not None
+        self._commits.drain()
+        unwritten = sorted(set().union(*self._unwritten.values()))
+        if unwritten:
+            raise OutputError(f"{self.partial}: {len(unwritten)} tensors were never written, the first is {unwritten[0]}")
+        checks = self._read_back(workers, stop or threading.Event(), checked or (lambda count: None))
+        files: dict[str, dict[str, Any]] = {check.name: {"size": check.size, "sha256": check.sha256} for check in checks}
+        for name, content in sidecars.items():
+            files[name] = self._add_file(name, [content])
+        for path in carried:
+            files[path.name] = self._add_file(path.name, _read_pieces(path))
+        self._add_file(MANIFEST, [manifest(files)])
+        with output_errors(f"complete {self.partial}"):
+            self._data.sync(self._data.files)
+            sync_directory(self.partial)
+
+    def _read_back(self, workers: int, stop: threading.Event, checked: Callable[[int], None]) -> list[FileCheck]:
+        """Check all files that the background has not checked yet, then judge all."""
+        with self._turn:
+            checked(self._checked_bytes)
+            self._on_checked = checked
+        with ThreadPoolExecutor(workers, "quantkit-check") as pool:
+            try:
+                for name in self._data.files:
+                    if name not in self._checks or self._checks[name].cancel():
+                        self._checks[name] = pool.submit(self._check, name)
+                while wait(self._checks.values(), timeout=0.1).not_done:
+                    if stop.is_set():
+                        raise Interrupted(STOPPED)
+            except BaseException as error:
+                self._stop.set()
+                if isinstance(error, KeyboardInterrupt):
+                    raise Interrupted(STOPPED) from error
+                raise
+        checks = [self._checks[name].result() for name in self._data.files]
+        wrong = {name: check.name for check in checks for name in check.wrong}
+        if wrong:
+            units = {key for key, record in self.completed.items() if not wrong.keys().isdisjoint(record["tensors"])}
+            self._strike(units)
+            listed = ", ".join(f"{name or 'header or size'} in {file}" for name, file in list(wrong.items())[:10])
+            raise OutputError(
+                f"{self.partial}: {len(wrong)} tensors read back different from what was written ({listed}): the disk or memory "
+                "is faulty, or something else wrote there. Check them, then run the same command again: it redoes these units"
+            )
+        return checks
+
+    def _check(self, name: str) -> FileCheck:
+        return self._data.check(name, self._digests, self._stop, self._count_checked)
+
+    def _count_checked(self, count: int) -> None:
+        with self._turn:
+            self._checked_bytes += count
+            self._on_checked(count)
+
+    def _add_file(self, name: str, pieces: Iterable[bytes]) -> dict[str, Any]:
+        """Write a small file durably; returns its manifest entry."""
+        path, size, digest = self.partial / name, 0, hashlib.sha256()
+        with output_errors(f"write {path}"):
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            try:
+                for piece in pieces:
+                    write_all(descriptor, piece, size)
+                    digest.update(piece)
+                    size += len(piece)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        return {"size": size, "sha256": digest.hexdigest()}
+
+    # ------------------------------------------------------------------------------------------------------- publish, end
+
+    def _rename(self) -> None:
+        if self._published:
+            return
+        with output_errors(f"rename {self.partial} to {self.final}"):
+            if self.final.exists():
+                self.final.rename(self._former)
+            self.partial.rename(self.final)
+            self._published = True
+            sync_directory(self.final.parent)
+
+    def _clean_up(self) -> None:
+        with output_errors(f"clean up after {self.final}"):
+            if self._former.exists():
+                shutil.rmtree(self._former)
+            (self.final / JOURNAL).unlink()
+            sync_directory(self.final)
+
+    def close(self) -> None:
+        """End the run, whatever its state; what was committed stays resumable.  Does not raise; harmless when repeated.
+
+        A run that completed no unit removes what it made.
+        """
+        self._stop.set()
+        if self._checker is not None:
+            self._checker.shutdown(cancel_futures=True)
+        if self._commits is not None:
+            self._commits.close()
+        self._data.close()
+        fresh = self._commits is None or not (self.resumed + self._commits.durable)
+        if self._journal is not None and not self._published and self._owned and fresh:
+            shutil.rmtree(self.partial, ignore_errors=True)
+        if self._journal is not None:
+            self._journal.close()
+        if not self._published:
+            for directory in self._created:
+                with contextlib.suppress(OSError):  # not empty: somebody else's work, or ours that can be resumed
+                    directory.rmdir()
+
+
+def publish(writers: Sequence[ArtifactWriter]) -> None:
+    """Give sealed artifacts their final names: all renames first, then all clean-up.
+
+    A run that is killed in between finds, when repeated, the renamed ones complete and goes on with the rest.
+    Raises OutputError.
+    """
+    for writer in writers:
+        writer._rename()
+    for writer in writers:
+        writer._clean_up()
+
+
+def _read_pieces(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while piece := file.read(COPY_BYTES):
+            yield piece
+
+
+def _canonical(value: Any) -> Any:
+    """The value as it comes back from JSON."""
+    return json.loads(json.dumps(value))
+
+
+def _stored_fingerprint(journal: Journal) -> Any:
+    return journal.records[0].get("fingerprint") if journal.records else None
+
+
+def _completed(records: Sequence[Record]) -> dict[str, Record]:
+    completed: dict[str, Record] = {}
+    for record in records:
+        if "unit" in record:
+            completed[record["unit"]] = record
+        for unit in record.get("struck", ()):
+            completed.pop(unit, None)
+    return completed
+
+
+def _differences(stored: Any, wanted: Any, where: str = "") -> list[str]:
+    """Lines that say which parts of two fingerprints differ and how."""
+    if isinstance(stored, dict) and isinstance(wanted, dict):
+        keys = [*stored, *(key for key in wanted if key not in stored)]
+        return [
+            line
+            for key in keys
+            for line in _differences(stored.get(key, "absent"), wanted.get(key, "absent"), f"{where}.{key}" if where else key)
+        ]
+    return [] if stored == wanted else [f"{where or 'fingerprint'}: was {_short(stored)}, is now {_short(wanted)}"]
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
