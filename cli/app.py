@@ -1,15 +1,281 @@
-"""The commands."""
+"""The commands: each parses its options, makes one library call and renders the result."""
 
 from __future__ import annotations
 
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
 import typer
 
-app = typer.Typer(no_args_is_help=True)
+from . import text
+from .run import print_json, reporting, resume_command, stopping_on_signals
+
+if TYPE_CHECKING:
+    from quantkit import Plan, RoleSummary
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+DEFAULT_CONTEXT = 131_072
+
+
+def _examples(*lines: str) -> str:
+    return "\n".join(("[bold]Examples[/]", *(f"  {line}" for line in lines)))
+
+
+def _complete_preset(incomplete: str) -> list[str]:
+    from quantkit.recipe import PRESETS
+
+    return [name for name in PRESETS if name.startswith(incomplete)]
+
+
+def _parse_size(value: str) -> str:
+    try:
+        text.parse_size(value)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    return value
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        from quantkit.version import __version__
+
+        print(f"quantkit {__version__}")
+        raise typer.Exit
+
+
+Source = Annotated[str, typer.Argument(metavar="SOURCE", help="Directory of the BF16 checkpoint, or a hub repository id.")]
+Targets = Annotated[
+    list[str],
+    typer.Option(
+        "--to",
+        metavar="PRESET",
+        help="A preset (see [bold]quantkit presets[/]) or a recipe file (.toml). Repeat it: the source is read once for all.",
+        autocompletion=_complete_preset,
+    ),
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit, when the source is a hub repository.")]
+ShardSize = Annotated[
+    str, typer.Option("--max-shard-size", metavar="SIZE", callback=_parse_size, help="Largest tensor file: 5GB, 500MB, 4GiB.")
+]
+Workers = Annotated[int | None, typer.Option(min=1, help="Units worked on at once. Default: by cores and free memory.")]
+Context = Annotated[int, typer.Option(min=1, help="Tokens of KV cache that the GPUs should have room for.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for errors too.")]
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Quantize Llama 4 checkpoints to FP8, INT8 and INT4 safetensors, one expert at a time, and prove the result."""
+
+
+@app.command(
+    epilog=_examples(
+        "quantkit convert ./scout --to w4a16-rtn -o out",
+        "quantkit convert meta-llama/Llama-4-Scout-17B-16E-Instruct --to fp8-dynamic --to w4a16-rtn -o out",
+        "quantkit convert ./scout --to recipe.toml -o out --dry-run",
+    )
+)
+def convert(
+    source: Source,
+    to: Targets,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Each artifact is written to OUT/PRESET.")],
+    revision: Revision = None,
+    workers: Workers = None,
+    max_shard_size: ShardSize = "5GB",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the source, print the plan and stop.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace finished artifacts of the same name.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Discard an unfinished run instead of resuming it.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; print the artifacts' directories only.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Convert a checkpoint to one or several quantized artifacts.
+
+    The source is read once for all targets. Memory stays within a few experts, however large the model is.
+    A run that was killed or stopped is resumed by the same command.
+    An artifact gets its final name only when it is complete, read back and checked.
+    """
+    with reporting(as_json, resume_command(sys.argv[1:])):
+        if dry_run:
+            from quantkit import plan as make_plan
+
+            planned = make_plan(source, to, revision=revision, max_shard_bytes=text.parse_size(max_shard_size))
+            _show_plan(planned, source, output, workers, DEFAULT_CONTEXT, as_json)
+            return
+        if quiet or as_json:
+            _silence_downloads(source)
+        from rich.console import Console
+
+        from quantkit import convert as run_convert
+        from quantkit import inspect as inspect_artifact
+
+        from .data import convert_data
+        from .progress import ProgressDisplay
+        from .tables import print_conversion
+
+        stop = threading.Event()
+        with stopping_on_signals(stop, announce=not as_json), ProgressDisplay(Console(stderr=True), stop) as display:
+            result = run_convert(
+                source,
+                to,
+                output,
+                revision=revision,
+                workers=workers,
+                max_shard_bytes=text.parse_size(max_shard_size),
+                force=force,
+                restart=restart,
+                progress=None if quiet or as_json else display.update,
+                stop=stop,
+            )
+        if quiet:
+            for artifact in result.artifacts:
+                print(artifact.directory)
+            return
+        roles = {artifact.name: list(inspect_artifact(artifact.directory).roles) for artifact in result.artifacts}
+        if as_json:
+            print_json(convert_data(result, roles))
+        else:
+            print_conversion(Console(), result, roles)
+
+
+def _silence_downloads(source: str) -> None:
+    """No progress bars of the hub client, which only a hub source brings in."""
+    if not Path(source).exists():
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()
+
+
+@app.command(
+    epilog=_examples(
+        "quantkit plan meta-llama/Llama-4-Scout-17B-16E-Instruct --to w4a16-rtn",
+        "quantkit plan ./config.json --to fp8-dynamic --to w4a16-rtn --context 1000000",
+        "quantkit plan ./scout --to recipe.toml --json",
+    )
+)
+def plan(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="Checkpoint directory, a config.json or its directory, or a hub repository id.")
+    ],
+    to: Targets,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="OUT", help="Where the run would write; its disk is measured.")
+    ] = Path("."),
+    revision: Revision = None,
+    workers: Workers = None,
+    max_shard_size: ShardSize = "5GB",
+    context: Context = DEFAULT_CONTEXT,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a conversion would make and cost, from the config alone.
+
+    Sizes by role and file, bits per weight, which clients load the result, which GPUs hold it with room for the KV cache,
+    and the memory, disk and time that the run takes on this machine.
+    No weights are needed, and none are downloaded.
+    """
+    with reporting(as_json):
+        from quantkit import plan as make_plan
+
+        planned = make_plan(source, to, revision=revision, max_shard_bytes=text.parse_size(max_shard_size))
+        _show_plan(planned, source, output, workers, context, as_json)
+
+
+def _show_plan(plan: Plan, source: str, output: Path, workers: int | None, context: int, as_json: bool) -> None:
+    from quantkit import estimate_cost, gpu_fits, summarize_roles
+
+    from .data import plan_data
+    from .tables import print_plan
+
+    sample = next(iter(sorted(Path(source).glob("*.safetensors"))), None) if Path(source).is_dir() else None
+    cost = estimate_cost(plan, output, workers=workers, sample=sample)
+    roles: dict[str, list[RoleSummary]] = {artifact.name: summarize_roles(plan, artifact) for artifact in plan.artifacts}
+    fits = {artifact.name: gpu_fits(artifact.tensor_bytes, plan.config, context) for artifact in plan.artifacts}
+    if as_json:
+        print_json(plan_data(plan, roles, cost, context, fits))
+    else:
+        from rich.console import Console
+
+        print_plan(Console(), plan, roles, cost, context, fits)
+
+
+@app.command(epilog=_examples("quantkit inspect ./scout", "quantkit inspect out/w4a16-rtn --json"))
+def inspect(
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="A checkpoint or artifact, a safetensors file, or a hub repository id.")
+    ],
+    revision: Revision = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a checkpoint or artifact holds: tensors by role, schemes and sizes, from headers alone."""
+    with reporting(as_json):
+        from quantkit import inspect as inspect_path
+
+        inspection = inspect_path(path, revision)
+        if as_json:
+            from .data import inspection_data
+
+            print_json(inspection_data(inspection))
+        else:
+            from rich.console import Console
+
+            from .tables import print_inspection
+
+            print_inspection(Console(), inspection)
+
+
+@app.command(epilog=_examples("quantkit verify out/w4a16-rtn", "quantkit verify out/w4a16-rtn --source ./scout --sample 64"))
+def verify(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The artifact.")],
+    source: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The BF16 checkpoint it was made from, to compare with.")
+    ] = None,
+    revision: Revision = None,
+    sample: Annotated[int, typer.Option(min=0, help="Quantized matrices to decode and compare.")] = 16,
+    seed: Annotated[int, typer.Option(help="Chooses the sample.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Re-open an artifact and check that it is what it says it is.
+
+    Manifest hashes, headers, names, shapes and dtypes, scales, ledger.
+    With --source: kept tensors byte for byte, and a sample of quantized matrices against the original.
+    The exit code is 7 when a check fails.
+    """
+    with reporting(as_json):
+        from quantkit import verify as verify_artifact
+
+        result = verify_artifact(directory, source, revision=revision, sample=sample, seed=seed)
+        if as_json:
+            from .data import verify_data
+
+            print_json(verify_data(result))
+        else:
+            from rich.console import Console
+
+            from .tables import print_verification
+
+            print_verification(Console(), result)
 
 
 @app.command()
-def version() -> None:
-    """Print the version."""
-    from quantkit.version import __version__
+def presets(as_json: AsJson = False) -> None:
+    """List the presets that --to takes, with the bits that each stores per quantized weight."""
+    with reporting(as_json):
+        from .presets import preset_rows
 
-    print(__version__)
+        rows = preset_rows()
+        if as_json:
+            print_json({row.name: {"scheme": row.scheme, "bits_per_weight": row.bits_per_weight, "what": row.what} for row in rows})
+        else:
+            from rich.console import Console
+
+            from .tables import print_presets
+
+            print_presets(Console(), rows)

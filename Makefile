@@ -1,0 +1,41 @@
+# make demo   set up .venv, convert the bundled model to two targets, verify both, print sizes and errors
+# make test   set up .venv, then lint, types and tests
+# make clean  remove what these made
+#
+# Needs Python 3.11 or newer and nothing else.  PYTHON=/path/to/python3 chooses another interpreter.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_MODEL := demo/tiny-scout
+DEMO_OUTPUT := demo-output
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.installed
+	@$(BIN)/quantkit convert $(DEMO_MODEL) --to fp8-dynamic --to w4a16-rtn --output $(DEMO_OUTPUT) --force
+	@$(BIN)/quantkit verify $(DEMO_OUTPUT)/fp8-dynamic --source $(DEMO_MODEL)
+	@$(BIN)/quantkit verify $(DEMO_OUTPUT)/w4a16-rtn --source $(DEMO_MODEL)
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) $(DEMO_OUTPUT) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("quantkit needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Use: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) --editable '.[test,dev]'
+	@touch $@ $(VENV)/.installed

@@ -1,0 +1,100 @@
+"""Results as JSON-able dictionaries: what ``--json`` prints.  Bytes are exact integers, nothing is rounded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from quantkit import ConvertResult, CostEstimate, GpuFit, Inspection, Plan, RoleSummary, VerifyResult
+
+
+def role_data(rows: Iterable[RoleSummary]) -> list[dict[str, Any]]:
+    """Rows of the role table."""
+    return [
+        {
+            "role": row.role,
+            "schemes": list(row.schemes),
+            "tensors": row.tensors,
+            "parameters": row.parameters,
+            "bits_per_weight": row.bits_per_weight,
+            "bytes": row.bytes,
+        }
+        for row in rows
+    ]
+
+
+def convert_data(result: ConvertResult, roles: Mapping[str, Iterable[RoleSummary]]) -> dict[str, Any]:
+    """A finished conversion; ``roles`` by artifact name."""
+    return {
+        "artifacts": [
+            {
+                "name": artifact.name,
+                "directory": str(artifact.directory),
+                "bytes": artifact.bytes,
+                "tensors": artifact.tensors,
+                "units_resumed": artifact.units_resumed,
+                "relative_errors": {
+                    role: {"mean": mean, "worst": worst} for role, (mean, worst) in artifact.relative_errors.items()
+                },
+                "roles": role_data(roles[artifact.name]),
+            }
+            for artifact in result.artifacts
+        ],
+        "source_bytes": result.source_bytes,
+        "seconds": result.seconds,
+    }
+
+
+def plan_data(
+    plan: Plan,
+    roles: Mapping[str, list[RoleSummary]],
+    cost: CostEstimate,
+    context: int,
+    fits: Mapping[str, list[GpuFit]],
+) -> dict[str, Any]:
+    """A plan; ``roles`` and ``fits`` by artifact name.  ``complete``: manifest and tokenizer files are included."""
+    return {
+        "artifacts": [
+            {
+                "name": artifact.name,
+                "recipe": artifact.recipe.to_dict(),
+                "roles": role_data(roles[artifact.name]),
+                "bytes": artifact.total_bytes,
+                "files": artifact.file_sizes,
+                "clients": [asdict(note) for note in artifact.notes],
+                "gpus": [asdict(fit) for fit in fits[artifact.name]],
+            }
+            for artifact in plan.artifacts
+        ],
+        "complete": plan.provenance is not None,
+        "context": context,
+        "cost": asdict(cost),
+    }
+
+
+def inspection_data(inspection: Inspection) -> dict[str, Any]:
+    """What stands at a path."""
+    return {
+        "path": str(inspection.path),
+        "kind": inspection.kind,
+        "format": inspection.format,
+        "model": inspection.model,
+        "parameters": inspection.parameters,
+        "bytes": inspection.bytes,
+        "roles": role_data(inspection.roles),
+        "files": dict(inspection.files),
+        "notes": list(inspection.notes),
+    }
+
+
+def verify_data(result: VerifyResult) -> dict[str, Any]:
+    """A verified artifact."""
+    return {
+        "directory": str(result.directory),
+        "checks": [asdict(check) for check in result.checks],
+        "tensors": result.tensors,
+        "bytes": result.bytes,
+        "sampled": result.sampled,
+    }

@@ -1,0 +1,130 @@
+"""The progress of a conversion: two live lines on a terminal, a plain line every few seconds elsewhere.
+
+``convert`` calls back after each unit.  The display starts with the first call, so that a download's own progress bars, which come
+before, are not overdrawn, and is refreshed by the clock, so that the time left counts down between units.  It writes to stderr.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING, TextIO
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from . import text
+from .run import STOPPING
+
+if TYPE_CHECKING:
+    from quantkit import Progress
+
+RATE_WINDOW_SECONDS = 30.0
+PLAIN_INTERVAL_SECONDS = 10.0
+LABELS = {"convert": "Converting", "check": "Checking"}
+
+
+class Meter:
+    """Rate over the last seconds: samples of (seconds, bytes done) that come in order."""
+
+    def __init__(self, window: float = RATE_WINDOW_SECONDS):
+        self._window = window
+        self._samples: deque[tuple[float, int]] = deque()
+
+    def add(self, seconds: float, done: int) -> None:
+        """Take a sample."""
+        self._samples.append((seconds, done))
+        while len(self._samples) > 2 and self._samples[1][0] <= seconds - self._window:
+            self._samples.popleft()
+
+    def rate(self) -> float | None:
+        """Bytes per second, None before two samples that lie apart."""
+        if len(self._samples) < 2:
+            return None
+        (begin, first), (end, last) = self._samples[0], self._samples[-1]
+        return (last - first) / (end - begin) if end > begin and last > first else None
+
+
+class ProgressDisplay:
+    """A context manager whose ``update`` is what ``convert`` takes as ``progress``."""
+
+    def __init__(self, console: Console, stop: threading.Event):
+        self._console, self._stop = console, stop
+        self._live: Live | None = None
+        self._last: Progress | None = None
+        self._received = 0.0
+        self._printed = -PLAIN_INTERVAL_SECONDS
+        self._meter = Meter()
+
+    def __enter__(self) -> ProgressDisplay:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def update(self, progress: Progress) -> None:
+        """Take a snapshot; called from worker threads, one call at a time."""
+        if self._last is None or progress.phase != self._last.phase:
+            self._meter = Meter()
+        self._meter.add(progress.seconds, progress.bytes_done)
+        self._last, self._received = progress, time.monotonic()
+        if not self._console.is_terminal:
+            self._print_line(progress)
+        elif self._live is None:
+            self._live = Live(self, console=self._console, refresh_per_second=8, transient=True)
+            self._live.start()
+
+    # -------------------------------------------------------------------------------------------------------- plain lines
+
+    def _print_line(self, progress: Progress) -> None:
+        finished = progress.bytes_done >= progress.bytes_total
+        if not finished and progress.seconds - self._printed < PLAIN_INTERVAL_SECONDS:
+            return
+        self._printed = progress.seconds
+        parts = [f"{LABELS[progress.phase]}: {text.percent(progress.bytes_done, progress.bytes_total)}", *self._figures(progress)]
+        parts += [_units(progress), text.place(progress.current)]
+        file: TextIO = self._console.file
+        file.write(", ".join(parts) + "\n")
+        file.flush()
+
+    # --------------------------------------------------------------------------------------------------------- live lines
+
+    def __rich__(self) -> Group:
+        """The two lines as they stand now."""
+        progress = self._last
+        assert progress is not None  # the display starts with the first snapshot
+        bar = ProgressBar(total=max(1, progress.bytes_total), completed=progress.bytes_done)
+        first = Table.grid(padding=(0, 1), expand=True)
+        first.add_column(no_wrap=True)
+        first.add_column(ratio=1)
+        first.add_column(no_wrap=True, justify="right")
+        figures = [text.percent(progress.bytes_done, progress.bytes_total), *self._figures(progress)]
+        first.add_row(Text(LABELS[progress.phase], style="bold"), bar, Text("  ".join(figures)))
+        if self._stop.is_set():
+            second = Text(STOPPING, style="yellow")
+        elif progress.phase == "convert" and progress.units_done == progress.units_total:
+            second = Text("all units are done; reading the files back before they get their final name", style="dim")
+        else:
+            written = f"{text.size(progress.bytes_written)} written"
+            second = Text(", ".join((_units(progress), written, text.place(progress.current))), style="dim")
+        second.no_wrap, second.overflow = True, "ellipsis"
+        return Group(first, second)
+
+    def _figures(self, progress: Progress) -> list[str]:
+        """Bytes, rate and time left."""
+        figures = [text.size_of(progress.bytes_done, progress.bytes_total)]
+        rate = self._meter.rate()
+        if rate is not None and progress.bytes_done < progress.bytes_total:
+            left = (progress.bytes_total - progress.bytes_done) / rate - (time.monotonic() - self._received)
+            figures += [f"{text.size(rate)}/s", f"{text.duration(max(0.0, left))} left"]
+        return figures
+
+
+def _units(progress: Progress) -> str:
+    resumed = f" ({progress.units_resumed} resumed)" if progress.units_resumed else ""
+    return f"unit {progress.units_done}/{progress.units_total}{resumed}"
