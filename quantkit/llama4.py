@@ -16,6 +16,7 @@ when it is listed in ``moe_layers`` or, if that is absent, when (i + 1) is a mul
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -110,6 +111,11 @@ class SourceTensor:
     shape: tuple[int, ...]
     role: Role
     layer: int | None = None
+
+    @property
+    def elements(self) -> int:
+        """Number of parameters."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,89 @@
+"""The Hugging Face hub: from a repository id to a local snapshot directory.
+
+All is left to huggingface-hub: its cache, its token, its offline mode, its resumed downloads.  This module says which files a
+conversion needs and turns whatever goes wrong into one CheckpointError.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from quantkit.errors import CheckpointError
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+# Weights and all that ``Checkpoint.carried_files`` may carry along; not the copy in Meta's own layout that releases keep in original/.
+NEEDED = (
+    "*.safetensors",
+    "*.json",
+    "tokenizer*",
+    "*.jinja",
+    "*.txt",
+    "*.model",
+    "LICENSE*",
+    "LICENCE*",
+    "USE_POLICY*",
+    "NOTICE*",
+    "README.md",
+)
+NOT_NEEDED = ("*/*",)
+
+
+def is_repository_id(source: str) -> bool:
+    """Whether a source that is no local path can be a hub repository: ``owner/name``."""
+    return _REPOSITORY.fullmatch(source) is not None
+
+
+def download_file(repository: str, name: str, revision: str | None) -> Path:
+    """Local path of one file of the repository; downloads it unless it is cached."""
+    from huggingface_hub import hf_hub_download
+
+    return _download(repository, revision, lambda: hf_hub_download(repository, name, revision=revision))
+
+
+def download_snapshot(repository: str, revision: str | None) -> Path:
+    """Local directory with the files a conversion needs; downloads what is not cached, and goes on where it was interrupted."""
+    from huggingface_hub import snapshot_download
+
+    return _download(
+        repository,
+        revision,
+        lambda: snapshot_download(repository, revision=revision, allow_patterns=list(NEEDED), ignore_patterns=list(NOT_NEEDED)),
+    )
+
+
+def _download(repository: str, revision: str | None, load: Callable[[], str]) -> Path:
+    from huggingface_hub import errors
+
+    known = tuple(item for item in vars(errors).values() if isinstance(item, type) and issubclass(item, Exception))
+    at = f"{repository}{f' at revision {revision}' if revision else ''}"
+    try:
+        return Path(load())
+    except errors.GatedRepoError as error:
+        raise CheckpointError(
+            f"{at} is gated: accept its licence on the hub's page of the model, then log in with `hf auth login`."
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise CheckpointError(f"{repository} has no revision {revision}. Look up its branches and commits on the hub.") from error
+    except errors.RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{repository} is neither a local directory nor a repository that the hub shows you. Check the name; if it is private, "
+            "log in with `hf auth login`."
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{at} is neither a local directory nor complete in the local cache, and the hub cannot be reached: "
+            f"{_first_line(error)}. Check the name, or go online."
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise CheckpointError(f"{at} lacks a file that every Llama 4 checkpoint has: {_first_line(error)}") from error
+    except (*known, OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{at} cannot be downloaded: {_first_line(error)}. Run the same command again; finished parts are not downloaded twice."
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip(".")
