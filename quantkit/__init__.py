@@ -1,0 +1,71 @@
+"""quantkit: quantize Llama 4 checkpoints, one expert at a time, and prove the result.
+
+    import quantkit
+
+    result = quantkit.convert("Llama-4-Scout-17B-16E-Instruct", to=["fp8-dynamic", "w4a16-rtn"], output="out")
+    for artifact in result.artifacts:
+        quantkit.verify(artifact.directory)
+
+``__all__`` is the public API.  A few functions carry the name of the module they live in (``quantkit.convert``, ``quantkit.plan``,
+``quantkit.verify``): as attributes of the package these are the functions; import other names with ``from quantkit.plan import ...``.
+"""
+
+from __future__ import annotations
+
+from quantkit.convert import ArtifactResult, ConvertResult, Progress, convert, plan
+from quantkit.errors import (
+    AlreadyQuantizedError,
+    ArtifactError,
+    CheckpointError,
+    Interrupted,
+    LedgerError,
+    OutputError,
+    QuantkitError,
+    RecipeError,
+    ResumeError,
+    UnsupportedModelError,
+    WeightError,
+)
+from quantkit.estimate import CostEstimate, GpuFit, estimate_cost, gpu_fits
+from quantkit.inspection import Inspection, inspect
+from quantkit.plan import ArtifactPlan, Plan, RoleSummary, summarize_roles
+from quantkit.recipe import PRESETS, Recipe, Rule, load_recipe, parse_recipe
+from quantkit.verify import VerifyResult, verify
+from quantkit.version import __version__
+
+__all__ = [
+    "PRESETS",
+    "AlreadyQuantizedError",
+    "ArtifactError",
+    "ArtifactPlan",
+    "ArtifactResult",
+    "CheckpointError",
+    "ConvertResult",
+    "CostEstimate",
+    "GpuFit",
+    "Inspection",
+    "Interrupted",
+    "LedgerError",
+    "OutputError",
+    "Plan",
+    "Progress",
+    "QuantkitError",
+    "Recipe",
+    "RecipeError",
+    "ResumeError",
+    "RoleSummary",
+    "Rule",
+    "UnsupportedModelError",
+    "VerifyResult",
+    "WeightError",
+    "__version__",
+    "convert",
+    "estimate_cost",
+    "gpu_fits",
+    "inspect",
+    "load_recipe",
+    "parse_recipe",
+    "plan",
+    "summarize_roles",
+    "verify",
+]

@@ -32,9 +32,10 @@ from quantkit.llama4 import Unit, WeightMatrix
 from quantkit.methods import METHODS
 from quantkit.plan import DEFAULT_MAX_SHARD_BYTES, ArtifactPlan, Plan, make_plan, manifest_text
 from quantkit.recipe import Assignment, Recipe, resolve_recipe
+from quantkit.scheme import KEEP
 from quantkit.version import __version__
 from quantkit.workspace import Workspace
-from quantkit.writer import ArtifactWriter
+from quantkit.writer import ArtifactWriter, publish
 
 # Per source dtype: how to see its bits, all bits but the sign, and the bits of infinity.  Bits beyond infinity are NaN.
 _BITS = {"BF16": (np.uint16, 0x7FFF, 0x7F80), "F16": (np.uint16, 0x7FFF, 0x7C00), "F32": (np.uint32, 0x7FFFFFFF, 0x7F800000)}
@@ -118,8 +119,10 @@ def convert(
                 writer = ArtifactWriter(final, artifact.files, _fingerprint(checkpoint, artifact), force=force, restart=restart)
                 runs.append(_Run(artifact, writer))
             count = workers or default_workers(plan)
-            _convert_units(checkpoint, plan, runs, count, progress, stop, started)
-            results = [_publish(run, plan, count, Path(output)) for run in runs]
+            report = _Reporter(checkpoint, plan, runs, progress)
+            _convert_units(checkpoint, plan, runs, count, report, stop)
+            results = [_seal(run, plan, count, report, stop) for run in runs]
+            publish([run.writer for run in runs])
         finally:
             for run in runs:
                 run.writer.close()
@@ -170,44 +173,68 @@ def _fingerprint(checkpoint: Checkpoint, artifact: ArtifactPlan) -> dict[str, ob
 # ----------------------------------------------------------------------------------------------------------------- units
 
 
-def _convert_units(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    runs: Sequence[_Run],
-    workers: int,
-    progress: Callable[[Progress], None] | None,
-    stop: threading.Event | None,
-    started: float,
-) -> None:
-    sizes = {unit.key: _source_bytes(checkpoint, unit) for unit in plan.units}
-    todo = [unit for unit in plan.units if any(unit.key not in run.writer.completed for run in runs)]
-    done_bytes = sum(sizes.values()) - sum(sizes[unit.key] for unit in todo)
-    resumed, total = len(plan.units) - len(todo), sum(sizes.values())
-    counter = {"units": resumed, "bytes": done_bytes, "written": 0}
-    lock = threading.Lock()
+class _Reporter:
+    """Turns finished units and bytes read back into Progress snapshots, one call at a time."""
 
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, runs: Sequence[_Run], progress: Callable[[Progress], None] | None):
+        self._sizes = {unit.key: _source_bytes(checkpoint, unit) for unit in plan.units}
+        self.todo = [unit for unit in plan.units if any(unit.key not in run.writer.completed for run in runs)]
+        self._resumed = len(plan.units) - len(self.todo)
+        self._units, self._units_total = self._resumed, len(plan.units)
+        self._total = sum(self._sizes.values())
+        self._bytes = self._total - sum(self._sizes[unit.key] for unit in self.todo)
+        self._written = 0
+        self._started = time.monotonic()
+        self._lock = threading.Lock()
+        self._progress = progress
+
+    def unit_done(self, unit: Unit, written: int) -> None:
+        with self._lock:
+            self._units += 1
+            self._bytes += self._sizes[unit.key]
+            self._written += written
+            self._tell("convert", self._bytes, self._total, unit.key)
+
+    def checking(self, artifact: ArtifactPlan) -> Callable[[int], None]:
+        """A callback that is told how many bytes of ``artifact`` have just been read back."""
+        done = 0
+
+        def checked(count: int) -> None:
+            nonlocal done
+            with self._lock:
+                done += count
+                self._tell("check", done, artifact.tensor_bytes, artifact.name)
+
+        return checked
+
+    def _tell(self, phase: str, done: int, total: int, current: str) -> None:
+        if self._progress is not None:
+            seconds = time.monotonic() - self._started
+            self._progress(
+                Progress(phase, self._units, self._units_total, self._resumed, done, total, self._written, current, seconds)
+            )
+
+
+def _convert_units(
+    checkpoint: Checkpoint, plan: Plan, runs: Sequence[_Run], workers: int, report: _Reporter, stop: threading.Event | None
+) -> None:
     def work(unit: Unit, workspace: Workspace) -> None:
         pending = [run for run in runs if unit.key not in run.writer.completed]
-        convert_unit = _copy_unit if unit.copies else _quantize_unit
-        convert_unit(checkpoint, unit, pending, workspace)
-        with lock:
-            counter["units"] += 1
-            counter["bytes"] += sizes[unit.key]
-            counter["written"] += sum(tensor.nbytes for run in pending for tensor in run.plan.outputs[unit.key])
-            if progress is not None:
-                seconds = time.monotonic() - started
-                progress(Progress("convert", counter["units"], len(plan.units), resumed, counter["bytes"], total, counter["written"], unit.key, seconds))
+        if unit.copies:
+            _copy_unit(checkpoint, unit, pending)
+        else:
+            _quantize_unit(checkpoint, unit, pending, workspace)
+        report.unit_done(unit, sum(tensor.nbytes for run in pending for tensor in run.plan.outputs[unit.key]))
 
-    run_units(todo, work, workers=workers, stop=stop)
+    run_units(report.todo, work, workers=workers, stop=stop)
 
 
 def _source_bytes(checkpoint: Checkpoint, unit: Unit) -> int:
-    if unit.copies:
-        return sum(checkpoint.tensors[copy.name].nbytes for copy in unit.copies)
-    return sum(math.prod(matrix.shape) * DTYPE_BYTES[checkpoint.tensors[matrix.tensor].dtype] for matrix in unit.matrices)
+    items = [(copy.name, copy.shape) for copy in unit.copies] + [(matrix.tensor, matrix.shape) for matrix in unit.matrices]
+    return sum(math.prod(shape) * DTYPE_BYTES[checkpoint.tensors[name].dtype] for name, shape in items)
 
 
-def _copy_unit(checkpoint: Checkpoint, unit: Unit, pending: Sequence[_Run], workspace: Workspace) -> None:
+def _copy_unit(checkpoint: Checkpoint, unit: Unit, pending: Sequence[_Run]) -> None:
     """Tensors that no recipe quantizes pass through byte for byte, chunk by chunk."""
     digests: dict[str, str] = {}
     for copy in unit.copies:
@@ -281,22 +308,26 @@ def _describe(unit: Unit, matrices: Sequence[WeightMatrix]) -> str:
     return f"{where}, expert {unit.expert}" if unit.expert is not None else where
 
 
-# --------------------------------------------------------------------------------------------------------------- publish
+# ------------------------------------------------------------------------------------------------------------------ seal
 
 
-def _publish(run: _Run, plan: Plan, workers: int, output: Path) -> ArtifactResult:
-    entries = [
-        ledger.LedgerEntry(**line) for unit in plan.units for line in run.writer.completed[unit.key]["ledger"]
-    ]
+def _seal(run: _Run, plan: Plan, workers: int, report: _Reporter, stop: threading.Event | None) -> ArtifactResult:
+    """Check the ledger and every written byte, and add the small files; afterwards only the rename is missing."""
+    entries = [ledger.LedgerEntry(**line) for unit in plan.units for line in run.writer.completed[unit.key]["ledger"]]
     ledger.check(entries, run.plan.assignments)
     sidecars = run.plan.sidecars | {"ledger.json": ledger.ledger_text(run.plan.name, entries)}
     provenance = plan.provenance or {}
-    run.writer.finish(sidecars, plan.carried, lambda files: manifest_text(run.plan.recipe, provenance, files))
+    run.writer.seal(
+        sidecars,
+        plan.carried,
+        lambda files: manifest_text(run.plan.recipe, provenance, files),
+        workers=workers,
+        stop=stop,
+        checked=report.checking(run.plan),
+    )
     errors: dict[str, list[float]] = {}
     for entry in entries:
-        if entry.applied != "keep":
+        if entry.applied != KEEP:
             errors.setdefault(entry.role, []).append(entry.relative_error)
     summary = {role: (sum(values) / len(values), max(values)) for role, values in errors.items()}
-    directory = output / run.plan.name
-    size = sum(path.stat().st_size for path in directory.iterdir())
-    return ArtifactResult(run.plan.name, directory, size, len(entries), run.writer.resumed, summary)
+    return ArtifactResult(run.plan.name, run.writer.final, run.plan.total_bytes, len(entries), run.writer.resumed, summary)

@@ -1,0 +1,203 @@
+"""The pipeline end to end: sizes as planned, same bytes whatever the workers, one pass for many artifacts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from quantkit.convert import Progress, convert, plan
+from quantkit.errors import Interrupted, LedgerError, OutputError, ResumeError, WeightError
+from quantkit.recipe import PRESETS, parse_recipe
+from quantkit.verify import verify
+from tests.tiny_models import write_tiny_model
+
+DEMO = Path(__file__).parent.parent / "demo" / "tiny-scout"
+
+
+def digests(directory: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(directory.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def maverick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("maverick")
+    write_tiny_model(directory, "maverick", seed=1)
+    return directory
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("kind", ["scout", "maverick"])
+def test_every_preset_converts_and_verifies_with_the_planned_sizes(name: str, kind: str, maverick: Path, tmp_path: Path) -> None:
+    source = DEMO if kind == "scout" else maverick
+    [predicted] = plan(source, [name]).artifacts
+    [made] = convert(source, [name], tmp_path).artifacts
+    assert {path.name: path.stat().st_size for path in made.directory.iterdir()} == predicted.file_sizes
+    result = verify(made.directory, source, sample=64)
+    assert all(check.ok for check in result.checks)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_bytes_do_not_depend_on_workers_or_on_company(maverick: Path, tmp_path: Path) -> None:
+    names = ["w4a16-rtn", "fp8-dynamic", "nvfp4a16"]
+    convert(maverick, names, tmp_path / "one", workers=1)
+    convert(maverick, names, tmp_path / "many", workers=7)
+    for name in names:
+        convert(maverick, [name], tmp_path / "alone", workers=2)
+        expected = digests(tmp_path / "one" / name)
+        assert digests(tmp_path / "many" / name) == expected
+        assert digests(tmp_path / "alone" / name) == expected
+
+
+def test_every_weight_is_read_once_for_all_artifacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    read = {"bytes": 0}
+    original = os.preadv
+
+    def counting(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        count = original(descriptor, buffers, offset)
+        read["bytes"] += count
+        return count
+
+    monkeypatch.setattr(os, "preadv", counting)
+    result = convert(DEMO, ["w4a16-rtn", "fp8-dynamic", "w8a16"], tmp_path)
+    assert result.source_bytes <= read["bytes"] < 1.01 * result.source_bytes
+
+
+def test_kept_tensors_and_carried_files_are_equal_to_the_source(tmp_path: Path) -> None:
+    [made] = convert(DEMO, ["w4a16-rtn"], tmp_path).artifacts
+    source: dict[str, torch.Tensor] = {}
+    for shard in DEMO.glob("*.safetensors"):
+        source |= load_file(shard)
+    for path in made.directory.glob("*.safetensors"):
+        with safe_open(path, "pt") as stored:
+            for name in stored.keys():
+                if "feed_forward" not in name or "router" in name:
+                    assert torch.equal(stored.get_tensor(name).view(torch.uint8), source.pop(name).view(torch.uint8)), name
+    assert all("feed_forward" in name for name in source)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (made.directory / name).read_bytes() == (DEMO / name).read_bytes()
+    config = json.loads((made.directory / "config.json").read_text())
+    config.pop("quantization_config")
+    assert config == json.loads((DEMO / "config.json").read_text())
+
+
+def test_progress_counts_every_unit_and_ends_complete(tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    convert(DEMO, ["fp8-dynamic"], tmp_path, progress=seen.append, workers=3)
+    assert [event.units_done for event in seen] == list(range(1, len(seen) + 1))
+    assert seen[-1].units_done == seen[-1].units_total and seen[-1].bytes_done == seen[-1].bytes_total
+    assert any("experts.15" in event.current for event in seen)
+
+
+def test_stop_then_resume_gives_the_same_bytes_and_redoes_nothing(tmp_path: Path) -> None:
+    convert(DEMO, ["w4a16-rtn"], tmp_path / "straight")
+    stop = threading.Event()
+
+    def stop_soon(event: Progress) -> None:
+        if event.units_done == 40:
+            stop.set()
+
+    with pytest.raises(Interrupted, match="resume"):
+        convert(DEMO, ["w4a16-rtn"], tmp_path / "stopped", progress=stop_soon, stop=stop)
+    assert not (tmp_path / "stopped" / "w4a16-rtn").exists()
+    seen: list[Progress] = []
+    [made] = convert(DEMO, ["w4a16-rtn"], tmp_path / "stopped", progress=seen.append).artifacts
+    assert made.units_resumed >= 40
+    assert len(seen) == seen[-1].units_total - made.units_resumed
+    assert digests(made.directory) == digests(tmp_path / "straight" / "w4a16-rtn")
+
+
+def test_a_run_may_be_resumed_with_more_targets(tmp_path: Path) -> None:
+    stop = threading.Event()
+    with pytest.raises(Interrupted):
+        convert(DEMO, ["w8a8"], tmp_path, progress=lambda event: stop.set() if event.units_done == 20 else None, stop=stop)
+    first, second = convert(DEMO, ["w8a8", "mxfp4a16"], tmp_path).artifacts
+    assert first.units_resumed >= 20 and second.units_resumed == 0
+    verify(first.directory, DEMO)
+    verify(second.directory, DEMO)
+
+
+def test_another_recipe_or_source_may_not_resume(tmp_path: Path, maverick: Path) -> None:
+    stop = threading.Event()
+    with pytest.raises(Interrupted):
+        convert(DEMO, ["w8a8"], tmp_path, progress=lambda event: stop.set() if event.units_done == 20 else None, stop=stop)
+    with pytest.raises(ResumeError, match="source"):
+        convert(maverick, ["w8a8"], tmp_path)
+    [made] = convert(maverick, ["w8a8"], tmp_path, restart=True).artifacts
+    verify(made.directory, maverick)
+
+
+def test_existing_artifacts_are_kept_unless_forced(tmp_path: Path) -> None:
+    [made] = convert(DEMO, ["w8a8"], tmp_path).artifacts
+    before = digests(made.directory)
+    with pytest.raises(OutputError, match="--force"):
+        convert(DEMO, ["w8a8"], tmp_path)
+    assert digests(made.directory) == before
+    convert(DEMO, ["w8a8"], tmp_path, force=True)
+    assert digests(made.directory) == before
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("tensor", "index", "expected"),
+    [
+        ("language_model.model.layers.1.feed_forward.experts.gate_up_proj", (5, 7, 9), "layers.1.feed_forward.experts.gate_up_proj.*expert 5"),
+        ("language_model.model.layers.1.feed_forward.experts.down_proj", (2, 0, 0), "layers.1.feed_forward.experts.down_proj.*expert 2"),
+        ("language_model.model.layers.0.feed_forward.shared_expert.up_proj.weight", (3, 4), "layers.0.feed_forward.shared_expert.up_proj"),
+        ("language_model.model.layers.1.feed_forward.router.weight", (0, 0), "layers.1.feed_forward.router"),
+        ("language_model.model.layers.1.self_attn.k_proj.weight", (0, 1), "layers.1.self_attn.k_proj"),
+    ],
+)
+def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, tensor: str, index: tuple[int, ...], expected: str, value: float) -> None:
+    source = tmp_path / "source"
+    write_tiny_model(source, "scout", seed=2)
+    for shard in source.glob("*.safetensors"):
+        tensors = load_file(shard)
+        if tensor in tensors:
+            tensors[tensor][index] = value
+            save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(WeightError, match=expected):
+        convert(source, ["w4a16-rtn"], tmp_path / "out")
+    assert not (tmp_path / "out" / "w4a16-rtn").exists()
+
+
+def test_an_error_above_the_bound_ends_the_run(tmp_path: Path) -> None:
+    recipe = parse_recipe(
+        'name = "strict"\nmaximum_error = 0.05\n[[rules]]\nroles = ["routed_expert"]\nscheme = "int4-g128"\n[[rules]]\nscheme = "keep"', "test"
+    )
+    with pytest.raises(LedgerError, match=r"experts.*above the bound 0.05"):
+        convert(DEMO, [recipe], tmp_path)
+    assert not (tmp_path / "strict").exists()
+
+
+def test_layers_may_differ_and_kept_experts_are_spelled_one_by_one(tmp_path: Path) -> None:
+    recipe = parse_recipe(
+        'name = "mixed"\n[[rules]]\nroles = ["routed_expert", "shared_expert"]\nlayers = "0"\nscheme = "int8-g128"\n'
+        '[[rules]]\nlayers = "3"\nscheme = "keep"\n'
+        '[[rules]]\nroles = ["routed_expert", "shared_expert"]\nscheme = "int4-g128"\n[[rules]]\nscheme = "keep"',
+        "test",
+    )
+    [made] = convert(DEMO, [recipe], tmp_path).artifacts
+    verify(made.directory, DEMO, sample=1000)
+    stored: dict[str, torch.Tensor] = {}
+    for path in made.directory.glob("*.safetensors"):
+        stored |= load_file(path)
+    base = "language_model.model.layers."
+    assert stored[f"{base}0.feed_forward.experts.1.up_proj.weight_packed"].shape == (256, 256 // 4)
+    assert stored[f"{base}1.feed_forward.experts.1.up_proj.weight_packed"].shape == (256, 256 // 8)
+    source: dict[str, torch.Tensor] = {}
+    for shard in DEMO.glob("*.safetensors"):
+        source |= load_file(shard)
+    fused = source[f"{base}3.feed_forward.experts.gate_up_proj"]
+    for expert in range(16):
+        assert torch.equal(stored[f"{base}3.feed_forward.experts.{expert}.gate_proj.weight"], fused[expert, :, :256].T)
+        assert torch.equal(stored[f"{base}3.feed_forward.experts.{expert}.up_proj.weight"], fused[expert, :, 256:].T)
+    assert f"{base}3.feed_forward.experts.gate_up_proj" not in stored
