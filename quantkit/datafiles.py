@@ -1,6 +1,6 @@
 """The planned files of one artifact on disk: allocated at full size, filled at offsets by several threads, synced, read back.
 
-Writes go straight from the caller's buffer to ``pwrite``, reads come by ``preadv`` into one reused buffer; nothing is mapped,
+Writes go straight from the caller's buffer to ``pwrite``, reads come unbuffered into one reused buffer; nothing is mapped,
 because mapped pages count as resident memory.  Space is allocated before any work starts, so a full disk is found in the first
 second and not in the last hour; a file system that cannot allocate gets sparse files instead.
 """
@@ -112,7 +112,7 @@ class DataFiles:
         place = self.places[name]
         if position < 0 or position + len(data) > place.nbytes:
             raise ValueError(f"{name}: bytes {position} to {position + len(data)} lie outside of its {place.nbytes} bytes")
-        with output_errors(f"write {name} to {self.directory / place.file}"):
+        with output_errors(f"write {name} to {self.directory / place.file}", resumable=True):
             write_all(self._descriptors[place.file], data, place.offset + position)
 
     def sync(self, names: Collection[str]) -> None:
@@ -125,31 +125,30 @@ class DataFiles:
 
         checked: told the number of bytes after each read.  Raises Interrupted soon after ``stop`` is set.
         """
-        file, descriptor = self.files[name], self._descriptors[name]
+        file, path = self.files[name], self.directory / name
         tensors = sorted(file.tensors, key=lambda tensor: (file.offsets[tensor.name], tensor.nbytes))
         segments = [("", len(file.header), xxhash.xxh3_64_hexdigest(file.header))]
         segments += [(tensor.name, tensor.nbytes, digests[tensor.name]) for tensor in tensors]
         whole, wrong = hashlib.sha256(), []
         buffer = memoryview(bytearray(min(READ_BYTES, file.size)))
-        position, unread = 0, buffer[:0]
-        for tensor_name, left, digest in segments:  # they follow each other without gaps
-            part = xxhash.xxh3_64()
-            while left:
-                if not unread:
-                    if stop.is_set():
-                        raise Interrupted(STOPPED)
-                    with output_errors(f"read back {self.directory / name}"):
-                        count = os.preadv(descriptor, [buffer], position)
-                    if not count:
-                        break  # shorter than it was: the digest cannot match
-                    position, unread = position + count, buffer[:count]
-                    whole.update(unread)
-                    checked(count)
-                part.update(unread[:left])
-                left, unread = left - len(unread[:left]), unread[left:]
-            if left or part.hexdigest() != digest:
-                wrong.append(tensor_name)
-        size = os.fstat(descriptor).st_size
+        unread = buffer[:0]
+        with output_errors(f"read back {path}", resumable=True), path.open("rb", buffering=0) as stream:
+            for tensor_name, left, digest in segments:  # they follow each other without gaps
+                part = xxhash.xxh3_64()
+                while left:
+                    if not unread:
+                        if stop.is_set():
+                            raise Interrupted(STOPPED)
+                        unread = buffer[: stream.readinto(buffer)]
+                        if not unread:
+                            break  # shorter than it was
+                        whole.update(unread)
+                        checked(len(unread))
+                    part.update(unread[:left])
+                    left, unread = left - len(unread[:left]), unread[left:]
+                if left or part.hexdigest() != digest:
+                    wrong.append(tensor_name)
+            size = os.fstat(stream.fileno()).st_size
         if size != file.size and not wrong:
             wrong.append("")
         return FileCheck(name, size, whole.hexdigest(), tuple(wrong))

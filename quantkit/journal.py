@@ -46,16 +46,18 @@ _ADVICE = {
     errno.EIO: "the disk reported an input/output error: check the disk before using it again",
     errno.EMFILE: "too many open files: raise the limit (ulimit -n) or choose larger shards",
 }
+_RESUMABLE = ". Finished units are kept: run the same command again to continue"
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 @contextmanager
-def output_errors(doing: str) -> Iterator[None]:
+def output_errors(doing: str, *, resumable: bool = False) -> Iterator[None]:
     """Turn an OSError of the body into an OutputError that says what was being done and what to do now."""
     try:
         yield
     except OSError as error:
-        raise OutputError(f"cannot {doing}: {_ADVICE.get(error.errno or 0, error.strerror or str(error))}") from error
+        advice = _ADVICE.get(error.errno or 0, error.strerror or str(error))
+        raise OutputError(f"cannot {doing}: {advice}{_RESUMABLE if resumable else ''}") from error
 
 
 def sync_directory(directory: Path) -> None:
@@ -175,7 +177,7 @@ class GroupCommit:
         self._sync = sync
         self._waiting: list[tuple[Record, set[str]]] = []
         self._in_flight = 0
-        self._failure: OSError | None = None
+        self._failure: Exception | None = None
         self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="quantkit-commit", daemon=True)
@@ -204,7 +206,7 @@ class GroupCommit:
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
-            with output_errors(f"make finished units durable in {self._journal.path.parent}"):
+            with output_errors(f"make finished units durable in {self._journal.path.parent}", resumable=True):
                 raise self._failure
 
     def _run(self) -> None:
@@ -215,11 +217,11 @@ class GroupCommit:
                     return
                 batch, self._waiting = self._waiting, []
                 self._in_flight = len(batch)
-            failure: OSError | None = None
+            failure: Exception | None = None
             try:
                 self._sync(set().union(*(files for _, files in batch)))
                 self._journal.append([record for record, _ in batch])
-            except OSError as error:
+            except Exception as error:  # raised where the main thread next asks
                 failure = error
             with self._changed:
                 self._in_flight = 0

@@ -38,7 +38,7 @@ from typing import Any
 import xxhash
 
 from quantkit.datafiles import STOPPED, DataFiles, FileCheck
-from quantkit.errors import Interrupted, OutputError, ResumeError
+from quantkit.errors import CheckpointError, Interrupted, OutputError, ResumeError
 from quantkit.formats.base import OutputFile
 from quantkit.journal import GroupCommit, Journal, Record, output_errors, sync_directory, write_all
 
@@ -115,7 +115,7 @@ class ArtifactWriter:
         with output_errors(f"create {self.partial}"):
             self._make_directory()
             if not restart and not (self.partial / JOURNAL).exists() and any(self.partial.iterdir()):
-                raise ResumeError(f"{self.partial} has no {JOURNAL} to resume by: move it away, or restart to discard it")
+                raise ResumeError(f"{self.partial} has no {JOURNAL} to resume by: move it away, or discard it with --restart")
         self._journal = journal = Journal(self.partial / JOURNAL)
         stored = _stored_fingerprint(journal)
         self._owned = stored is None
@@ -125,9 +125,11 @@ class ArtifactWriter:
             differences = "\n  ".join(_differences(stored, _canonical(fingerprint)))
             raise ResumeError(
                 f"{self.partial} cannot be resumed, because it was begun from something else:\n  {differences}\n"
-                "repeat the former command to finish it, choose another output directory, or restart to discard it"
+                "repeat the former command to finish it, choose another output directory, or discard it with --restart"
             )
         self._owned = True
+        if stored is None and not restart and any(path.name in self._data.files for path in self.partial.iterdir()):
+            _logger.warning("%s is damaged from its beginning; all units are done again", journal.path)
         with output_errors(f"write {journal.path}"):
             if restart or stored is None:
                 journal.start(fingerprint)
@@ -141,7 +143,8 @@ class ArtifactWriter:
         self.resumed = len(self.completed)
         self._data.allocate(faults)
         with output_errors(f"create {self.partial}"):
-            sync_directory(self.partial.parent)
+            for directory in {self.partial.parent, *(path.parent for path in self._created)}:
+                sync_directory(directory)
         self._commits = GroupCommit(journal, self._data.sync)
         self._checker = ThreadPoolExecutor(1, "quantkit-check")
         for record in self.completed.values():
@@ -153,7 +156,7 @@ class ArtifactWriter:
         if not self.final.is_dir():
             raise OutputError(f"{self.final} is a file: remove it or choose another output directory")
         if not force:
-            raise OutputError(f"{self.final} exists already: choose another output directory, remove it, or force to replace it")
+            raise OutputError(f"{self.final} exists already: choose another output directory, or replace it with --force")
         if any(self.final.iterdir()) and not (self.final / MANIFEST).is_file():
             raise OutputError(f"{self.final} has no {MANIFEST}, so it is no artifact of quantkit and is not replaced: move it away")
 
@@ -243,20 +246,6 @@ class ArtifactWriter:
 
     # ------------------------------------------------------------------------------------------------------------ finish
 
-    def finish(
-        self,
-        sidecars: Mapping[str, bytes],
-        carried: Sequence[Path],
-        manifest: Callable[[dict[str, dict[str, Any]]], bytes],
-        *,
-        workers: int = 2,
-        stop: threading.Event | None = None,
-        checked: Callable[[int], None] | None = None,
-    ) -> None:
-        """``seal`` and ``publish`` for a single artifact."""
-        self.seal(sidecars, carried, manifest, workers=workers, stop=stop, checked=checked)
-        publish([self])
-
     def seal(
         self,
         sidecars: Mapping[str, bytes],
@@ -289,7 +278,7 @@ class ArtifactWriter:
         for path in carried:
             files[path.name] = self._add_file(path.name, _read_pieces(path))
         self._add_file(MANIFEST, [manifest(files)])
-        with output_errors(f"complete {self.partial}"):
+        with output_errors(f"complete {self.partial}", resumable=True):
             self._data.sync(self._data.files)
             sync_directory(self.partial)
 
@@ -334,7 +323,7 @@ class ArtifactWriter:
     def _add_file(self, name: str, pieces: Iterable[bytes]) -> dict[str, Any]:
         """Write a small file durably; returns its manifest entry."""
         path, size, digest = self.partial / name, 0, hashlib.sha256()
-        with output_errors(f"write {path}"):
+        with output_errors(f"write {path}", resumable=True):
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
             try:
                 for piece in pieces:
@@ -351,7 +340,7 @@ class ArtifactWriter:
     def _rename(self) -> None:
         if self._published:
             return
-        with output_errors(f"rename {self.partial} to {self.final}"):
+        with output_errors(f"rename {self.partial} to {self.final}", resumable=True):
             if self.final.exists():
                 self.final.rename(self._former)
             self.partial.rename(self.final)
@@ -376,8 +365,8 @@ class ArtifactWriter:
         if self._commits is not None:
             self._commits.close()
         self._data.close()
-        fresh = self._commits is None or not (self.resumed + self._commits.durable)
-        if self._journal is not None and not self._published and self._owned and fresh:
+        done = self.resumed + (self._commits.durable if self._commits is not None else 0)
+        if self._journal is not None and self._owned and not self._published and not done:
             shutil.rmtree(self.partial, ignore_errors=True)
         if self._journal is not None:
             self._journal.close()
@@ -400,9 +389,12 @@ def publish(writers: Sequence[ArtifactWriter]) -> None:
 
 
 def _read_pieces(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while piece := file.read(COPY_BYTES):
-            yield piece
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(COPY_BYTES):
+                yield piece
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}, which is to be carried along: {error.strerror}") from error
 
 
 def _canonical(value: Any) -> Any:
