@@ -5,7 +5,8 @@
     progress.py  the live display of a conversion, or plain lines where there is no terminal
     tables.py    results as rich tables
     data.py      results as JSON-able dictionaries
-    units.py     sizes, durations and rates as text, and back
+    presets.py   a line on each preset
+    text.py      sizes, durations and counts as text, and back
 
 The folder is installed as ``quantkit_cli``.  The library, and with it torch, is imported inside the commands only, so that
 ``quantkit --help`` and shell completion answer at once.

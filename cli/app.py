@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 import threading
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from . import text
+from .presets import LINES, preset_rows
 from .run import print_json, reporting, resume_command, stopping_on_signals
 
 if TYPE_CHECKING:
@@ -30,9 +32,7 @@ def _examples(*lines: str) -> str:
 
 
 def _complete_preset(incomplete: str) -> list[str]:
-    from quantkit.recipe import PRESETS
-
-    return [name for name in PRESETS if name.startswith(incomplete)]
+    return [name for name in LINES if name.startswith(incomplete)]
 
 
 def _parse_size(value: str) -> str:
@@ -45,9 +45,7 @@ def _parse_size(value: str) -> str:
 
 def _print_version(value: bool) -> None:
     if value:
-        from quantkit.version import __version__
-
-        print(f"quantkit {__version__}")
+        print(f"quantkit {metadata.version('quantkit')}")
         raise typer.Exit
 
 
@@ -149,7 +147,7 @@ def convert(
 def _silence_downloads(source: str) -> None:
     """No progress bars of the hub client, which only a hub source brings in."""
     if not Path(source).exists():
-        from huggingface_hub.utils import disable_progress_bars
+        from huggingface_hub.utils.tqdm import disable_progress_bars
 
         disable_progress_bars()
 
@@ -268,8 +266,6 @@ def verify(
 def presets(as_json: AsJson = False) -> None:
     """List the presets that --to takes, with the bits that each stores per quantized weight."""
     with reporting(as_json):
-        from .presets import preset_rows
-
         rows = preset_rows()
         if as_json:
             print_json({row.name: {"scheme": row.scheme, "bits_per_weight": row.bits_per_weight, "what": row.what} for row in rows})

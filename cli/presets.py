@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from quantkit.recipe import PRESETS
-from quantkit.scheme import BLOCK_SIZE, Scheme, parse_scheme
+if TYPE_CHECKING:
+    from quantkit.scheme import Scheme
 
+# The keys also serve shell completion, which cannot wait for the library to be imported; a test keeps them equal to the presets.
 LINES = {
     "fp8-dynamic": "FP8, a scale per row, FP8 activations per token; half the size, for GPUs with FP8",
     "fp8-block": "FP8, a scale per 128 x 128 block, FP8 activations per 128 inputs",
@@ -37,6 +39,9 @@ class PresetRow:
 
 def preset_rows() -> list[PresetRow]:
     """All presets in the library's order."""
+    from quantkit.recipe import PRESETS
+    from quantkit.scheme import parse_scheme
+
     rows = []
     for name, recipe in PRESETS.items():
         scheme = parse_scheme(recipe.rules[0].scheme)
@@ -46,6 +51,8 @@ def preset_rows() -> list[PresetRow]:
 
 
 def _bits(scheme: Scheme) -> float:
+    from quantkit.scheme import BLOCK_SIZE
+
     weights_per_scale = {"group": scheme.group_size, "block": BLOCK_SIZE * BLOCK_SIZE, "channel": _ROW}[scheme.granularity]
     zero_point = 0 if scheme.symmetric else scheme.bits
     return scheme.bits + (_SCALE_BITS[scheme.scale_number] + zero_point) / weights_per_scale

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING, TextIO
+from typing import IO, TYPE_CHECKING
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -69,8 +69,8 @@ class ProgressDisplay:
 
     def update(self, progress: Progress) -> None:
         """Take a snapshot; called from worker threads, one call at a time."""
-        if self._last is None or progress.phase != self._last.phase:
-            self._meter = Meter()
+        if self._last is None or (progress.phase, progress.bytes_total) != (self._last.phase, self._last.bytes_total):
+            self._meter, self._printed = Meter(), -PLAIN_INTERVAL_SECONDS
         self._meter.add(progress.seconds, progress.bytes_done)
         self._last, self._received = progress, time.monotonic()
         if not self._console.is_terminal:
@@ -86,10 +86,9 @@ class ProgressDisplay:
         if not finished and progress.seconds - self._printed < PLAIN_INTERVAL_SECONDS:
             return
         self._printed = progress.seconds
-        parts = [f"{LABELS[progress.phase]}: {text.percent(progress.bytes_done, progress.bytes_total)}", *self._figures(progress)]
-        parts += [_units(progress), text.place(progress.current)]
-        file: TextIO = self._console.file
-        file.write(", ".join(parts) + "\n")
+        share = text.percent(progress.bytes_done, progress.bytes_total)
+        file: IO[str] = self._console.file
+        file.write(f"{LABELS[progress.phase]}: {', '.join((share, *self._figures(progress), *_position(progress)))}\n")
         file.flush()
 
     # --------------------------------------------------------------------------------------------------------- live lines
@@ -107,11 +106,8 @@ class ProgressDisplay:
         first.add_row(Text(LABELS[progress.phase], style="bold"), bar, Text("  ".join(figures)))
         if self._stop.is_set():
             second = Text(STOPPING, style="yellow")
-        elif progress.phase == "convert" and progress.units_done == progress.units_total:
-            second = Text("all units are done; reading the files back before they get their final name", style="dim")
         else:
-            written = f"{text.size(progress.bytes_written)} written"
-            second = Text(", ".join((_units(progress), written, text.place(progress.current))), style="dim")
+            second = Text(", ".join(_position(progress)), style="dim")
         second.no_wrap, second.overflow = True, "ellipsis"
         return Group(first, second)
 
@@ -125,6 +121,10 @@ class ProgressDisplay:
         return figures
 
 
-def _units(progress: Progress) -> str:
+def _position(progress: Progress) -> list[str]:
+    """Where the run is: unit, bytes written, layer and expert; or the artifact that is read back."""
+    if progress.phase == "check":
+        return [f"{progress.current} is read back before it gets its final name"]
     resumed = f" ({progress.units_resumed} resumed)" if progress.units_resumed else ""
-    return f"unit {progress.units_done}/{progress.units_total}{resumed}"
+    units = f"unit {progress.units_done}/{progress.units_total}{resumed}"
+    return [units, f"{text.size(progress.bytes_written)} written", text.place(progress.current)]

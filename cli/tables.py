@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -29,15 +29,14 @@ if TYPE_CHECKING:
     from .presets import PresetRow
 
 
-def _table(title: str | None = None) -> Table:
-    return Table(title=Text(title, style="bold") if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-
-
-def _columns(table: Table, *right: str, left: tuple[str, ...]) -> None:
+def _table(left: Sequence[str], right: Sequence[str] = (), wrap: str | None = None) -> Table:
+    """A table with text columns on the left and number columns on the right; only the column ``wrap`` may break its lines."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in left:
-        table.add_column(name, overflow="fold")
+        table.add_column(name, no_wrap=name != wrap, overflow="fold")
     for name in right:
         table.add_column(name, justify="right", no_wrap=True)
+    return table
 
 
 def _role_name(role: str) -> str:
@@ -46,7 +45,7 @@ def _role_name(role: str) -> str:
 
 def _heading(console: Console, heading: str) -> None:
     console.print()
-    console.print(Text(heading, style="bold"))
+    console.print(Text(heading, style="bold"), soft_wrap=True)
 
 
 # --------------------------------------------------------------------------------------------------------------- convert
@@ -55,7 +54,7 @@ def _heading(console: Console, heading: str) -> None:
 def print_conversion(console: Console, result: ConvertResult, roles: Mapping[str, list[RoleSummary]]) -> None:
     """Per artifact the table of sizes and errors, then the totals of the run.  ``roles`` by artifact name."""
     for artifact in result.artifacts:
-        console.print()
+        _heading(console, artifact.name)
         console.print(_artifact_table(artifact, roles[artifact.name]))
         resumed = f", {artifact.units_resumed} units resumed from an earlier run" if artifact.units_resumed else ""
         line = f"{artifact.directory}: {text.size(artifact.bytes)}, {artifact.tensors} weights{resumed}"
@@ -70,8 +69,7 @@ def print_conversion(console: Console, result: ConvertResult, roles: Mapping[str
 
 
 def _artifact_table(artifact: ArtifactResult, rows: list[RoleSummary]) -> Table:
-    table = _table(artifact.name)
-    _columns(table, "size", "bits/weight", "mean error", "worst error", left=("role", "scheme"))
+    table = _table(("role", "scheme"), ("size", "bits/weight", "mean error", "worst"))
     kept = [row for row in rows if row.role not in artifact.relative_errors]
     for row in rows:
         if row.role in artifact.relative_errors:
@@ -81,7 +79,7 @@ def _artifact_table(artifact: ArtifactResult, rows: list[RoleSummary]) -> Table:
             )
     if kept:
         size = text.size(sum(row.bytes for row in kept))
-        table.add_row("everything else", "as in the source", size, _bits(kept), "exact", "exact", style="dim")
+        table.add_row("all else", "keep", size, _bits(kept), "exact", "exact", style="dim")
     table.add_row("total", "", text.size(sum(row.bytes for row in rows)), _bits(rows), "", "", style="bold")
     return table
 
@@ -91,16 +89,13 @@ def _bits(rows: Iterable[RoleSummary]) -> str:
     return f"{8 * sum(row.bytes for row in rows) / max(1, sum(row.parameters for row in rows)):.2f}"
 
 
-def role_table(rows: Iterable[RoleSummary], title: str | None = None) -> Table:
-    """Parameters, bits per weight and size by role and in total."""
+def role_table(rows: Iterable[RoleSummary]) -> Table:
+    """Tensors, parameters, bits per weight and size by role and in total."""
     rows = list(rows)
-    table = _table(title)
-    _columns(table, "tensors", "parameters", "bits/weight", "size", left=("role", "scheme"))
+    table = _table(("role", "scheme"), ("tensors", "parameters", "bits/weight", "size"), wrap="scheme")
     for row in rows:
-        style = "dim" if row.schemes == ("keep",) else ""
-        scheme = "as in the source" if row.schemes == ("keep",) else ", ".join(row.schemes)
         cells = (f"{row.tensors:,}", text.count(row.parameters), _bits([row]), text.size(row.bytes))
-        table.add_row(_role_name(row.role), scheme, *cells, style=style)
+        table.add_row(_role_name(row.role), ", ".join(row.schemes), *cells, style="dim" if row.schemes == ("keep",) else "")
     parameters, size = sum(row.parameters for row in rows), sum(row.bytes for row in rows)
     total = (f"{sum(row.tensors for row in rows):,}", text.count(parameters), _bits(rows), text.size(size))
     table.add_row("total", "", *total, style="bold")
@@ -120,12 +115,14 @@ def print_plan(
 ) -> None:
     """Everything a plan knows: roles, files, clients and GPUs of each artifact, then the cost of the run."""
     for artifact in plan.artifacts:
-        console.print()
-        console.print(role_table(roles[artifact.name], artifact.name))
+        _heading(console, artifact.name)
+        console.print(role_table(roles[artifact.name]))
         _print_files(console, artifact, complete=plan.provenance is not None)
         if artifact.notes:
+            _heading(console, f"Clients that load {artifact.name}")
             console.print(_client_table(artifact))
-        console.print(_gpu_table(fits[artifact.name], context))
+        _heading(console, f"GPUs that hold {artifact.name} and {context:,} tokens of context: tokens of KV cache there is room for")
+        console.print(_gpu_table(fits[artifact.name]))
     _heading(console, "The run")
     _print_cost(console, cost)
 
@@ -141,18 +138,15 @@ def _print_files(console: Console, artifact: ArtifactPlan, complete: bool) -> No
 
 
 def _client_table(artifact: ArtifactPlan) -> Table:
-    table = _table()
-    _columns(table, left=("client", "loads it", "what to mind"))
+    table = _table(("client", "loads it", "what to mind"), wrap="what to mind")
     for note in artifact.notes:
         table.add_row(note.client, Text("yes", style="green") if note.loads else Text("no", style="bold red"), note.why)
     return table
 
 
-def _gpu_table(fits: list[GpuFit], context: int) -> Table:
-    title = f"GPUs: tokens of KV cache beside the weights, where there is room for {text.count(context)} or more"
-    table = _table(title)
+def _gpu_table(fits: list[GpuFit]) -> Table:
     counts = sorted({fit.count for fit in fits})
-    _columns(table, *(f"{count} GPU{'s' if count > 1 else ''}" for count in counts), left=("memory each",))
+    table = _table(("memory each",), [f"{count} GPU{'s' if count > 1 else ''}" for count in counts])
     by_place = {(fit.gigabytes, fit.count): fit for fit in fits}
     for gigabytes in sorted({fit.gigabytes for fit in fits}):
         cells = []
@@ -202,8 +196,8 @@ def print_inspection(console: Console, inspection: Inspection) -> None:
 
 def print_verification(console: Console, result: VerifyResult) -> None:
     """Each check with what it found."""
-    table = _table(str(result.directory))
-    _columns(table, left=("check", "", "found"))
+    _heading(console, str(result.directory))
+    table = _table(("check", "", "found"), wrap="found")
     for check in result.checks:
         table.add_row(check.name, Text("ok", style="green") if check.ok else Text("failed", style="bold red"), check.detail)
     console.print(table)
@@ -212,11 +206,7 @@ def print_verification(console: Console, result: VerifyResult) -> None:
 
 def print_presets(console: Console, rows: Iterable[PresetRow]) -> None:
     """Name, scheme, bits and one line for each preset."""
-    table = _table()
-    table.add_column("preset", no_wrap=True)
-    table.add_column("scheme", no_wrap=True)
-    table.add_column("bits", justify="right", no_wrap=True)
-    table.add_column("what it is")
+    table = _table(("preset", "scheme", "bits", "what it is"), wrap="what it is")
     for row in rows:
         table.add_row(row.name, row.scheme, f"{row.bits_per_weight:.3f}", row.what)
     console.print(table)
