@@ -18,7 +18,6 @@ of zeros and for weights so small that the library's scale rounds to 0, and smal
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,8 +34,12 @@ FP4_MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 HALF_RANGE = {"int4": 7.5, "int8": 127.5, "fp8": FP8_MAX, "fp4": FP4_MAX}
 # Smallest and largest stored scale.  The smallest is the least positive BF16 number; the largest keeps the outermost code finite.
 BF16_SCALE_MINIMUM = 2.0**-133
-BF16_SCALE_MAXIMUM = {"int4": 255 * 2.0**117, "int8": 255 * 2.0**113, "fp8": 145 * 2.0**112}
-ASYMMETRIC_SCALE_MAXIMUM = 136 * 2.0**117
+BF16_SCALE_MAXIMUM = {
+    ("int4", True): 255 * 2.0**117,
+    ("int4", False): 136 * 2.0**117,
+    ("int8", True): 255 * 2.0**113,
+    ("fp8", True): 145 * 2.0**112,
+}
 E8M0_BIAS = 127
 E8M0_CODES = (0, E8M0_BIAS + 125)
 FP8_SCALE_CODES = (1, 126)  # 2^-9 .. 448, as bits of a float8_e4m3fn
@@ -81,10 +84,15 @@ class QuantizationStatistics:
         return (self.squared_error / self.squared_weight) ** 0.5 if self.squared_weight else 0.0
 
 
+def bf16_scale_limits(scheme: Scheme) -> tuple[float, float]:
+    """Smallest and largest stored scale of a scheme with BF16 scales."""
+    return BF16_SCALE_MINIMUM, BF16_SCALE_MAXIMUM[scheme.number, scheme.symmetric]
+
+
 def effective_scale(scheme: Scheme, scale: torch.Tensor, global_scale: torch.Tensor | None = None) -> torch.Tensor:
     """What one code step is worth: float32, shape of ``scale``."""
     if scheme.scale_number == "e8m0":
-        return torch.ldexp(torch.ones((), dtype=torch.float32), scale.to(torch.int32) - E8M0_BIAS)
+        return torch.ldexp(torch.ones(scale.shape), scale.to(torch.int32) - E8M0_BIAS)
     value = scale.to(torch.float32)
     return value if global_scale is None else value / global_scale
 
@@ -103,12 +111,11 @@ def dequantize(quantized: QuantizedTensor) -> torch.Tensor:
     return values
 
 
-def fit_global_scale(weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The nvfp4 divisor float32 ``[1]`` for matrices that share one: their largest weight uses both number ranges in full."""
-    largest = max(weight.abs().amax().to(torch.float32) for weight in weights)
+def fit_global_scale(largest: float) -> torch.Tensor:
+    """The nvfp4 divisor float32 ``[1]`` for matrices whose largest magnitude that is: both number ranges are used in full."""
     if not largest:
         return torch.ones(1)
-    return (FP8_MAX * FP4_MAX / largest).clamp(max=GLOBAL_SCALE_MAXIMUM).reshape(1)
+    return (FP8_MAX * FP4_MAX / torch.tensor([largest])).clamp(max=GLOBAL_SCALE_MAXIMUM)
 
 
 def fit(weight: torch.Tensor, scheme: Scheme, global_scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -119,7 +126,7 @@ def fit(weight: torch.Tensor, scheme: Scheme, global_scale: torch.Tensor | None 
     grouped = _grouped(scheme, weight.to(torch.float32))
     if not scheme.symmetric:
         low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
-        scale = _to_bf16((high / 2 - low / 2) / 7.5, ASYMMETRIC_SCALE_MAXIMUM)
+        scale = ((high / 2 - low / 2) / 7.5).to(torch.bfloat16).clamp(*bf16_scale_limits(scheme))
         zero_point = (-8 - low / scale.to(torch.float32)).round().clamp(-8, 7)
         return scale, zero_point.to(torch.int8)
     largest = grouped.abs().amax(-1)
@@ -132,7 +139,7 @@ def fit(weight: torch.Tensor, scheme: Scheme, global_scale: torch.Tensor | None 
         assert global_scale is not None
         codes = (global_scale * scale).clamp(max=FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
         return codes.clamp(*FP8_SCALE_CODES).view(torch.float8_e4m3fn), None
-    return _to_bf16(scale, BF16_SCALE_MAXIMUM[scheme.number]), None
+    return scale.to(torch.bfloat16).clamp(*bf16_scale_limits(scheme)), None
 
 
 def snap(
@@ -199,11 +206,7 @@ def _grouped(scheme: Scheme, weight: torch.Tensor) -> torch.Tensor:
 
 def _spread(scheme: Scheme, per_scale: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """Repeat one value per scale over the weights ``[out, in]`` that share it."""
-    rows, columns = per_scale.shape
+    columns = per_scale.shape[1]
     if scheme.granularity == "block":
         per_scale = per_scale.repeat_interleave(BLOCK_SIZE, 0)
     return per_scale.repeat_interleave(shape[1] // columns, 1)
-
-
-def _to_bf16(scale: torch.Tensor, maximum: float) -> torch.Tensor:
-    return scale.to(torch.bfloat16).clamp(BF16_SCALE_MINIMUM, maximum)

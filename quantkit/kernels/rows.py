@@ -1,0 +1,123 @@
+"""One scale for each row: a strip of rows is read once for its scales, once more for a search, and once for its codes.
+
+Only the first read goes to memory; a strip is small enough to come from cache afterwards.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quantkit.kernels.numbers import (
+    Numbers,
+    clamp_scale,
+    decode_scale,
+    fit_range,
+    fit_scale,
+    largest_magnitude,
+    round_tile,
+    smallest_and_largest,
+    squared_error,
+)
+from quantkit.kernels.simd import (
+    compiled,
+    doubles,
+    floats,
+    ints,
+    kernel,
+    lane_sum,
+    largest_lane,
+    load_float32,
+    load_int32,
+    maximum,
+    select,
+    store,
+)
+from quantkit.kernels.tiles import STRIP_ROWS, TILE_INPUTS, Scratch, Source, Target, load_tile, store_codes, store_scales
+
+
+@compiled
+def fit_strip(numbers: Numbers, source: Source, strip: int, vectors: int, scratch: Scratch) -> Any:
+    """Leave the fitted scale codes in ``scale_codes`` and the zero points in ``low``; return the largest magnitudes' bits."""
+    for lane in range(0, STRIP_ROWS, 16):
+        store(scratch.largest, lane, ints(0))
+        store(scratch.low, lane, floats(0.0))
+        store(scratch.high, lane, floats(0.0))
+    for chunk in range(0, source.columns, TILE_INPUTS):
+        load_tile(source, strip, chunk, vectors, scratch.tile)
+        for vector in range(vectors):
+            start, lane = vector * TILE_INPUTS * 16, vector * 16
+            largest = largest_magnitude(scratch.tile, start, TILE_INPUTS)
+            store(scratch.largest, lane, maximum(load_int32(scratch.largest, lane), largest))
+            if not numbers.symmetric:
+                low, high = load_float32(scratch.low, lane), load_float32(scratch.high, lane)
+                low, high = smallest_and_largest(scratch.tile, start, TILE_INPUTS, low, high)
+                store(scratch.low, lane, low)
+                store(scratch.high, lane, high)
+    peak = ints(0)
+    for lane in range(0, vectors * 16, 16):
+        peak = maximum(peak, load_int32(scratch.largest, lane))
+        if numbers.symmetric:
+            store(scratch.scale_codes, lane, fit_scale(numbers, load_float32(scratch.largest, lane), 1.0))
+        else:
+            code, zero_point = fit_range(numbers, load_float32(scratch.low, lane), load_float32(scratch.high, lane))
+            store(scratch.scale_codes, lane, code)
+            store(scratch.low, lane, zero_point)
+    return peak
+
+
+@compiled
+def search_strip(numbers: Numbers, source: Source, strip: int, vectors: int, scratch: Scratch, offsets: Any) -> None:
+    """Replace the scale codes of a strip by neighbours at ``offsets`` where these give less error."""
+    candidates = offsets.size
+    for place in range(0, (candidates + 1) * STRIP_ROWS, 16):
+        store(scratch.errors, place, floats(0.0))
+    for chunk in range(0, source.columns, TILE_INPUTS):
+        load_tile(source, strip, chunk, vectors, scratch.tile)
+        for lane in range(0, vectors * 16, 16):
+            fitted, zero_point = load_int32(scratch.scale_codes, lane), load_float32(scratch.low, lane)
+            for index in range(candidates + 1):
+                code = fitted
+                if index < candidates:
+                    code = clamp_scale(numbers, fitted + ints(offsets[index]))
+                scale, place = decode_scale(numbers, code, 1.0), index * STRIP_ROWS + lane
+                error = squared_error(numbers, scratch.tile, lane * TILE_INPUTS, TILE_INPUTS, scale, zero_point)
+                store(scratch.errors, place, load_float32(scratch.errors, place) + error)
+    for lane in range(0, vectors * 16, 16):
+        fitted = load_int32(scratch.scale_codes, lane)
+        best, chosen = load_float32(scratch.errors, candidates * STRIP_ROWS + lane), fitted
+        for index in range(candidates):
+            code = clamp_scale(numbers, fitted + ints(offsets[index]))
+            ratio = decode_scale(numbers, code, 1.0) / decode_scale(numbers, fitted, 1.0)
+            error = load_float32(scratch.errors, index * STRIP_ROWS + lane) * ratio * ratio
+            better = error < best
+            best, chosen = select(better, error, best), select(better, code, chosen)
+        store(scratch.scale_codes, lane, chosen)
+
+
+@kernel
+def quantize_rows(
+    numbers: Numbers, source: Source, target: Target, scratch: Scratch, offsets: Any
+) -> tuple[float, float, int, int]:
+    """Quantize a matrix; arguments and results as of ``quantize_groups``."""
+    errors, weights, clipped, peak = doubles(0.0), doubles(0.0), ints(0), ints(0)
+    for strip in range(0, source.rows, STRIP_ROWS):
+        vectors = min(STRIP_ROWS, source.rows - strip) // 16
+        peak = maximum(peak, fit_strip(numbers, source, strip, vectors, scratch))
+        if offsets.size:
+            search_strip(numbers, source, strip, vectors, scratch, offsets)
+        for chunk in range(0, source.columns, TILE_INPUTS):
+            load_tile(source, strip, chunk, vectors, scratch.tile)
+            for lane in range(0, vectors * 16, 16):
+                code, zero_point = load_int32(scratch.scale_codes, lane), load_float32(scratch.low, lane)
+                scale = decode_scale(numbers, code, 1.0)
+                error, weight, beyond = round_tile(
+                    numbers, scratch.tile, lane * TILE_INPUTS, TILE_INPUTS, scale, zero_point, scratch.words, 0
+                )
+                squared_scale = doubles(scale) * doubles(scale)
+                errors, weights = errors + doubles(error) * squared_scale, weights + doubles(weight) * squared_scale
+                clipped = clipped + beyond
+                store_codes(scratch.words, target.codes, strip + lane, chunk, source.columns)
+        for lane in range(0, vectors * 16, 16):
+            code, zero_point = load_int32(scratch.scale_codes, lane), load_float32(scratch.low, lane)
+            store_scales(numbers, target, strip + lane, 1, code, zero_point)
+    return lane_sum(errors), lane_sum(weights), lane_sum(clipped), largest_lane(peak)
