@@ -1,8 +1,8 @@
 """Checkpoint: a Llama 4 source, checked in full from headers alone, then read slice by slice.
 
-Opening costs milliseconds for a directory of any size and settles everything that can be settled without weights: it is a Llama 4, it
-is not already quantized, index and shards agree, no shard is truncated, and there are exactly the tensors, shapes and dtypes that
-``config.json`` implies.  All that is wrong is said at once, before any work is done.
+Opening costs milliseconds for a directory of any size and settles everything that can be settled without weights: it is a Llama 4,
+it is not already quantized, index and shards agree, no shard is truncated, and there are exactly the tensors, shapes and dtypes
+that ``config.json`` implies.  All that is wrong is said at once, before any work is done.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class Checkpoint:
             key = (matrix.tensor, matrix.expert)
             if key not in read:
                 buffer = workspace.take(f"source {len(read)}", self._nbytes(*key))
-                read[key] = self.read_slice(*key, buffer), xxhash.xxh3_64_hexdigest(buffer)
+                read[key] = self.read_slice(*key, buffer), xxhash.xxh3_64_hexdigest(buffer.data)
             stored, digest = read[key]
             weights.append(_logical(matrix, stored))
             digests.append(digest)
@@ -153,7 +153,7 @@ class Checkpoint:
         }
 
     def carried_files(self) -> list[Path]:
-        """Files that an artifact must keep: tokenizer, chat template, generation and preprocessor settings, licence, policy, notice."""
+        """What an artifact keeps: tokenizer, chat template, generation and preprocessor settings, licence, use policy, notice."""
         return sorted(item for item in self.directory.iterdir() if _CARRIED.fullmatch(item.name) and item.is_file())
 
     def close(self) -> None:
@@ -178,7 +178,7 @@ def _logical(matrix: WeightMatrix, stored: torch.Tensor) -> torch.Tensor:
 
 
 def _local_directory(source: str | Path, revision: str | None) -> Path | None:
-    """The directory that ``source`` names, or None when it must be a hub repository id.  Raises CheckpointError for anything else."""
+    """The directory that ``source`` names, None when it must be a hub repository id.  Raises CheckpointError for anything else."""
     path = Path(source)
     if path.is_dir():
         _no_revision(path, revision)
@@ -194,13 +194,13 @@ def _local_directory(source: str | Path, revision: str | None) -> Path | None:
 
 def _no_revision(path: Path, revision: str | None) -> None:
     if revision is not None:
-        raise CheckpointError(f"{path} is a local path, which has no revision {revision}. Leave the revision out, or give a hub repository id.")
+        raise CheckpointError(f"{path} is a local path; a revision ({revision}) is for hub repositories only. Leave it out.")
 
 
 def _read_config(path: Path) -> tuple[str, Llama4Config]:
     if not path.is_file():
         _refuse_other_formats(path.parent)
-        raise CheckpointError(f"{path.parent} has no {CONFIG_NAME}. Give the directory of a Llama 4 checkpoint as it was downloaded.")
+        raise CheckpointError(f"{path.parent} has no {CONFIG_NAME}. Give the directory of a Llama 4 checkpoint as downloaded.")
     data = read_small_file(path, _CONFIG_LIMIT)
     content = parse_object(data, str(path))
     return data.decode("utf-8"), parse_config(content)

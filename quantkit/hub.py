@@ -14,7 +14,7 @@ from quantkit.errors import CheckpointError
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
-# Weights and all that ``Checkpoint.carried_files`` may carry along; not the copy in Meta's own layout that releases keep in original/.
+# Weights, and what ``Checkpoint.carried_files`` carries along; not the copy in Meta's own layout that releases keep in original/.
 NEEDED = (
     "*.safetensors",
     "*.json",
@@ -57,7 +57,11 @@ def download_snapshot(repository: str, revision: str | None) -> Path:
 def _download(repository: str, revision: str | None, load: Callable[[], str]) -> Path:
     from huggingface_hub import errors
 
-    known = tuple(item for item in vars(errors).values() if isinstance(item, type) and issubclass(item, Exception))
+    # The hub's own errors have no common base, and connection errors are those of the HTTP library it happens to use.
+    known: tuple[type[Exception], ...] = tuple(
+        item for item in vars(errors).values() if isinstance(item, type) and issubclass(item, Exception)
+    )
+    expected = (*known, OSError, RuntimeError, ValueError)
     at = f"{repository}{f' at revision {revision}' if revision else ''}"
     try:
         return Path(load())
@@ -79,7 +83,7 @@ def _download(repository: str, revision: str | None, load: Callable[[], str]) ->
         ) from error
     except errors.EntryNotFoundError as error:
         raise CheckpointError(f"{at} lacks a file that every Llama 4 checkpoint has: {_first_line(error)}") from error
-    except (*known, OSError, RuntimeError, ValueError) as error:
+    except expected as error:
         raise CheckpointError(
             f"{at} cannot be downloaded: {_first_line(error)}. Run the same command again; finished parts are not downloaded twice."
         ) from error

@@ -1,13 +1,13 @@
 """The safetensors header, read and built side by side.
 
-A file is ``u64 little-endian N``, N bytes of JSON, then the data.  The JSON maps each tensor name to dtype, shape and the offsets of
-its bytes relative to the start of the data, plus an optional ``__metadata__`` map of strings.  Offsets cover the data without holes
-or overlap.
+A file is ``u64 little-endian N``, N bytes of JSON, then the data.  The JSON maps each tensor name to dtype, shape and the offsets
+of its bytes relative to the start of the data, plus an optional ``__metadata__`` map of strings.  Offsets cover the data without
+holes or overlap.
 
 ``read_header`` reads these N bytes and nothing more, so that a 400 GB checkpoint is checked in milliseconds, and takes nothing on
 trust: whatever the bytes are, either a consistent header comes back or a CheckpointError that says what is wrong.  ``build_header``
-makes the bytes that the reference library would write for the same tensors: ordered by dtype (largest first, in the library's order),
-then by name, so every tensor is aligned to its own element size; compact JSON, padded with spaces to 8 bytes.
+makes the bytes that the reference library would write for the same tensors: ordered by dtype (the library's order, backwards), then
+by name, so that larger elements come first and all are aligned; compact JSON, padded with spaces to 8 bytes.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ class Header:
 def read_header(path: str | Path) -> Header:
     """Read and check the header of a safetensors file.
 
-    Raises CheckpointError, and nothing else, when the file cannot be read, is no safetensors file, is truncated or too long, or when
-    its header contradicts itself.
+    Raises CheckpointError, and nothing else, when the file cannot be read, is no safetensors file, is truncated or too long, or
+    when its header contradicts itself.
     """
     path = Path(path)
     try:
@@ -114,7 +114,7 @@ def read_header(path: str | Path) -> Header:
             )
         if SIZE_BYTES + length > size:
             raise CheckpointError(
-                f"{path}: truncated: the header alone needs {SIZE_BYTES + length:,} bytes, the file has {size:,}. Download it again."
+                f"{path}: truncated: its header needs {SIZE_BYTES + length:,} bytes, the file has {size:,}. Download it again."
             )
         text = os.pread(descriptor, length, SIZE_BYTES)
     except OSError as error:
@@ -139,7 +139,7 @@ def read_header(path: str | Path) -> Header:
 def parse_header(text: bytes, where: str, digest: str = "") -> Header:
     """Parse and check the JSON part of a header.  ``where`` begins the message of the CheckpointError raised for any fault."""
     if text[:1] != b"{":
-        raise CheckpointError(f"{where}: not a safetensors file, or damaged: its header does not begin with '{{'. Download it again.")
+        raise CheckpointError(f"{where}: no safetensors file, or damaged: its header does not begin with '{{'. Download it again.")
     content = parse_object(text, f"{where}: the safetensors header")
     metadata = content.pop("__metadata__", None)
     if metadata is None:
@@ -151,7 +151,9 @@ def parse_header(text: bytes, where: str, digest: str = "") -> Header:
     for tensor in sorted(tensors.values(), key=lambda entry: (entry.begin, entry.end)):
         if tensor.begin != position:
             fault = "overlaps the tensor before it" if tensor.begin < position else "leaves a hole before it"
-            raise CheckpointError(f"{where}: tensor {brief(tensor.name)} begins at byte {tensor.begin}, which {fault}. Download the file again.")
+            raise CheckpointError(
+                f"{where}: tensor {brief(tensor.name)} begins at byte {tensor.begin}, which {fault}. Download the file again."
+            )
         position = tensor.end
     return Header(tensors, metadata, SIZE_BYTES + len(text), digest)
 

@@ -1,9 +1,8 @@
 """JSON from files that nobody has checked yet: one function to parse it, one to quote what it held.
 
 Python's parser takes what a file format must not: an object with the same key twice (the last one wins, silently), nesting until
-the stack ends, integers of any length, a byte order mark.  ``parse_object`` refuses all of it with a CheckpointError that says where,
-and nothing else comes out of it.  ``brief`` quotes a value of any size in one short piece, so that a hostile file cannot fill an
-error message.
+the stack ends, integers of any length.  ``parse_object`` refuses all of it with a CheckpointError that says where, and nothing else
+comes out of it.  ``brief`` quotes a value of any size in one short piece, so that a hostile file cannot fill an error message.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""TensorFiles: the safetensors files of one directory, their headers checked against each other, their tensors read piece by piece.
+"""TensorFiles: the safetensors files of one directory, headers checked against each other, tensors read piece by piece.
 
-Opening reads headers and the index only.  Tensors are then read with ``preadv`` straight into a buffer of the caller: a fused tensor
-of 21 GB is never held, only the expert asked for, and unlike a memory map the file's pages do not count as memory of this process.
-Reading releases the GIL and is thread-safe.  Each file is opened at its first read and kept; a file that changes or shrinks while it
-is in use is noticed at the next read of it.
+Opening reads headers and the index only.  Tensors are then read with ``preadv`` straight into a buffer of the caller: a fused
+tensor of 21 GB is never held, only the expert asked for, and unlike a memory map the file's pages do not count as memory of this
+process.  Reading releases the GIL and is thread-safe.  Each file is opened at its first read and kept; a file that changes or
+shrinks while it is in use is noticed at the next read of it.
 """
 
 from __future__ import annotations
@@ -118,9 +118,9 @@ class TensorFiles:
             shape = shape[1:]
         dtype = TORCH_DTYPES.get(location.dtype)
         if dtype is None:
-            raise CheckpointError(f"{location.path}: {_what(name, expert)} has dtype {location.dtype}, which quantkit does not read.")
+            raise CheckpointError(f"{location.path}: {_what(name, expert)} is {location.dtype}, which quantkit does not read.")
         data = np.empty(nbytes, np.uint8) if buffer is None else buffer[:nbytes]
-        self._fill(location, expert, memoryview(data), offset)
+        self._fill(location, expert, data.data, offset)
         return torch.from_numpy(data).view(dtype).view(shape)
 
     def chunks(self, name: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[memoryview]:
@@ -129,7 +129,7 @@ class TensorFiles:
         Each piece is valid until the next one is asked for: all share one buffer.
         """
         location = self.tensors[name]
-        buffer = memoryview(np.empty(min(chunk_bytes, location.nbytes), np.uint8))
+        buffer = np.empty(min(chunk_bytes, location.nbytes), np.uint8).data
         for start in range(0, location.nbytes, chunk_bytes):
             piece = buffer[: min(chunk_bytes, location.nbytes - start)]
             self._fill(location, None, piece, location.offset + start)
@@ -154,7 +154,7 @@ class TensorFiles:
                 count = os.preadv(descriptor, [target[done:]], offset + done)
                 if count == 0:
                     raise CheckpointError(
-                        f"{location.path} is truncated: {_what(location.name, expert)} lacks its last {len(target) - done:,} bytes. "
+                        f"{location.path} is truncated: {len(target) - done:,} bytes of {_what(location.name, expert)} are missing. "
                         "Download this file again."
                     )
                 done += count
@@ -219,11 +219,11 @@ def _check_names(directory: Path, names: list[str], weight_map: dict[str, str]) 
     listed = set(weight_map.values())
     problems = []
     if missing := sorted(listed.difference(names)):
-        problems.append(f"missing shards ({len(missing)} of {len(listed)}): {listing(missing)}. Download them again.")
+        problems.append(f"missing ({len(missing)} of {len(listed)}): {listing(missing)}. Download them again.")
     if extra := sorted(set(names) - listed):
-        problems.append(f"files that the index does not list ({len(extra)}): {listing(extra)}. Remove them, or download the index again.")
+        problems.append(f"not listed ({len(extra)}): {listing(extra)}. Remove them, or download the index again.")
     if problems:
-        raise CheckpointError(f"{directory}: the files are not those that {INDEX_NAME} lists:\n  " + "\n  ".join(problems))
+        raise CheckpointError(f"{directory}: safetensors files are not as {INDEX_NAME} lists them.\n  " + "\n  ".join(problems))
 
 
 def _no_index(directory: Path, names: list[str]) -> str:
@@ -274,5 +274,6 @@ def _check_placement(path: Path, headers: dict[Path, Header], weight_map: dict[s
     ]
     if problems:
         raise CheckpointError(
-            f"{path}: the shards and {INDEX_NAME} contradict each other. Download them again, from one revision.\n  " + "\n  ".join(problems)
+            f"{path}: the shards and {INDEX_NAME} contradict each other. Download them again, from one revision.\n  "
+            + "\n  ".join(problems)
         )
