@@ -58,10 +58,8 @@ def _download(repository: str, revision: str | None, load: Callable[[], str]) ->
     from huggingface_hub import errors
 
     # The hub's own errors have no common base, and connection errors are those of the HTTP library it happens to use.
-    known: tuple[type[Exception], ...] = tuple(
-        item for item in vars(errors).values() if isinstance(item, type) and issubclass(item, Exception)
-    )
-    expected = (*known, OSError, RuntimeError, ValueError)
+    known = [item for item in vars(errors).values() if isinstance(item, type) and issubclass(item, Exception)]
+    expected: tuple[type[Exception], ...] = (*known, OSError, RuntimeError, ValueError)
     at = f"{repository}{f' at revision {revision}' if revision else ''}"
     try:
         return Path(load())

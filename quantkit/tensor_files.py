@@ -154,7 +154,7 @@ class TensorFiles:
                 count = os.preadv(descriptor, [target[done:]], offset + done)
                 if count == 0:
                     raise CheckpointError(
-                        f"{location.path} is truncated: {len(target) - done:,} bytes of {_what(location.name, expert)} are missing. "
+                        f"{location.path} is truncated: {_what(location.name, expert)} lacks {len(target) - done:,} bytes. "
                         "Download this file again."
                     )
                 done += count
