@@ -44,9 +44,9 @@ def reporting(as_json: bool, resume: Sequence[str] | None = None) -> Iterator[No
     try:
         yield
     except (KeyboardInterrupt, Interrupted):
-        message = "the run was stopped; nothing incomplete stands under a final name"
+        message = "the command was stopped"
         if resume is not None:
-            message = f"the run was stopped; finished work is kept. Run the same command again to resume:\n  {shlex.join(resume)}"
+            message = f"finished work is kept; the same command resumes it:\n  {shlex.join(resume)}"
         _fail("Interrupted", message, INTERRUPTED_EXIT_CODE, as_json)
     except QuantkitError as error:
         _fail(type(error).__name__, str(error), error.exit_code, as_json)

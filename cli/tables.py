@@ -43,6 +43,10 @@ def _role_name(role: str) -> str:
     return role.replace("_", " ")
 
 
+def _many(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def _heading(console: Console, heading: str) -> None:
     console.print()
     console.print(Text(heading, style="bold"), soft_wrap=True)
@@ -64,7 +68,7 @@ def print_conversion(console: Console, result: ConvertResult, roles: Mapping[str
     if result.seconds > 0 and not any(artifact.units_resumed for artifact in result.artifacts):
         rate = f", {text.size(result.source_bytes / result.seconds)}/s of source"
     console.print()
-    made = f"{count} artifact{'s' if count > 1 else ''} from {text.size(result.source_bytes)} of source"
+    made = f"{_many(count, 'artifact')} from {text.size(result.source_bytes)} of source"
     console.print(f"{made} in {text.duration(result.seconds)}{rate}", highlight=False)
 
 
@@ -146,7 +150,7 @@ def _client_table(artifact: ArtifactPlan) -> Table:
 
 def _gpu_table(fits: list[GpuFit]) -> Table:
     counts = sorted({fit.count for fit in fits})
-    table = _table(("memory each",), [f"{count} GPU{'s' if count > 1 else ''}" for count in counts])
+    table = _table(("memory each",), [_many(count, "GPU") for count in counts])
     by_place = {(fit.gigabytes, fit.count): fit for fit in fits}
     for gigabytes in sorted({fit.gigabytes for fit in fits}):
         cells = []
@@ -185,7 +189,8 @@ def print_inspection(console: Console, inspection: Inspection) -> None:
     kind = "quantized" if inspection.kind == "artifact" else "not quantized"
     console.print(f"{inspection.model}", highlight=False, soft_wrap=True)
     sizes = f"{text.count(inspection.parameters)} parameters, {text.size(inspection.bytes)}"
-    console.print(f"{sizes} in {len(inspection.files)} files, {kind}, format {inspection.format}", highlight=False, soft_wrap=True)
+    files = _many(len(inspection.files), "file")
+    console.print(f"{sizes} in {files}, {kind}, format {inspection.format}", highlight=False, soft_wrap=True)
     console.print()
     console.print(role_table(inspection.roles))
     width = max((len(name) for name, _ in inspection.files), default=0)
