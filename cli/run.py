@@ -10,7 +10,6 @@ import json
 import os
 import shlex
 import signal
-import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from typing import Any
 import typer
 
 INTERRUPTED_EXIT_CODE = 130
+STDERR = 2
 STOPPING = "Stopping: units in flight are being finished ..."
 
 
@@ -81,7 +81,7 @@ def stopping_on_signals(stop: threading.Event, announce: bool) -> Iterator[None]
         first = not stop.is_set()
         stop.set()
         if announce and first:
-            os.write(sys.stderr.fileno(), f"\n{STOPPING}\n".encode())  # no lock: the main thread may be amid a print
+            os.write(STDERR, f"\n{STOPPING}\n".encode())  # no lock: the main thread may be amid a print
         raise KeyboardInterrupt
 
     former = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
