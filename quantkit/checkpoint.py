@@ -7,6 +7,7 @@ that ``config.json`` implies.  All that is wrong is said at once, before any wor
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from quantkit.errors import AlreadyQuantizedError, CheckpointError, UnsupportedM
 from quantkit.hub import download_file, download_snapshot, is_repository_id
 from quantkit.llama4 import FLOAT_DTYPES, Llama4Config, Unit, WeightMatrix, inventory, parse_config
 from quantkit.strict_json import parse_object
-from quantkit.tensor_files import CHUNK_BYTES, TensorFiles, TensorLocation, listing, read_small_file
+from quantkit.tensor_files import CHUNK_BYTES, TensorFiles, TensorLocation, list_directory, listing, read_small_file
 from quantkit.workspace import Workspace
 
 __all__ = ["Checkpoint", "TensorFiles", "TensorLocation", "load_config"]
@@ -58,14 +59,14 @@ def load_config(source: str | Path, revision: str | None = None) -> tuple[str, L
     Returns (exact text, parsed config, the directory when weights lie in it too, else None).  Raises CheckpointError.
     """
     path = Path(source)
-    if path.is_file() and path.suffix == ".json":
+    if path.suffix == ".json" and os.path.isfile(path):
         _no_revision(path, revision)
     elif (directory := _local_directory(source, revision)) is not None:
         path = directory / CONFIG_NAME
     else:
         path = download_file(str(source), CONFIG_NAME, revision)
     text, config = _read_config(path)
-    has_weights = any(item.suffix == ".safetensors" for item in path.parent.iterdir())
+    has_weights = any(name.endswith(".safetensors") for name in list_directory(path.parent))
     return text, config, path.parent if has_weights else None
 
 
@@ -154,7 +155,8 @@ class Checkpoint:
 
     def carried_files(self) -> list[Path]:
         """What an artifact keeps: tokenizer, chat template, generation and preprocessor settings, licence, use policy, notice."""
-        return sorted(item for item in self.directory.iterdir() if _CARRIED.fullmatch(item.name) and item.is_file())
+        carried = [self.directory / name for name in list_directory(self.directory) if _CARRIED.fullmatch(name)]
+        return [path for path in carried if path.is_file()]
 
     def close(self) -> None:
         """Close the shards."""
@@ -180,12 +182,12 @@ def _logical(matrix: WeightMatrix, stored: torch.Tensor) -> torch.Tensor:
 def _local_directory(source: str | Path, revision: str | None) -> Path | None:
     """The directory that ``source`` names, None when it must be a hub repository id.  Raises CheckpointError for anything else."""
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(path):
         _no_revision(path, revision)
         return path
     if path.suffix == ".gguf":
         raise UnsupportedModelError(f"{path} is a GGUF file. quantkit reads the BF16 safetensors release that it was made from.")
-    if path.exists():
+    if os.path.exists(path):
         raise CheckpointError(f"{path} is a file. Give the directory that holds {CONFIG_NAME} and the safetensors shards.")
     if not is_repository_id(str(source)):
         raise CheckpointError(f"there is no directory {source}. Give a local directory or a hub repository id such as owner/name.")
@@ -198,17 +200,20 @@ def _no_revision(path: Path, revision: str | None) -> None:
 
 
 def _read_config(path: Path) -> tuple[str, Llama4Config]:
-    if not path.is_file():
+    if not os.path.isfile(path):
         _refuse_other_formats(path.parent)
         raise CheckpointError(f"{path.parent} has no {CONFIG_NAME}. Give the directory of a Llama 4 checkpoint as downloaded.")
     data = read_small_file(path, _CONFIG_LIMIT)
     content = parse_object(data, str(path))
-    return data.decode("utf-8"), parse_config(content)
+    try:
+        return data.decode("utf-8"), parse_config(content)
+    except CheckpointError as error:
+        raise type(error)(f"{path.parent}: {error}") from error
 
 
 def _refuse_other_formats(directory: Path) -> None:
     """Name the format when the weights are there but are not safetensors."""
-    names = sorted(item.name for item in directory.iterdir())
+    names = list_directory(directory)
     if any(name.endswith(".safetensors") for name in names):
         return
     advice = "quantkit reads safetensors only: download the safetensors release of this model."
@@ -224,7 +229,7 @@ def _refuse_other_formats(directory: Path) -> None:
 
 def _refuse_quantized(directory: Path, tensors: dict[str, TensorLocation]) -> None:
     advice = "Use the BF16 release that it was made from."
-    if (directory / "hf_quant_config.json").is_file():
+    if os.path.isfile(directory / "hf_quant_config.json"):
         raise AlreadyQuantizedError(f"{directory} is already quantized: it holds ModelOpt's hf_quant_config.json. {advice}")
     for name, tensor in tensors.items():
         if method := _QUANTIZED_NAMES.get(name.rpartition(".")[2]):

@@ -52,6 +52,7 @@ DTYPE_BITS = {
 }
 _ORDER = {dtype: position for position, dtype in enumerate(DTYPE_BITS)}
 MAX_HEADER_BYTES = 100_000_000  # the reference library refuses larger ones
+MAX_DIMENSIONS = 64  # of a torch tensor
 SIZE_BYTES = 8
 _LIMIT = 2**63  # no count of elements or bytes reaches this
 
@@ -167,7 +168,7 @@ def _parse_entry(name: str, entry: Any, where: str) -> TensorEntry:
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise fault(f"unknown dtype {brief(dtype)}")
-    if not isinstance(shape, list) or not all(map(_is_count, shape)):
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_count, shape)):
         raise fault(f"shape is {brief(shape)}; expected a list of sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
         raise fault(f"data_offsets is {brief(offsets)}; expected two byte positions")

@@ -91,8 +91,9 @@ class TensorFiles:
         path = Path(path)
         weight_map: dict[str, str] | None = None
         if path.is_dir():
-            names = sorted(item.name for item in path.iterdir() if item.suffix == ".safetensors" and not item.name.startswith("."))
-            if (path / INDEX_NAME).exists():
+            found = list_directory(path)
+            names = [name for name in found if name.endswith(".safetensors") and not name.startswith(".")]
+            if INDEX_NAME in found:
                 weight_map = _read_index(path / INDEX_NAME)
                 _check_names(path, names, weight_map)
             elif names != [SINGLE_NAME]:
@@ -113,6 +114,8 @@ class TensorFiles:
         location = self.tensors[name]
         shape, nbytes, offset = location.shape, location.nbytes, location.offset
         if expert is not None:
+            if not 0 <= expert < shape[0]:
+                raise IndexError(f"{_what(name, expert)}: there are {shape[0]}")
             nbytes //= shape[0]
             offset += expert * nbytes
             shape = shape[1:]
@@ -185,6 +188,14 @@ class TensorFiles:
 
 def _what(name: str, expert: int | None) -> str:
     return f"tensor {name}" if expert is None else f"tensor {name}, expert {expert}"
+
+
+def list_directory(directory: Path) -> list[str]:
+    """The names of all entries, sorted.  Raises CheckpointError when the directory cannot be read."""
+    try:
+        return sorted(os.listdir(directory))
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be read: {error.strerror}. Check the path and its permissions.") from error
 
 
 def read_small_file(path: Path, limit: int) -> bytes:
