@@ -6,8 +6,9 @@
     for artifact in result.artifacts:
         quantkit.verify(artifact.directory)
 
-``__all__`` is the public API.  A few functions carry the name of the module they live in (``quantkit.convert``, ``quantkit.plan``,
-``quantkit.verify``): as attributes of the package these are the functions; import other names with ``from quantkit.plan import ...``.
+``__all__`` is the public API.  A few functions carry the name of the module they live in (``quantkit.convert``,
+``quantkit.plan``, ``quantkit.verify``): as attributes of the package these are the functions; import other names with ``from
+quantkit.plan import ...``.
 """
 
 from __future__ import annotations

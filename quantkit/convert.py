@@ -293,7 +293,7 @@ def _same_assignment(matrices: Sequence[WeightMatrix], assignments: dict[str, As
 
 def _raw(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, without a copy."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _check_finite(data: memoryview | torch.Tensor, dtype: str, name: str) -> None:

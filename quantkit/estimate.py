@@ -1,9 +1,10 @@
 """What a run costs: memory, disk, time, and which GPUs can hold the result.
 
-Sizes come from the plan and are exact.  Memory is a bound derived from the largest unit and the number of workers.  Time is an
-estimate: a probe of about a second measures how fast this machine reads the source, writes to the output's disk, hashes, and quantizes
-with each scheme of the plan; the run is as slow as the slowest of disk and cores.  The GPU table divides weights over tensor-parallel GPUs
-and states its two assumptions: the share of memory an engine may use and what it needs beside weights and KV cache.
+Sizes come from the plan and are exact.  Memory is a bound derived from the largest unit and the number of workers.  Time is
+an estimate: a probe of about a second measures how fast this machine reads the source, writes to the output's disk, hashes,
+and quantizes with each scheme of the plan; the run is as slow as the slowest of disk and cores.  The GPU table divides
+weights over tensor-parallel GPUs and states its two assumptions: the share of memory an engine may use and what it needs
+beside weights and KV cache.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ class CostEstimate:
 class GpuFit:
     """Whether an artifact fits on ``count`` GPUs of ``gigabytes`` each with tensor parallelism, and the room left.
 
-    context_tokens: how many tokens of KV cache (BF16) the room holds, all sequences together.  fits: that is at least the context asked.
+    context_tokens: how many tokens of KV cache (BF16) the room holds, all sequences together.  fits: that is at least the
+    context asked.
     """
 
     gigabytes: int
@@ -63,7 +65,9 @@ class GpuFit:
 
 
 def unit_memory(unit: Unit, artifacts: Sequence[ArtifactPlan], config: Llama4Config) -> int:
-    """Bytes one worker holds for this unit: its source slice, one byte per code, and the encoded tensors of one artifact at a time."""
+    """Bytes one worker holds for this unit: its source slice, one byte per code, and the encoded tensors of one artifact at a
+    time.
+    """
     if unit.copies:
         return COPY_CHUNK_BYTES
     elements = sum(math.prod(matrix.shape) for matrix in unit.matrices)
@@ -95,23 +99,24 @@ def estimate_cost(plan: Plan, output: Path, *, workers: int | None = None, sampl
     """
     count = workers or default_workers(plan)
     largest = sorted((unit_memory(unit, plan.artifacts, plan.config) for unit in plan.units), reverse=True)[:count]
-    source = sum(
-        math.prod(item.shape) * DTYPE_BYTES[plan.config.dtype] for unit in plan.units for item in (*unit.matrices, *unit.copies)
-    )
+    source = sum(math.prod(item.shape) * DTYPE_BYTES[plan.config.dtype] for unit in plan.units for item in unit.items)
     disk = sum(artifact.total_bytes for artifact in plan.artifacts)
     rates = _probe(plan, output, sample)
     seconds: float | None = None
     if "write" in rates:
         transfer = source / rates.get("read", rates["write"]) + disk / rates["write"]
-        compute = sum(_elements(plan, artifact, name) / rate for artifact in plan.artifacts for name, rate in rates.items() if name in _schemes(artifact))
+        compute = sum(
+            _elements(plan, artifact, name) / rate
+            for artifact in plan.artifacts
+            for name, rate in rates.items()
+            if name in _schemes(artifact)
+        )
         seconds = max(transfer, compute / count) + disk / (rates["hash"] * count)
     return CostEstimate(count, sum(largest), 0, disk, source, seconds, rates)
 
 
 def _schemes(artifact: ArtifactPlan) -> dict[str, tuple[Scheme, str, bool]]:
-    return {
-        a.scheme.name: (a.scheme, a.method, a.clip_search) for a in artifact.assignments.values() if a.scheme is not None
-    }
+    return {a.scheme.name: (a.scheme, a.method, a.clip_search) for a in artifact.assignments.values() if a.scheme is not None}
 
 
 def _elements(plan: Plan, artifact: ArtifactPlan, scheme: str) -> int:
@@ -167,7 +172,9 @@ def kv_cache_bytes_per_token(config: Llama4Config) -> int:
 
 
 def gpu_fits(artifact_bytes: int, config: Llama4Config, context: int) -> list[GpuFit]:
-    """For each GPU size and count: whether weights and ``context`` tokens of KV cache fit, and how many tokens there is room for."""
+    """For each GPU size and count: whether weights and ``context`` tokens of KV cache fit, and how many tokens there is room
+    for.
+    """
     rows = []
     for gigabytes in GPU_GIGABYTES:
         for count in GPU_COUNTS:

@@ -40,7 +40,8 @@ _PARTS = re.compile(
 
 @dataclass(frozen=True)
 class Inspection:
-    """What stands at ``path``.  kind: ``source`` or ``artifact``.  format: how it is stored.  parameters: of the model, by its config,
+    """What stands at ``path``.  kind: ``source`` or ``artifact``.  format: how it is stored.  parameters: of the model, by
+    its config,
     or the stored elements when there is no config.  notes: what a reader should know."""
 
     path: Path
@@ -106,7 +107,8 @@ def _describe(config: Llama4Config | None) -> str:
         return "unknown (no config.json)"
     moe = sum(config.moe_layers)
     vision = f", vision tower of {config.vision.num_hidden_layers} layers" if config.vision else ", text only"
-    return f"Llama 4, {config.num_layers} layers, {moe} of them with {config.num_experts} experts, hidden size {config.hidden_size}{vision}"
+    layers = f"{config.num_layers} layers, {moe} of them with {config.num_experts} experts"
+    return f"Llama 4, {layers}, hidden size {config.hidden_size}{vision}"
 
 
 def _rows(

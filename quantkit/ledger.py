@@ -26,9 +26,10 @@ LEDGER_VERSION = 1
 class LedgerEntry:
     """One line of the ledger.
 
-    asked, applied: scheme names; they must be equal.  source_digest: xxh3-64 of the source bytes of the unit that the tensor was made
-    from (for gate and up, the expert's whole gate_up slice).  relative_error: relative L2.  clipped: share of weights beyond the
-    largest stored value of their scale.  scale_minimum, scale_maximum: over all scales of the matrix.  A kept tensor has zeros there.
+    asked, applied: scheme names; they must be equal.  source_digest: xxh3-64 of the source bytes of the unit that the tensor
+    was made from (for gate and up, the expert's whole gate_up slice).  relative_error: relative L2.  clipped: share of
+    weights beyond the largest stored value of their scale.  scale_minimum, scale_maximum: over all scales of the matrix.  A
+    kept tensor has zeros there.
     """
 
     name: str
@@ -54,9 +55,7 @@ class LedgerEntry:
 def kept_entry(item: WeightMatrix | SourceTensor, source_digest: str) -> LedgerEntry:
     """The entry of a tensor that is stored as in the source."""
     expert = item.expert if isinstance(item, WeightMatrix) else None
-    return LedgerEntry(
-        item.name, item.role, item.layer, expert, KEEP, KEEP, "copy", False, math.prod(item.shape), source_digest
-    )
+    return LedgerEntry(item.name, item.role, item.layer, expert, KEEP, KEEP, "copy", False, math.prod(item.shape), source_digest)
 
 
 def quantized_entry(
@@ -98,7 +97,9 @@ def read_ledger(data: bytes) -> list[LedgerEntry]:
     try:
         parsed = json.loads(data)
         if parsed["quantkit_ledger"] != LEDGER_VERSION:
-            raise LedgerError(f"ledger.json has version {parsed['quantkit_ledger']!r}; this quantkit reads version {LEDGER_VERSION}")
+            raise LedgerError(
+                f"ledger.json has version {parsed['quantkit_ledger']!r}; this quantkit reads version {LEDGER_VERSION}"
+            )
         return [LedgerEntry(**entry) for entry in parsed["tensors"]]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise LedgerError(f"ledger.json cannot be read: {error}") from error
@@ -113,7 +114,8 @@ def check_entry(entry: LedgerEntry, assignment: Assignment) -> None:
         raise LedgerError(f"{entry.name}: error or scales are not finite after quantizing to {asked}; nothing was published")
     if assignment.maximum_error is not None and entry.relative_error > assignment.maximum_error:
         raise LedgerError(
-            f"{entry.name}: relative error {entry.relative_error:.4f} with {asked} is above the bound {assignment.maximum_error:g}. "
+            f"{entry.name}: relative error {entry.relative_error:.4f} with {asked} is above the bound "
+            f"{assignment.maximum_error:g}. "
             "Give this tensor a finer scheme in a recipe, or raise maximum_error there if this is expected."
         )
 

@@ -87,6 +87,11 @@ class Unit:
     matrices: tuple[WeightMatrix, ...] = ()
     copies: tuple[SourceTensor, ...] = ()
 
+    @property
+    def items(self) -> tuple[WeightMatrix | SourceTensor, ...]:
+        """Everything that a recipe gives a scheme to."""
+        return (*self.matrices, *self.copies)
+
 
 def inventory(config: Llama4Config) -> list[SourceTensor]:
     """Every tensor that a checkpoint of this config must contain, in natural order, each with its role."""

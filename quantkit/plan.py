@@ -1,9 +1,9 @@
 """Plan: every tensor, its scheme, its place in the output and what it costs, before any weight is read.
 
-From the config and the recipes follow names, shapes and dtypes of all outputs, hence every header, offset and file size.  The same
-plan is what ``quantkit plan`` prints, what the writer preallocates, and what the ledger is checked against; so the prediction cannot
-drift from the run.  A plan needs no weights; given an opened checkpoint it also knows the files that are carried along and the true
-source dtypes, and then the size of every single output file is exact.
+From the config and the recipes follow names, shapes and dtypes of all outputs, hence every header, offset and file size.  The
+same plan is what ``quantkit plan`` prints, what the writer preallocates, and what the ledger is checked against; so the
+prediction cannot drift from the run.  A plan needs no weights; given an opened checkpoint it also knows the files that are
+carried along and the true source dtypes, and then the size of every single output file is exact.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from quantkit import ledger
 from quantkit.errors import RecipeError
 from quantkit.formats import FORMATS
 from quantkit.formats.base import ClientNote, OutputFile, OutputTensor
+from quantkit.grid import QuantizationStatistics
 from quantkit.llama4 import Llama4Config, Role, Unit, units
 from quantkit.recipe import Assignment, Recipe, assign
 from quantkit.scheme import Scheme
@@ -111,7 +112,9 @@ def make_plan(
     if max_shard_bytes < 1:
         raise RecipeError(f"the largest shard size is {max_shard_bytes}; expected a positive number of bytes")
     work = units(config)
-    artifacts = tuple(_plan_artifact(config_text, config, work, recipe, max_shard_bytes, dtypes, provenance, carried) for recipe in recipes)
+    artifacts = tuple(
+        _plan_artifact(config_text, config, work, recipe, max_shard_bytes, dtypes, provenance, carried) for recipe in recipes
+    )
     return Plan(config, tuple(work), artifacts, provenance, tuple(carried))
 
 
@@ -160,7 +163,7 @@ def _dtype(dtypes: Mapping[str, str] | None, name: str, config: Llama4Config) ->
 
 
 def _blank_entries(work: list[Unit], assignments: Mapping[str, Assignment]) -> list[ledger.LedgerEntry]:
-    blank = ledger.QuantizationStatistics(0.0, 0.0, 0, 0.0, 0.0)
+    blank = QuantizationStatistics(0.0, 0.0, 0, 0.0, 0.0)
     entries = []
     for unit in work:
         for copy in unit.copies:
@@ -192,7 +195,7 @@ def summarize_roles(plan: Plan, artifact: ArtifactPlan) -> list[RoleSummary]:
     """Per role: schemes, tensors, parameters and bytes, in the order of the model."""
     rows: dict[Role, tuple[set[str], int, int, int]] = {}
     for unit in plan.units:
-        items = (*unit.matrices, *unit.copies)
+        items = unit.items
         schemes, tensors, parameters, size = rows.get(unit.role, (set(), 0, 0, 0))
         for item in items:
             scheme = artifact.assignments[item.name].scheme

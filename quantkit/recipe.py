@@ -25,8 +25,8 @@ so exceptions stand above the general rule.  A rule matches by role, by layer an
     [[rules]]
     scheme = "keep"                          # everything else is stored as in the source
 
-Nothing is silent: a tensor that no rule matches, a rule that decides nothing, and a quantizing rule that reaches a tensor which must
-stay as it is (router, norms, embedding, head, vision) are errors that name the tensor or the rule.
+Nothing is silent: a tensor that no rule matches, a rule that decides nothing, and a quantizing rule that reaches a tensor
+which must stay as it is (router, norms, embedding, head, vision) are errors that name the tensor or the rule.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ QUANTIZABLE_ROLES: tuple[Role, ...] = ("routed_expert", "shared_expert", "dense_
 FEED_FORWARD_ROLES: tuple[Role, ...] = ("routed_expert", "shared_expert", "dense_mlp")
 METHOD_NAMES = ("rtn",)
 
-# Relative L2 error of one matrix above which a run fails, by number family.  Round-to-nearest stays below these for weights as heavy
-# tailed as Student's t with 3 degrees of freedom; more means a damaged source or a wrong axis.  A recipe can state its own.
+# Relative L2 error of one matrix above which a run fails, by number family.  Round-to-nearest stays below these for weights
+# as heavy tailed as Student's t with 3 degrees of freedom; more means a damaged source or a wrong axis.  A recipe can state
+# its own.
 MAXIMUM_ERROR = {"int8": 0.12, "fp8": 0.06, "int4": 0.45, "fp4": 0.25}
 
 
@@ -63,7 +64,6 @@ class Rule:
     name: str | None = None
     method: str = "rtn"
     clip_search: bool | None = None
-
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,10 @@ def resolve_recipe(target: str | Path | Recipe) -> Recipe:
     path = Path(target)
     if path.suffix == ".toml" or path.is_file():
         return load_recipe(path)
-    raise RecipeError(f"unknown preset {str(target)!r}{_suggest(str(target), list(PRESETS))}. Presets: {', '.join(PRESETS)}; or give a recipe file (.toml)")
+    raise RecipeError(
+        f"unknown preset {str(target)!r}{_suggest(str(target), list(PRESETS))}. "
+        f"Presets: {', '.join(PRESETS)}; or give a recipe file (.toml)"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ TOML files
@@ -228,8 +231,8 @@ def _suggest(word: str, known: list[str]) -> str:
 def assign(recipe: Recipe, units: list[Unit]) -> dict[str, Assignment]:
     """The assignment of every matrix and copied tensor of ``units``, by name.
 
-    Raises RecipeError that lists every unmatched tensor, every rule that decides nothing, and every tensor that a rule quantizes but
-    that must stay as it is.
+    Raises RecipeError that lists every unmatched tensor, every rule that decides nothing, and every tensor that a rule
+    quantizes but that must stay as it is.
     """
     table = [_assignment(recipe, rule) for rule in recipe.rules]
     ranges = [parse_layers(rule.layers) if rule.layers is not None else None for rule in recipe.rules]
@@ -238,7 +241,7 @@ def assign(recipe: Recipe, units: list[Unit]) -> dict[str, Assignment]:
     result: dict[str, Assignment] = {}
     problems: list[str] = []
     for unit in units:
-        for item in (*unit.matrices, *unit.copies):
+        for item in unit.items:
             for index, rule in enumerate(recipe.rules):
                 if rule.roles is not None and item.role not in rule.roles:
                     continue
@@ -272,5 +275,9 @@ def _assignment(recipe: Recipe, rule: Rule) -> Assignment:
 
 
 def _describe(rule: Rule) -> str:
-    parts = [f"{key} = {value}" for key, value in asdict(rule).items() if value is not None and key in ("scheme", "roles", "layers", "name")]
+    parts = [
+        f"{key} = {value}"
+        for key, value in asdict(rule).items()
+        if value is not None and key in ("scheme", "roles", "layers", "name")
+    ]
     return ", ".join(parts)

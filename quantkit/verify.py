@@ -152,7 +152,9 @@ def _check_manifest(path: Path, manifest: dict[str, Any]) -> str:
     listed = manifest.get("files")
     if not isinstance(listed, dict) or not all(isinstance(entry, dict) for entry in listed.values()):
         raise ArtifactError("manifest.json lists no files")
-    problems = [f"{item.name} is not listed" for item in sorted(path.iterdir()) if item.name not in listed and item.name != "manifest.json"]
+    problems = [
+        f"{item.name} is not listed" for item in sorted(path.iterdir()) if item.name not in listed and item.name != "manifest.json"
+    ]
     size = 0
     for name, entry in listed.items():
         file = path / name
@@ -189,7 +191,9 @@ def _check_tensors(artifact: _Artifact) -> str:
     problems += [f"{name} is not expected" for name in found if name not in expected]
     for name, tensor in expected.items():
         if name in found and (found[name].shape != tensor.shape or found[name].dtype != tensor.dtype):
-            problems.append(f"{name} is {found[name].dtype} {list(found[name].shape)}; expected {tensor.dtype} {list(tensor.shape)}")
+            problems.append(
+                f"{name} is {found[name].dtype} {list(found[name].shape)}; expected {tensor.dtype} {list(tensor.shape)}"
+            )
     if problems:
         raise ArtifactError(f"{len(problems)} problems: " + "; ".join(problems[:8]) + ("; ..." if len(problems) > 8 else ""))
     return f"{len(expected)} tensors have the names, shapes and dtypes that config.json implies"
@@ -228,7 +232,8 @@ def _check_ledger(artifact: _Artifact, entries: dict[str, ledger.LedgerEntry]) -
     if len(entries) != len(wanted):
         raise LedgerError(f"the ledger has {len(entries)} entries; expected {len(wanted)}")
     quantized = [entry.relative_error for entry in entries.values() if entry.applied != "keep"]
-    return f"{len(quantized)} matrices quantized as asked, {len(entries) - len(quantized)} tensors kept, worst error {max(quantized, default=0):.4f}"
+    kept, worst = len(entries) - len(quantized), max(quantized, default=0.0)
+    return f"{len(quantized)} matrices quantized as asked, {kept} tensors kept, worst error {worst:.4f}"
 
 
 def _check_decodes(artifact: _Artifact, chosen: list[tuple[WeightMatrix, Scheme]]) -> str:
@@ -271,4 +276,5 @@ def _check_source(
             if not abs(error - stated) <= ERROR_TOLERANCE * max(1.0, stated):
                 raise ArtifactError(f"{matrix.name}: relative error to the source is {error:.6f}; the ledger says {stated:.6f}")
             worst = max(worst, error)
-        return f"{kept} kept tensors equal the source; {len(chosen)} matrices are as far from it as the ledger says (worst {worst:.4f})"
+        sampled = f"{len(chosen)} matrices are as far from it as the ledger says (worst {worst:.4f})"
+        return f"{kept} kept tensors equal the source; {sampled}"

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from quantkit.convert import Progress, convert, plan
@@ -77,10 +76,9 @@ def test_kept_tensors_and_carried_files_are_equal_to_the_source(tmp_path: Path) 
     for shard in DEMO.glob("*.safetensors"):
         source |= load_file(shard)
     for path in made.directory.glob("*.safetensors"):
-        with safe_open(path, "pt") as stored:
-            for name in stored.keys():
-                if "feed_forward" not in name or "router" in name:
-                    assert torch.equal(stored.get_tensor(name).view(torch.uint8), source.pop(name).view(torch.uint8)), name
+        for name, stored in load_file(path).items():
+            if "feed_forward" not in name or "router" in name:
+                assert torch.equal(stored.view(torch.uint8), source.pop(name).view(torch.uint8)), name
     assert all("feed_forward" in name for name in source)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         assert (made.directory / name).read_bytes() == (DEMO / name).read_bytes()
@@ -94,7 +92,8 @@ def test_progress_counts_every_unit_and_ends_complete(tmp_path: Path) -> None:
     convert(DEMO, ["fp8-dynamic"], tmp_path, progress=seen.append, workers=3)
     converted = [event for event in seen if event.phase == "convert"]
     assert [event.units_done for event in converted] == list(range(1, len(converted) + 1))
-    assert converted[-1].units_done == converted[-1].units_total and converted[-1].bytes_done == converted[-1].bytes_total
+    assert converted[-1].units_done == converted[-1].units_total
+    assert converted[-1].bytes_done == converted[-1].bytes_total
     assert any("experts.15" in event.current for event in converted)
     assert {event.phase for event in seen[len(converted) :]} <= {"check"}
     assert seen[-1].bytes_done == seen[-1].bytes_total
@@ -123,7 +122,8 @@ def test_a_run_may_be_resumed_with_more_targets(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         convert(DEMO, ["w8a8"], tmp_path, progress=lambda event: stop.set() if event.units_done == 20 else None, stop=stop)
     first, second = convert(DEMO, ["w8a8", "mxfp4a16"], tmp_path).artifacts
-    assert first.units_resumed >= 20 and second.units_resumed == 0
+    assert first.units_resumed >= 20
+    assert second.units_resumed == 0
     verify(first.directory, DEMO)
     verify(second.directory, DEMO)
 
@@ -152,14 +152,28 @@ def test_existing_artifacts_are_kept_unless_forced(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensor", "index", "expected"),
     [
-        ("language_model.model.layers.1.feed_forward.experts.gate_up_proj", (3, 7, 9), "layers.1.feed_forward.experts.gate_up_proj.*expert 3"),
-        ("language_model.model.layers.1.feed_forward.experts.down_proj", (2, 0, 0), "layers.1.feed_forward.experts.down_proj.*expert 2"),
-        ("language_model.model.layers.0.feed_forward.shared_expert.up_proj.weight", (3, 4), "layers.0.feed_forward.shared_expert.up_proj"),
+        (
+            "language_model.model.layers.1.feed_forward.experts.gate_up_proj",
+            (3, 7, 9),
+            "layers.1.feed_forward.experts.gate_up_proj.*expert 3",
+        ),
+        (
+            "language_model.model.layers.1.feed_forward.experts.down_proj",
+            (2, 0, 0),
+            "layers.1.feed_forward.experts.down_proj.*expert 2",
+        ),
+        (
+            "language_model.model.layers.0.feed_forward.shared_expert.up_proj.weight",
+            (3, 4),
+            "layers.0.feed_forward.shared_expert.up_proj",
+        ),
         ("language_model.model.layers.1.feed_forward.router.weight", (0, 0), "layers.1.feed_forward.router"),
         ("language_model.model.layers.1.self_attn.k_proj.weight", (0, 1), "layers.1.self_attn.k_proj"),
     ],
 )
-def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, tensor: str, index: tuple[int, ...], expected: str, value: float) -> None:
+def test_a_weight_that_is_not_finite_is_named(
+    tmp_path: Path, tensor: str, index: tuple[int, ...], expected: str, value: float
+) -> None:
     source = tmp_path / "source"
     write_tiny_model(source, "scout", seed=2)
     for shard in source.glob("*.safetensors"):
@@ -174,7 +188,9 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, tensor: str, index
 
 def test_an_error_above_the_bound_ends_the_run(tmp_path: Path) -> None:
     recipe = parse_recipe(
-        'name = "strict"\nmaximum_error = 0.05\n[[rules]]\nroles = ["routed_expert"]\nscheme = "int4-g128"\n[[rules]]\nscheme = "keep"', "test"
+        'name = "strict"\nmaximum_error = 0.05\n[[rules]]\nroles = ["routed_expert"]\nscheme = "int4-g128"\n'
+        '[[rules]]\nscheme = "keep"',
+        "test",
     )
     with pytest.raises(LedgerError, match=r"experts.*above the bound 0.05"):
         convert(DEMO, [recipe], tmp_path)

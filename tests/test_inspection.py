@@ -57,5 +57,5 @@ def test_what_cannot_be_read_is_a_documented_error(tmp_path: Path) -> None:
     with pytest.raises(QuantkitError, match=r"config.json"):
         inspect(broken)
     (tmp_path / "x.safetensors").write_bytes(b"\xff" * 64)
-    with pytest.raises(CheckpointError, match="x.safetensors"):
+    with pytest.raises(CheckpointError, match=r"x.safetensors"):
         inspect(tmp_path / "x.safetensors")

@@ -49,7 +49,10 @@ def test_text_is_json_that_reads_back() -> None:
     assert first.relative_error == pytest.approx(ENTRY.relative_error, rel=1e-6)
 
 
-@pytest.mark.parametrize("data", [b"", b"{}", b"[]", b'{"quantkit_ledger": 9, "tensors": []}', b'{"quantkit_ledger": 1, "tensors": [{}]}', b"[" * 100_000])
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"{}", b"[]", b'{"quantkit_ledger": 9, "tensors": []}', b'{"quantkit_ledger": 1, "tensors": [{}]}', b"[" * 100_000],
+)
 def test_unreadable_ledgers_are_refused(data: bytes) -> None:
     with pytest.raises(LedgerError):
         ledger.read_ledger(data)

@@ -56,8 +56,9 @@ def plan_config(config: dict[str, Any], *names: str) -> Any:
     return make_plan(text, parse_config(config), [PRESETS[name] for name in names])
 
 
-# Gigabytes of the tensor files, by hand.  Scout has 102.68e9 feed-forward parameters (routed and shared) and 5.96e9 others, Maverick
-# 395.61e9 (routed, shared, dense) and 5.97e9; feed-forward weights take 4.125 bits (or 8, and 2 bytes an output row), others 16.
+# Gigabytes of the tensor files, by hand.  Scout has 102.68e9 feed-forward parameters (routed and shared) and 5.96e9 others,
+# Maverick 395.61e9 (routed, shared, dense) and 5.97e9; feed-forward weights take 4.125 bits (or 8, and 2 bytes an output
+# row), others 16.
 @pytest.mark.parametrize(
     ("experts", "step", "name", "gigabytes"),
     [
@@ -139,7 +140,8 @@ def test_scout_int4_fits_one_80_gigabyte_gpu_and_fp8_does_not() -> None:
     assert fits["w4a16-rtn"][80, 1].fits
     assert not fits["fp8-dynamic"][80, 1].fits
     assert fits["fp8-dynamic"][80, 2].fits
-    assert not fits["w4a16-rtn"][24, 1].fits and fits["w4a16-rtn"][24, 1].context_tokens == 0
+    assert not fits["w4a16-rtn"][24, 1].fits
+    assert fits["w4a16-rtn"][24, 1].context_tokens == 0
 
 
 def test_cost_bounds_memory_by_the_largest_units(tmp_path: Path) -> None:
@@ -149,8 +151,9 @@ def test_cost_bounds_memory_by_the_largest_units(tmp_path: Path) -> None:
     assert cost.peak_memory_bytes == pytest.approx(2 * dense_gate_up * (2 + 1 + 1), rel=0.01)
     assert cost.source_bytes == 2 * 401_583_781_376
     assert cost.disk_bytes == sum(artifact.total_bytes for artifact in result.artifacts)
-    assert cost.seconds is not None and cost.seconds > 0
+    assert cost.seconds is not None
+    assert cost.seconds > 0
     assert {"write", "hash", "int4-g128", "fp8-channel-dynamic"} <= cost.rates.keys()
     assert list(tmp_path.iterdir()) == []
-    assert 1 <= default_workers(result)
+    assert default_workers(result) >= 1
     assert unit_memory(result.units[0], result.artifacts, result.config) < 100_000_000  # the embedding is copied in chunks

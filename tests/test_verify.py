@@ -152,10 +152,10 @@ def test_the_wrong_source_is_refused(artifact: Path, tmp_path: Path) -> None:
     from tests.tiny_models import write_tiny_model
 
     write_tiny_model(tmp_path / "other", "scout", seed=5)
-    with pytest.raises(ArtifactError, match="not the source of this artifact|differs from the source"):
+    with pytest.raises(ArtifactError, match=r"not the source of this artifact|differs from the source"):
         verify(artifact, tmp_path / "other")
 
 
 def test_a_source_is_not_an_artifact() -> None:
-    with pytest.raises(ArtifactError, match="manifest.json cannot be read"):
+    with pytest.raises(ArtifactError, match=r"manifest.json cannot be read"):
         verify(DEMO)
