@@ -70,7 +70,7 @@ class ArtifactWriter:
         fingerprint: JSON-able; what must be equal for a partial output to be resumed.  force: replace a finished artifact of that
         name.  restart: discard a partial one.  Raises OutputError or ResumeError.
         """
-        self.final = Path(final_directory).resolve()
+        self.final = Path(os.path.realpath(final_directory))
         self.partial = self.final.with_name(self.final.name + ".partial")
         self.completed: dict[str, Record] = {}
         self.resumed = 0
@@ -80,6 +80,7 @@ class ArtifactWriter:
         self._commits: GroupCommit | None = None
         self._checker: ThreadPoolExecutor | None = None
         self._created: list[Path] = []  # directories, innermost first
+        self._force = force
         self._owned = False  # the partial directory is this run's to remove
         self._published = False
         self._stop = threading.Event()
@@ -90,8 +91,9 @@ class ArtifactWriter:
         self._checked_bytes = 0
         self._on_checked: Callable[[int], None] = lambda count: None
         try:
-            if not self._adopt_published(fingerprint, restart):
-                self._open(fingerprint, force, restart)
+            with output_errors(f"begin {self.partial}"):
+                if not self._adopt_published(fingerprint, restart):
+                    self._open(fingerprint, restart)
         except BaseException:
             self.close()
             raise
@@ -109,53 +111,50 @@ class ArtifactWriter:
         self.resumed = len(self.completed)
         return True
 
-    def _open(self, fingerprint: Mapping[str, Any], force: bool, restart: bool) -> None:
+    def _open(self, fingerprint: Mapping[str, Any], restart: bool) -> None:
         if not self._former.exists():
-            self._check_final(force)
-        with output_errors(f"create {self.partial}"):
-            self._make_directory()
-            if not restart and not (self.partial / JOURNAL).exists() and any(self.partial.iterdir()):
-                raise ResumeError(f"{self.partial} has no {JOURNAL} to resume by: move it away, or discard it with --restart")
+            self._check_final()
+        self._make_directory()
+        if not restart and not (self.partial / JOURNAL).exists() and any(self.partial.iterdir()):
+            raise ResumeError(f"{self.partial} has no {JOURNAL} to resume by: move it away, or discard it with --restart")
         self._journal = journal = Journal(self.partial / JOURNAL)
         stored = _stored_fingerprint(journal)
         self._owned = stored is None
-        self._repair_replacement(force)
-        self._check_final(force)
+        self._repair_replacement()
+        self._check_final()
         if stored is not None and stored != _canonical(fingerprint) and not restart:
             differences = "\n  ".join(_differences(stored, _canonical(fingerprint)))
             raise ResumeError(
                 f"{self.partial} cannot be resumed, because it was begun from something else:\n  {differences}\n"
                 "repeat the former command to finish it, choose another output directory, or discard it with --restart"
             )
-        self._owned = True
         if stored is None and not restart and any(path.name in self._data.files for path in self.partial.iterdir()):
             _logger.warning("%s is damaged from its beginning; all units are done again", journal.path)
-        with output_errors(f"write {journal.path}"):
-            if restart or stored is None:
-                journal.start(fingerprint)
-            journal.sign()
+        self._owned = True
+        if restart or stored is None:
+            journal.start(fingerprint)
         self.completed = _completed(journal.records)
         self.resumed = len(self.completed)
-        with output_errors(f"clear {self.partial}"):
-            self._remove_strays(keep=set() if restart else set(self._data.files))
+        journal.sign()
+        self._remove_strays(keep=set() if restart else set(self._data.files))
         faults = self._data.open()
         self._strike_units_in(faults)
         self.resumed = len(self.completed)
         self._data.allocate(faults)
-        with output_errors(f"create {self.partial}"):
-            for directory in {self.partial.parent, *(path.parent for path in self._created)}:
-                sync_directory(directory)
+        for directory in {self.partial.parent, *(path.parent for path in self._created)}:
+            sync_directory(directory)
         self._commits = GroupCommit(journal, self._data.sync)
         self._checker = ThreadPoolExecutor(1, "quantkit-check")
         for record in self.completed.values():
             self._note_written(record)
 
-    def _check_final(self, force: bool) -> None:
+    def _check_final(self) -> None:
+        """Raise OutputError when what stands under the final name, if anything, must not be replaced."""
         if not self.final.exists():
             return
         if not self.final.is_dir():
             raise OutputError(f"{self.final} is a file: remove it or choose another output directory")
-        if not force:
+        if not self._force:
             raise OutputError(f"{self.final} exists already: choose another output directory, or replace it with --force")
         if any(self.final.iterdir()) and not (self.final / MANIFEST).is_file():
             raise OutputError(f"{self.final} has no {MANIFEST}, so it is no artifact of quantkit and is not replaced: move it away")
@@ -165,18 +164,17 @@ class ArtifactWriter:
             path.mkdir(exist_ok=True)
             self._created.insert(0, path)
 
-    def _repair_replacement(self, force: bool) -> None:
+    def _repair_replacement(self) -> None:
         """Undo or complete a replacement that was cut short; see the module's text."""
-        with output_errors(f"move {self._former} back to {self.final}"):
-            if not self._former.exists():
-                return
-            if not self.final.exists():
-                self._former.rename(self.final)
-                sync_directory(self.final.parent)
-            elif (self.final / JOURNAL).exists():
-                shutil.rmtree(self._former)
-            elif force:
-                raise OutputError(f"{self._former} is in the way: move it away or remove it")
+        if not self._former.exists():
+            return
+        if not self.final.exists():
+            self._former.rename(self.final)
+            sync_directory(self.final.parent)
+        elif (self.final / JOURNAL).exists():
+            shutil.rmtree(self._former)
+        elif self._force:
+            raise OutputError(f"{self._former} is in the way: move it away or remove it")
 
     def _remove_strays(self, keep: set[str]) -> None:
         """Sidecars of a run that was killed while sealing, and anything else that is not planned."""
@@ -202,7 +200,7 @@ class ArtifactWriter:
         for unit in units:
             del self.completed[unit]
         if units:
-            with output_errors(f"write {self._journal.path}"):
+            with output_errors(f"write {self._journal.path}", resumable=True):
                 self._journal.append([{"struck": sorted(units)}])
 
     # ------------------------------------------------------------------------------------------------------------- units
@@ -292,9 +290,10 @@ class ArtifactWriter:
                 for name in self._data.files:
                     if name not in self._checks or self._checks[name].cancel():
                         self._checks[name] = pool.submit(self._check, name)
-                while wait(self._checks.values(), timeout=0.1).not_done:
-                    if stop.is_set():
-                        raise Interrupted(STOPPED)
+                while not stop.is_set() and wait(self._checks.values(), timeout=0.1).not_done:
+                    pass
+                if stop.is_set():
+                    raise Interrupted(STOPPED)
             except BaseException as error:
                 self._stop.set()
                 if isinstance(error, KeyboardInterrupt):
@@ -341,18 +340,12 @@ class ArtifactWriter:
         if self._published:
             return
         with output_errors(f"rename {self.partial} to {self.final}", resumable=True):
+            self._check_final()  # once more: it may have come meanwhile
             if self.final.exists():
                 self.final.rename(self._former)
             self.partial.rename(self.final)
             self._published = True
             sync_directory(self.final.parent)
-
-    def _clean_up(self) -> None:
-        with output_errors(f"clean up after {self.final}"):
-            if self._former.exists():
-                shutil.rmtree(self._former)
-            (self.final / JOURNAL).unlink()
-            sync_directory(self.final)
 
     def close(self) -> None:
         """End the run, whatever its state; what was committed stays resumable.  Does not raise; harmless when repeated.
@@ -379,13 +372,19 @@ class ArtifactWriter:
 def publish(writers: Sequence[ArtifactWriter]) -> None:
     """Give sealed artifacts their final names: all renames first, then all clean-up.
 
-    A run that is killed in between finds, when repeated, the renamed ones complete and goes on with the rest.
-    Raises OutputError.
+    A run that is killed in between finds, when repeated, the renamed ones complete and goes on with the rest.  The last act is to
+    remove the journals, one right after the other; the run is over with the first of them.  Raises OutputError.
     """
     for writer in writers:
         writer._rename()
-    for writer in writers:
-        writer._clean_up()
+    with output_errors("clean up after " + ", ".join(str(writer.final) for writer in writers)):
+        for writer in writers:
+            if writer._former.exists():
+                shutil.rmtree(writer._former)
+        for writer in writers:
+            (writer.final / JOURNAL).unlink()
+        for writer in writers:
+            sync_directory(writer.final)
 
 
 def _read_pieces(path: Path) -> Iterator[bytes]:
