@@ -83,12 +83,20 @@ def default_workers(plan: Plan) -> int:
 
 
 def _available_memory() -> int:
+    """Bytes that are free now: of the machine, or of the container (control group v2) where that is less."""
+    limits = []
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
+        limits.append(int(fields["MemAvailable"].split()[0]) * 1024)
     except (OSError, KeyError, ValueError):  # not Linux
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+    try:
+        group = Path("/sys/fs/cgroup")
+        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # no such group, or "max": no limit
+        pass
+    return max(0, min(limits))
 
 
 def estimate_cost(plan: Plan, output: Path, *, workers: int | None = None, sample: Path | None = None) -> CostEstimate:
