@@ -4,19 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
+from quantkit.kernels.jit import compiled, kernel
 from quantkit.kernels.numbers import Numbers, clamp_scale, decode_scale, fit_scale, largest_magnitude, round_tile, squared_error
-from quantkit.kernels.simd import compiled, doubles, floats, from_bits, ints, kernel, lane_sum, largest_lane, maximum
-from quantkit.kernels.tiles import BLOCK_ROWS, TILE_INPUTS, Scratch, Source, Target, load_tile, store_codes, store_scales
-
-VECTORS = BLOCK_ROWS // 16
+from quantkit.kernels.simd import doubles, floats, from_bits, ints, lane_sum, largest_lane, maximum
+from quantkit.kernels.tiles import (
+    STRIP_ROWS,
+    STRIP_VECTORS,
+    TILE_INPUTS,
+    Scratch,
+    Source,
+    Target,
+    load_tile,
+    store_codes,
+    store_scales,
+)
 
 
 @compiled
-def block_error(numbers: Numbers, tile: Any, code: Any) -> float:
+def block_error(numbers: Numbers, tile: Any, code: Any) -> Any:
     """Sum of squared rounding errors of a block whose scale code stands in every lane."""
     scale = decode_scale(numbers, code, 1.0)
     total = doubles(0.0)
-    for vector in range(VECTORS):
+    for vector in range(STRIP_VECTORS):
         start = vector * TILE_INPUTS * 16
         total = total + doubles(squared_error(numbers, tile, start, TILE_INPUTS, scale, floats(0.0)))
     return lane_sum(total * doubles(scale) * doubles(scale))
@@ -28,10 +37,10 @@ def quantize_blocks(
 ) -> tuple[float, float, int, int]:
     """Quantize a matrix; arguments and results as of ``quantize_groups``."""
     errors, weights, clipped, peak = doubles(0.0), doubles(0.0), ints(0), ints(0)
-    for strip in range(0, source.rows, BLOCK_ROWS):
+    for strip in range(0, source.rows, STRIP_ROWS):
         for chunk in range(0, source.columns, TILE_INPUTS):
-            load_tile(source, strip, chunk, VECTORS, scratch.tile)
-            largest = ints(largest_lane(largest_magnitude(scratch.tile, 0, VECTORS * TILE_INPUTS)))
+            load_tile(source, strip, chunk, STRIP_VECTORS, scratch.tile)
+            largest = ints(largest_lane(largest_magnitude(scratch.tile, 0, STRIP_VECTORS * TILE_INPUTS)))
             peak = maximum(peak, largest)
             code = fit_scale(numbers, from_bits(largest), 1.0)
             if offsets.size:
@@ -43,12 +52,12 @@ def quantize_blocks(
                         best, code = total, candidate
             scale = decode_scale(numbers, code, 1.0)
             squared_scale = doubles(scale) * doubles(scale)
-            for vector in range(VECTORS):
+            for vector in range(STRIP_VECTORS):
                 start = vector * TILE_INPUTS * 16
                 error, weight, beyond = round_tile(numbers, scratch.tile, start, TILE_INPUTS, scale, floats(0.0), scratch.words, 0)
                 errors, weights = errors + doubles(error) * squared_scale, weights + doubles(weight) * squared_scale
                 clipped = clipped + beyond
                 store_codes(scratch.words, target.codes, strip + vector * 16, chunk, source.columns)
-            place = (strip // BLOCK_ROWS) * (source.columns // TILE_INPUTS) + chunk // TILE_INPUTS
+            place = (strip // STRIP_ROWS) * (source.columns // TILE_INPUTS) + chunk // TILE_INPUTS
             store_scales(numbers, target, place, 0, code, floats(0.0))  # every lane stores the same scale at the same place
     return lane_sum(errors), lane_sum(weights), lane_sum(clipped), largest_lane(peak)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from quantkit.kernels.jit import compiled, kernel
 from quantkit.kernels.numbers import (
     Numbers,
     best_multiple,
@@ -18,19 +19,17 @@ from quantkit.kernels.numbers import (
     squared_error,
 )
 from quantkit.kernels.simd import (
-    compiled,
     doubles,
     floats,
     from_bits,
     ints,
-    kernel,
     lane_sum,
     largest_lane,
     maximum,
     minimum,
     select,
 )
-from quantkit.kernels.tiles import STRIP_ROWS, TILE_INPUTS, Scratch, Source, Target, load_tile, store_codes, store_scales
+from quantkit.kernels.tiles import TILE_INPUTS, Scratch, Source, Target, load_tile, store_codes, store_scales, strip_rows
 
 
 @compiled
@@ -80,8 +79,9 @@ def quantize_groups(
     """
     groups = source.columns // group
     errors, weights, clipped, peak = doubles(0.0), doubles(0.0), ints(0), ints(0)
-    for strip in range(0, source.rows, STRIP_ROWS):
-        vectors = min(STRIP_ROWS, source.rows - strip) // 16
+    height = strip_rows(source)
+    for strip in range(0, source.rows, height):
+        vectors = min(height, source.rows - strip) // 16
         for chunk in range(0, source.columns, TILE_INPUTS):
             load_tile(source, strip, chunk, vectors, scratch.tile)
             for vector in range(vectors):

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from quantkit.kernels.jit import compiled
 from quantkit.kernels.simd import (
     bits,
-    compiled,
     floats,
     from_bits,
     fused,
@@ -66,18 +66,15 @@ def encode_bfloat16(value: Any) -> Any:
 def round_small(magnitude: Any, mantissa_bits: int, smallest_normal: float) -> tuple[Any, Any]:
     """Round non-negative floats to a small float format, ties to even: (code without sign, value).
 
-    Normal numbers keep ``mantissa_bits`` of the float32 mantissa.  Below them the step is constant: adding 2^23 steps leaves the
-    step count in the low bits of the sum.
+    One step of the format is 2^-mantissa_bits of the number's own power of two, and below the normal numbers it is that of the
+    smallest one.  Adding 2^23 steps rounds to whole steps and leaves their number in the low bits of the sum.
     """
-    shift = ints(23 - mantissa_bits)
-    raw = bits(magnitude)
-    rounded = (raw + ints((1 << (22 - mantissa_bits)) - 1) + ((raw >> shift) & ints(1))) >> shift
-    magic = floats(smallest_normal * (1 << (23 - mantissa_bits)))
+    smallest = bits(floats(smallest_normal))
+    power = maximum(bits(magnitude) & ints(0x7F800000), smallest)
+    magic = from_bits(power + ints((23 - mantissa_bits) << 23))
     shifted = magnitude + magic
-    bias = (bits(floats(smallest_normal)) >> shift) - ints(1 << mantissa_bits)
-    small = magnitude < floats(smallest_normal)
-    code = select(small, bits(shifted) - bits(magic), rounded - bias)
-    return code, select(small, shifted - magic, from_bits(rounded << shift))
+    code = bits(shifted) - bits(magic) + ((power - smallest) >> ints(23 - mantissa_bits))
+    return code, shifted - magic
 
 
 @compiled
@@ -209,15 +206,17 @@ def round_tile(
             weight = loaded / scale
             if numbers.whole:
                 steps = weight + zero_point
-                value = nearest(maximum(minimum(steps, highest), lowest))
+                inside = maximum(minimum(steps, highest), lowest)
+                value = nearest(inside)
                 code = ints(value) & ints(0xFF)
             else:
                 steps = from_bits(bits(weight) & ints(0x7FFFFFFF))
-                code, value = round_small(minimum(steps, highest), numbers.mantissa_bits, numbers.smallest_normal)
+                inside = minimum(steps, highest)
+                code, value = round_small(inside, numbers.mantissa_bits, numbers.smallest_normal)
                 code = code | ((bits(loaded) >> ints(31 - sign_bit)) & ints(1 << sign_bit))
             error = steps - value
             errors, weights = fused(error, error, errors), fused(weight, weight, weights)
-            clipped = clipped + ints(steps > highest) + ints(steps < lowest)
+            clipped = clipped + ints(steps != inside)
             word = word | (code << ints(8 * part))
         store(words, (first_word + row // 4) * 16, word)
     return errors, weights, clipped

@@ -7,23 +7,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from quantkit.kernels.jit import compiled, kernel
 from quantkit.kernels.numbers import (
     Numbers,
     clamp_scale,
     decode_scale,
     fit_range,
     fit_scale,
-    largest_magnitude,
     round_tile,
     smallest_and_largest,
     squared_error,
 )
 from quantkit.kernels.simd import (
-    compiled,
     doubles,
     floats,
     ints,
-    kernel,
     lane_sum,
     largest_lane,
     load_float32,
@@ -32,36 +30,42 @@ from quantkit.kernels.simd import (
     select,
     store,
 )
-from quantkit.kernels.tiles import STRIP_ROWS, TILE_INPUTS, Scratch, Source, Target, load_tile, store_codes, store_scales
+from quantkit.kernels.tiles import (
+    STRIP_ROWS,
+    TILE_INPUTS,
+    Scratch,
+    Source,
+    Target,
+    largest_of_strip,
+    load_tile,
+    store_codes,
+    store_scales,
+    strip_rows,
+)
 
 
 @compiled
 def fit_strip(numbers: Numbers, source: Source, strip: int, vectors: int, scratch: Scratch) -> Any:
     """Leave the fitted scale codes in ``scale_codes`` and the zero points in ``low``; return the largest magnitudes' bits."""
+    peak = largest_of_strip(source, strip, vectors, scratch)
     for lane in range(0, STRIP_ROWS, 16):
-        store(scratch.largest, lane, ints(0))
         store(scratch.low, lane, floats(0.0))
         store(scratch.high, lane, floats(0.0))
+    if numbers.symmetric:
+        for lane in range(0, vectors * 16, 16):
+            store(scratch.scale_codes, lane, fit_scale(numbers, load_float32(scratch.largest, lane), 1.0))
+        return peak
     for chunk in range(0, source.columns, TILE_INPUTS):
         load_tile(source, strip, chunk, vectors, scratch.tile)
-        for vector in range(vectors):
-            start, lane = vector * TILE_INPUTS * 16, vector * 16
-            largest = largest_magnitude(scratch.tile, start, TILE_INPUTS)
-            store(scratch.largest, lane, maximum(load_int32(scratch.largest, lane), largest))
-            if not numbers.symmetric:
-                low, high = load_float32(scratch.low, lane), load_float32(scratch.high, lane)
-                low, high = smallest_and_largest(scratch.tile, start, TILE_INPUTS, low, high)
-                store(scratch.low, lane, low)
-                store(scratch.high, lane, high)
-    peak = ints(0)
+        for lane in range(0, vectors * 16, 16):
+            low, high = load_float32(scratch.low, lane), load_float32(scratch.high, lane)
+            low, high = smallest_and_largest(scratch.tile, lane * TILE_INPUTS, TILE_INPUTS, low, high)
+            store(scratch.low, lane, low)
+            store(scratch.high, lane, high)
     for lane in range(0, vectors * 16, 16):
-        peak = maximum(peak, load_int32(scratch.largest, lane))
-        if numbers.symmetric:
-            store(scratch.scale_codes, lane, fit_scale(numbers, load_float32(scratch.largest, lane), 1.0))
-        else:
-            code, zero_point = fit_range(numbers, load_float32(scratch.low, lane), load_float32(scratch.high, lane))
-            store(scratch.scale_codes, lane, code)
-            store(scratch.low, lane, zero_point)
+        code, zero_point = fit_range(numbers, load_float32(scratch.low, lane), load_float32(scratch.high, lane))
+        store(scratch.scale_codes, lane, code)
+        store(scratch.low, lane, zero_point)
     return peak
 
 
@@ -100,8 +104,9 @@ def quantize_rows(
 ) -> tuple[float, float, int, int]:
     """Quantize a matrix; arguments and results as of ``quantize_groups``."""
     errors, weights, clipped, peak = doubles(0.0), doubles(0.0), ints(0), ints(0)
-    for strip in range(0, source.rows, STRIP_ROWS):
-        vectors = min(STRIP_ROWS, source.rows - strip) // 16
+    height = strip_rows(source)
+    for strip in range(0, source.rows, height):
+        vectors = min(height, source.rows - strip) // 16
         peak = maximum(peak, fit_strip(numbers, source, strip, vectors, scratch))
         if offsets.size:
             search_strip(numbers, source, strip, vectors, scratch, offsets)

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.core.datamodel import PrimitiveModel
 from numba.extending import intrinsic, lower_builtin, register_model, type_callable
@@ -25,19 +25,6 @@ LANES = 16
 
 _F64, _F32, _F16 = ir.DoubleType(), ir.FloatType(), ir.HalfType()
 _I32, _I16, _I8 = ir.IntType(32), ir.IntType(16), ir.IntType(8)
-
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def kernel(function: Function) -> Function:
-    """Compile an entry point on its first call and keep the machine code on disk.  It runs without Python's lock."""
-    return njit(nogil=True, error_model="numpy", cache=True)(function)  # type: ignore[no-any-return]
-
-
-def compiled(function: Function) -> Function:
-    """Compile a function that only kernels call; it becomes part of their machine code."""
-    return njit(nogil=True, error_model="numpy")(function)  # type: ignore[no-any-return]
 
 
 def vector_function(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -90,7 +77,6 @@ for _kind in (_FloatsType, _IntsType, _DoublesType, _MaskType):
 def _binary(function: Any, emit: dict[tuple[_Vector, _Vector], tuple[_Vector, Callable[..., ir.Value]]]) -> None:
     """Teach numba one binary operator: operand types -> (result type, emit(builder, left, right))."""
 
-    @type_callable(function)
     def typing(_context: Any) -> Any:
         def typer(left: Any, right: Any) -> Any:
             known = emit.get((left, right))
@@ -98,6 +84,7 @@ def _binary(function: Any, emit: dict[tuple[_Vector, _Vector], tuple[_Vector, Ca
 
         return typer
 
+    type_callable(function)(typing)
     for operands, (_, write) in emit.items():
 
         def lower(_context: Any, builder: Any, _signature: Any, values: Any, write: Callable[..., ir.Value] = write) -> ir.Value:
@@ -115,7 +102,7 @@ _binary(operator.and_, {_II: (INTS, ir.IRBuilder.and_), (MASK, MASK): (MASK, ir.
 _binary(operator.or_, {_II: (INTS, ir.IRBuilder.or_), (MASK, MASK): (MASK, ir.IRBuilder.or_)})
 _binary(operator.lshift, {_II: (INTS, ir.IRBuilder.shl)})
 _binary(operator.rshift, {_II: (INTS, ir.IRBuilder.ashr)})
-for _function, _sign in ((operator.lt, "<"), (operator.le, "<="), (operator.gt, ">"), (operator.ge, ">=")):
+for _function, _sign in ((operator.lt, "<"), (operator.gt, ">"), (operator.ne, "!=")):
     _binary(
         _function,
         {
@@ -277,7 +264,7 @@ def _loader(stored: str) -> Any:
     @vector_function
     def load(_typing: Any, array: Any, index: Any) -> Any:
         def emit(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
-            return _read(builder, _pointer(context, builder, array, *args, _STORED[stored]), stored)
+            return _read(builder, _pointer(context, builder, array, args[0], args[1], _STORED[stored]), stored)
 
         return vector(array, types.int64), emit
 

@@ -13,15 +13,16 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from quantkit.kernels.jit import compiled, kernel
 from quantkit.kernels.numbers import SCALE_BF16, Numbers, largest_magnitude
 from quantkit.kernels.simd import (
-    compiled,
+    bits,
     ints,
-    kernel,
     largest_lane,
     load_bfloat16,
     load_float16,
     load_float32,
+    load_int32,
     maximum,
     scatter_bytes,
     scatter_halves,
@@ -32,8 +33,8 @@ from quantkit.kernels.simd import (
     transpose_int32,
 )
 
-STRIP_ROWS = 64
-BLOCK_ROWS = 128
+STRIP_VECTORS = 8
+STRIP_ROWS = STRIP_VECTORS * 16
 TILE_INPUTS = 128
 BFLOAT16, FLOAT16, FLOAT32 = 0, 1, 2  # Source.stored
 
@@ -60,7 +61,7 @@ class Target(NamedTuple):
 class Scratch(NamedTuple):
     """Memory a kernel works in.
 
-    All are float32 arrays, some hold bits of integers.  tile: ``[BLOCK_ROWS / 16, TILE_INPUTS, 16]``.  words: four codes each,
+    All are float32 arrays, some hold bits of integers.  tile: ``[STRIP_ROWS / 16, TILE_INPUTS, 16]``.  words: four codes each,
     ``[TILE_INPUTS / 4, 16]``.  For each row of a strip: scale_codes, largest, low, high; errors: ``[candidates + 1, STRIP_ROWS]``.
     """
 
@@ -74,19 +75,34 @@ class Scratch(NamedTuple):
 
 
 @compiled
+def load_weights(source: Source, position: int) -> Any:
+    """16 neighbouring weights as float32."""
+    if source.stored == BFLOAT16:
+        return load_bfloat16(source.data, position)
+    if source.stored == FLOAT16:
+        return load_float16(source.data, position)
+    return load_float32(source.data, position)
+
+
+@compiled
+def strip_rows(source: Source) -> Any:
+    """Rows worked on at once: many where neighbouring rows lie side by side in memory, else few long streams."""
+    return STRIP_ROWS if source.row_stride == 1 else 16
+
+
+@compiled
 def load_tile(source: Source, row: int, first_input: int, vectors: int, tile: Any) -> None:
     """Copy 16 * vectors rows x 128 inputs to the tile as float32."""
     start = row * source.row_stride + first_input * source.input_stride
     if source.row_stride == 1:
         for step in range(TILE_INPUTS):
-            for vector in range(vectors):
-                position, target = start + step * source.input_stride + vector * 16, (vector * TILE_INPUTS + step) * 16
-                if source.stored == BFLOAT16:
-                    store(tile, target, load_bfloat16(source.data, position))
-                elif source.stored == FLOAT16:
-                    store(tile, target, load_float16(source.data, position))
-                else:
-                    store(tile, target, load_float32(source.data, position))
+            position, target = start + step * source.input_stride, step * 16
+            if vectors == STRIP_VECTORS:  # a constant count, which the compiler unrolls
+                for vector in range(STRIP_VECTORS):
+                    store(tile, target + vector * TILE_INPUTS * 16, load_weights(source, position + vector * 16))
+            else:
+                for vector in range(vectors):
+                    store(tile, target + vector * TILE_INPUTS * 16, load_weights(source, position + vector * 16))
         return
     for vector in range(vectors):
         for step in range(0, TILE_INPUTS, 16):
@@ -118,13 +134,36 @@ def store_scales(numbers: Numbers, target: Target, place: int, stride: int, code
         scatter_bytes(target.zero_points, place, stride, ints(zero_point))
 
 
-@kernel
-def largest_bits(source: Source, scratch: Scratch) -> int:
-    """Bits of the largest magnitude of a matrix, as float32; infinity and NaN are larger than every number."""
-    peak = ints(0)
-    for strip in range(0, source.rows, STRIP_ROWS):
-        vectors = min(STRIP_ROWS, source.rows - strip) // 16
+@compiled
+def largest_of_strip(source: Source, strip: int, vectors: int, scratch: Scratch) -> Any:
+    """Leave the bits of the largest magnitude of each row in ``scratch.largest``; return the largest of each lane."""
+    mask = ints(0x7FFFFFFF)
+    for lane in range(0, STRIP_ROWS, 16):
+        store(scratch.largest, lane, ints(0))
+    if vectors == STRIP_VECTORS and source.row_stride == 1:
+        for step in range(source.columns):  # in memory order; needs no tile
+            start = strip + step * source.input_stride
+            for lane in range(0, STRIP_ROWS, 16):
+                magnitude = bits(load_weights(source, start + lane)) & mask
+                store(scratch.largest, lane, maximum(load_int32(scratch.largest, lane), magnitude))
+    else:
         for chunk in range(0, source.columns, TILE_INPUTS):
             load_tile(source, strip, chunk, vectors, scratch.tile)
-            peak = maximum(peak, largest_magnitude(scratch.tile, 0, vectors * TILE_INPUTS))
+            for lane in range(0, vectors * 16, 16):
+                magnitude = largest_magnitude(scratch.tile, lane * TILE_INPUTS, TILE_INPUTS)
+                store(scratch.largest, lane, maximum(load_int32(scratch.largest, lane), magnitude))
+    peak = ints(0)
+    for lane in range(0, vectors * 16, 16):
+        peak = maximum(peak, load_int32(scratch.largest, lane))
+    return peak
+
+
+@kernel
+def largest_bits(source: Source, scratch: Scratch) -> Any:
+    """Bits of the largest magnitude of a matrix, as float32; infinity and NaN are larger than every number."""
+    peak = ints(0)
+    height = strip_rows(source)
+    for strip in range(0, source.rows, height):
+        vectors = min(height, source.rows - strip) // 16
+        peak = maximum(peak, largest_of_strip(source, strip, vectors, scratch))
     return largest_lane(peak)

@@ -119,7 +119,7 @@ def _source(weight: torch.Tensor, scheme: Scheme) -> Source:
     out_features, in_features = weight.shape
     if weight.dtype not in _STORED:
         weight = weight.to(torch.float32)
-    rows_needed = tiles.BLOCK_ROWS if scheme.granularity == "block" else 16
+    rows_needed = tiles.STRIP_ROWS if scheme.granularity == "block" else 16
     missing_rows, missing_columns = -out_features % rows_needed, -in_features % tiles.TILE_INPUTS
     if missing_rows or missing_columns:
         weight = torch.nn.functional.pad(weight, (0, missing_columns, 0, missing_rows))
@@ -137,7 +137,7 @@ def _scratch(workspace: Workspace) -> Scratch:
 
     strip = tiles.STRIP_ROWS
     return Scratch(
-        tile=take("tile", tiles.BLOCK_ROWS * tiles.TILE_INPUTS),
+        tile=take("tile", tiles.STRIP_ROWS * tiles.TILE_INPUTS),
         words=take("words", tiles.TILE_INPUTS // 4 * 16),
         scale_codes=take("scale codes", strip),
         largest=take("largest", strip),
