@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from quantkit import Progress
 
 RATE_WINDOW_SECONDS = 30.0
+RATE_SAMPLES = 5  # before these, a rate says more of kernels being compiled than of the run
 PLAIN_INTERVAL_SECONDS = 10.0
 LABELS = {"convert": "Converting", "check": "Checking"}
 
@@ -38,12 +39,12 @@ class Meter:
     def add(self, seconds: float, done: int) -> None:
         """Take a sample."""
         self._samples.append((seconds, done))
-        while len(self._samples) > 2 and self._samples[1][0] <= seconds - self._window:
+        while len(self._samples) > RATE_SAMPLES and self._samples[1][0] <= seconds - self._window:
             self._samples.popleft()
 
     def rate(self) -> float | None:
-        """Bytes per second, None before two samples that lie apart."""
-        if len(self._samples) < 2:
+        """Bytes per second, None before there are enough samples."""
+        if len(self._samples) < RATE_SAMPLES:
             return None
         (begin, first), (end, last) = self._samples[0], self._samples[-1]
         return (last - first) / (end - begin) if end > begin and last > first else None

@@ -118,12 +118,12 @@ def snapshot(done: int, seconds: float, phase: str = "convert", resumed: int = 0
 
 def test_meter_measures_the_last_seconds_only() -> None:
     meter = Meter(window=10)
-    meter.add(0, 50_000)  # resumed bytes are no speed
-    assert meter.rate() is None
-    meter.add(5, 50_500)
+    for seconds in range(5):
+        assert meter.rate() is None
+        meter.add(seconds, 50_000 + 100 * seconds)  # resumed bytes are no speed
     assert meter.rate() == 100
-    for seconds in range(6, 30):
-        meter.add(seconds, 50_500 + 20 * (seconds - 5))
+    for seconds in range(5, 30):
+        meter.add(seconds, 50_400 + 20 * (seconds - 4))
     assert meter.rate() == 20
 
 
@@ -152,8 +152,8 @@ def test_the_live_lines_fit_the_terminal(width: int) -> None:
     stream, stop = io.StringIO(), threading.Event()
     display = ProgressDisplay(Console(file=stream, force_terminal=True, width=width, color_system=None), stop)
     with display:
-        display.update(snapshot(10, 1, resumed=9))
-        display.update(snapshot(20, 11, resumed=9))
+        for step in range(11):
+            display.update(snapshot(10 + step, 1 + step, resumed=9))
         drawn = Console(file=io.StringIO(), width=width)
         drawn.print(display)
         stop.set()
