@@ -1,0 +1,117 @@
+"""What the README states is what the code does: presets, schemes, recipe example, sizes, exit codes, bounds."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import quantkit
+from quantkit.llama4 import ROLES
+from quantkit.recipe import MAXIMUM_ERROR
+from quantkit.scheme import scheme_names
+from quantkit_cli.presets import preset_rows
+from quantkit_cli.text import size
+from tests.tiny_models import tiny_config
+
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+RELEASES: dict[str, dict[str, Any]] = {
+    "Scout": {"num_local_experts": 16, "interleave_moe_layer_step": 1},
+    "Maverick": {"num_local_experts": 128, "interleave_moe_layer_step": 2},
+}
+TEXT_SIZES = {
+    "hidden_size": 5120,
+    "intermediate_size": 8192,
+    "intermediate_size_mlp": 16384,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 202_048,
+}
+VISION_SIZES = {
+    "hidden_size": 1408,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 34,
+    "image_size": 336,
+    "projector_input_dim": 4096,
+    "projector_output_dim": 4096,
+    "vision_output_dim": 4096,
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def cells(first_header: str) -> list[list[str]]:
+    """Rows of the table whose first heading is that, code marks removed."""
+    lines = README.split(f"\n| {first_header} |", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
+    return [[cell.strip().strip("`") for cell in line.strip("|").split(" | ")] for line in lines]
+
+
+def release_config(directory: Path, release: str) -> Path:
+    config = tiny_config("scout", **TEXT_SIZES, **RELEASES[release])
+    for key in ("moe_layers", "no_rope_layers", "layer_types"):
+        config["text_config"].pop(key, None)
+    config["vision_config"] |= VISION_SIZES
+    path = directory / "config.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
+def test_it_begins_with_the_two_commands() -> None:
+    assert README.startswith("# quantkit\n\n```\nmake demo\nmake test\n```\n")
+
+
+def test_presets_and_schemes() -> None:
+    stated = {row[0]: (row[1], row[2]) for row in cells("preset")}
+    assert stated == {row.name: (row.scheme, f"{row.bits_per_weight:.3f}") for row in preset_rows()}
+    schemes = README.split("Schemes: ")[1].split("`keep`.")[0]
+    missing = [name for name in scheme_names() if f"`{name.removesuffix('-asym')}`" not in schemes and name != "keep"]
+    assert missing == []
+
+
+def test_the_recipe_example_fits_scout(tmp_path: Path) -> None:
+    [example] = blocks("toml")
+    recipe = quantkit.parse_recipe(example, "README")
+    [artifact] = quantkit.plan(release_config(tmp_path, "Scout"), [recipe]).artifacts
+    used = {assignment.scheme.name for assignment in artifact.assignments.values() if assignment.scheme}
+    assert used == {"int8-g128", "int4-g128"}
+    assert all(f"`{role}`" in README for role in ROLES)
+
+
+@pytest.mark.parametrize("release", list(RELEASES))
+def test_sizes_of_the_releases(tmp_path: Path, release: str) -> None:
+    stated = {row[0]: row[1 + list(RELEASES).index(release)] for row in cells("model")}
+    presets = [name for name in stated if name in quantkit.PRESETS]
+    assert len(presets) == 5
+    plan = quantkit.plan(release_config(tmp_path, release), presets)
+    assert {artifact.name: size(artifact.total_bytes) for artifact in plan.artifacts} == {name: stated[name] for name in presets}
+    parameters = sum(row.parameters for row in quantkit.summarize_roles(plan, plan.artifacts[0]))
+    assert stated["parameters, BF16 source"] == f"{parameters / 1e9:.1f} B, {size(2 * parameters)}"
+    rows = 0
+    for artifact in plan.artifacts:
+        fits = {(fit.count, fit.gigabytes) for fit in quantkit.gpu_fits(artifact.tensor_bytes, plan.config, 131_072) if fit.fits}
+        for row in (row for row in stated if row.startswith(f"GPUs for `{artifact.name}` with ")):
+            rows += 1
+            for count, gigabytes in re.findall(r"(\d+) x (\d+)", stated[row]):
+                assert int(count) == min(other for other, memory in fits if memory == int(gigabytes)), row
+    assert rows == 2
+
+
+def test_exit_codes_and_bounds() -> None:
+    codes = {int(row[0]) for row in cells("exit code")}
+    raised = {getattr(quantkit, name).exit_code for name in quantkit.__all__ if name.endswith("Error") or name == "Interrupted"}
+    assert codes - {0, 2} == raised - {quantkit.QuantkitError.exit_code}
+    sentence = README.split("passes a bound: ")[1].split("`maximum_error`")[0].replace("\n", " ")
+    assert {name.lower(): float(bound) for bound, name in re.findall(r"([\d.]+) for (\w+)", sentence)} == MAXIMUM_ERROR
+
+
+def test_the_python_example_compiles_and_names_what_exists() -> None:
+    [example] = blocks("python")
+    compile(example, "README", "exec")
+    assert all(name in quantkit.__all__ for name in re.findall(r"quantkit\.(\w+)\(", example))
