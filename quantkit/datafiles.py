@@ -38,13 +38,17 @@ class Place:
 
 @dataclass(frozen=True)
 class FileCheck:
-    """What reading a file back showed.  wrong: names of tensors that differ from what was written; the
-    empty name stands for the header or the size of the file."""
+    """What reading a file back showed.
+
+    wrong: names of tensors that differ from what was written; the empty name stands for the header or the size of the file.
+    stamp: that of the file (see ``DataFiles.stamp``) when reading began.
+    """
 
     name: str
     size: int
     sha256: str
     wrong: tuple[str, ...]
+    stamp: tuple[int, int, int]
 
 
 class DataFiles:
@@ -133,6 +137,7 @@ class DataFiles:
         buffer = memoryview(bytearray(min(READ_BYTES, file.size)))
         unread = buffer[:0]
         with output_errors(f"read back {path}", resumable=True), path.open("rb", buffering=0) as stream:
+            stamp = _stamp(os.fstat(stream.fileno()))
             for tensor_name, left, digest in segments:  # they follow each other without gaps
                 part = xxhash.xxh3_64()
                 while left:
@@ -151,10 +156,19 @@ class DataFiles:
             size = os.fstat(stream.fileno()).st_size
         if size != file.size and not wrong:
             wrong.append("")
-        return FileCheck(name, size, whole.hexdigest(), tuple(wrong))
+        return FileCheck(name, size, whole.hexdigest(), tuple(wrong), stamp)
+
+    def stamp(self, name: str) -> tuple[int, int, int]:
+        """Changes when somebody writes to the file or puts another in its place."""
+        with output_errors(f"look at {self.directory / name}", resumable=True):
+            return _stamp((self.directory / name).stat())
 
     def close(self) -> None:
         """Close all files.  Harmless when repeated."""
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_ino, status.st_size, status.st_mtime_ns

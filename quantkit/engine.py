@@ -33,42 +33,42 @@ def run_units(
     """
     if workers < 1:
         raise ValueError(f"workers is {workers}; at least one is needed")
-    halt = threading.Event()
     turn = threading.Lock()
     queue = iter(enumerate(units))
     failures: dict[int, BaseException] = {}
-    left = len(units)
+    left, running, halted = len(units), min(workers, len(units)), False
+    idle = threading.Event()
+
+    def next_unit() -> tuple[int, T] | None:
+        nonlocal left
+        with turn:
+            if halted or failures or not left or (stop is not None and stop.is_set()):
+                return None
+            left -= 1
+            return next(queue)
 
     def run() -> None:
-        nonlocal left
+        nonlocal running
         workspace = Workspace()
-        while True:
-            with turn:
-                if halt.is_set() or (stop is not None and stop.is_set()):
-                    return
-                index, unit = next(queue, (None, None))
-                if index is None:
-                    return
-                left -= 1
+        while (item := next_unit()) is not None:
             try:
-                work(unit, workspace)  # type: ignore[arg-type]
-            except BaseException as error:
-                failures[index] = error
-                halt.set()
-                return
+                work(item[1], workspace)
+            except BaseException as error:  # raised by the caller's thread below
+                failures[item[0]] = error
+        with turn:
+            running -= 1
+            if not running:
+                idle.set()
 
-    threads = [threading.Thread(target=run, name=f"quantkit-unit-{number}") for number in range(min(workers, len(units)))]
-    interrupted = False
-    for thread in threads:
-        thread.start()
-    while any(thread.is_alive() for thread in threads):
+    for number in range(running):
+        threading.Thread(target=run, name=f"quantkit-unit-{number}").start()
+    while running:
         try:
-            for thread in threads:
-                thread.join()
+            idle.wait()  # not Thread.join: interrupted, it takes a running thread for finished (Python before 3.13)
+            break
         except KeyboardInterrupt:
-            interrupted = True
-            halt.set()
+            halted = True
     if failures:
         raise failures[min(failures)]
-    if interrupted or left:
+    if halted or left:
         raise Interrupted(INTERRUPTED)

@@ -281,25 +281,21 @@ class ArtifactWriter:
             sync_directory(self.partial)
 
     def _read_back(self, workers: int, stop: threading.Event, checked: Callable[[int], None]) -> list[FileCheck]:
-        """Check all files that the background has not checked yet, then judge all."""
+        """Check all files that the background has not checked, and again those that changed since; then judge all."""
         with self._turn:
             checked(self._checked_bytes)
             self._on_checked = checked
+        names = list(self._data.files)
         with ThreadPoolExecutor(workers, "quantkit-check") as pool:
             try:
-                for name in self._data.files:
-                    if name not in self._checks or self._checks[name].cancel():
-                        self._checks[name] = pool.submit(self._check, name)
-                while not stop.is_set() and wait(self._checks.values(), timeout=0.1).not_done:
-                    pass
-                if stop.is_set():
-                    raise Interrupted(STOPPED)
+                self._check_on(pool, [name for name in names if name not in self._checks or self._checks[name].cancel()], stop)
+                self._check_on(pool, [name for name in names if self._checks[name].result().stamp != self._data.stamp(name)], stop)
             except BaseException as error:
                 self._stop.set()
                 if isinstance(error, KeyboardInterrupt):
                     raise Interrupted(STOPPED) from error
                 raise
-        checks = [self._checks[name].result() for name in self._data.files]
+        checks = [self._checks[name].result() for name in names]
         wrong = {name: check.name for check in checks for name in check.wrong}
         if wrong:
             units = {key for key, record in self.completed.items() if not wrong.keys().isdisjoint(record["tensors"])}
@@ -310,6 +306,15 @@ class ArtifactWriter:
                 "is faulty, or something else wrote there. Check them, then run the same command again: it redoes these units"
             )
         return checks
+
+    def _check_on(self, pool: ThreadPoolExecutor, names: Sequence[str], stop: threading.Event) -> None:
+        """Check the named files on the pool; returns when these and those in the background are done."""
+        for name in names:
+            self._checks[name] = pool.submit(self._check, name)
+        while not stop.is_set() and wait(self._checks.values(), timeout=0.1).not_done:
+            pass
+        if stop.is_set():
+            raise Interrupted(STOPPED)
 
     def _check(self, name: str) -> FileCheck:
         return self._data.check(name, self._digests, self._stop, self._count_checked)

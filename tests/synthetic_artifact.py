@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +21,15 @@ import safetensors.numpy
 from quantkit.engine import run_units
 from quantkit.formats.base import OutputFile, OutputTensor
 from quantkit.workspace import Workspace
-from quantkit.writer import ArtifactWriter
+from quantkit.writer import ArtifactWriter, publish
 
 FINGERPRINT: dict[str, Any] = {"version": "1", "source": {"shards": {"a": {"size": 5}}}, "recipe": {"name": "x", "rules": ["y"]}}
 SIDECARS = {"config.json": b'{"quantization_config": {}}', "empty.txt": b""}
 JOURNAL = "journal.jsonl"
+UNITS = [f"unit {number}" for number in range(6)]
+FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+# Memory, where there is some to write to: syncs cost nothing there, and neither kills nor errors care.
+FAST = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 @dataclass(frozen=True)
@@ -118,3 +123,30 @@ def journalled_units(directory: Path) -> list[str]:
         if "unit" in record:
             claimed.append(record["unit"])
     return claimed
+
+
+def begin(final: Path, artifact: Artifact, **options: Any) -> ArtifactWriter:
+    return ArtifactWriter(final, artifact.files, options.pop("fingerprint", FINGERPRINT), **options)
+
+
+def finish(final: Path, artifact: Artifact, **options: Any) -> list[str]:
+    """A run to the end; returns the units it did."""
+    writer = begin(final, artifact, **options)
+    try:
+        done = write_rest(writer, artifact)
+        seal(writer, artifact)
+        publish([writer])
+    finally:
+        writer.close()
+    return done
+
+
+def run_partly(final: Path, artifact: Artifact, count: int, **options: Any) -> None:
+    """A run that ends, in an orderly way, after ``count`` units."""
+    writer = begin(final, artifact, **options)
+    write_units(writer, artifact, UNITS[:count])
+    writer.close()
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
