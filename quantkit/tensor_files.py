@@ -122,6 +122,8 @@ class TensorFiles:
         dtype = TORCH_DTYPES.get(location.dtype)
         if dtype is None:
             raise CheckpointError(f"{location.path}: {_what(name, expert)} is {location.dtype}, which quantkit does not read.")
+        if nbytes == 0:
+            return torch.empty(shape, dtype=dtype)
         data = np.empty(nbytes, np.uint8) if buffer is None else buffer[:nbytes]
         self._fill(location, expert, data.data, offset)
         return torch.from_numpy(data).view(dtype).view(shape)
