@@ -2,23 +2,23 @@
 
 A weight ``[out, in]`` of module M is stored as (E = encoding, chosen by the scheme):
 
-    E           schemes                   M.weight_packed      M.weight         M.weight_scale          others
-    ----------  ------------------------  -------------------  ---------------  ----------------------  ---------------------------
-    packed      int4, int8 weight-only    I32 [out, in*bits/32]                 BF16 [out, groups]      M.weight_shape I64 [2];
-                                                                                                        M.weight_zero_point I32
-                                                                                                        [out*bits/32, groups] (asym)
-    plain       fp8, int8-*-dynamic                            F8_E4M3 or I8    BF16 [out, 1] or blocks
-                                                               [out, in]
-    nvfp4       nvfp4                     U8 [out, in/2]                        F8_E4M3 [out, in/16]    M.weight_global_scale F32 [1]
-    mxfp4       mxfp4                     U8 [out, in/2]                        U8 [out, in/32]
-    (kept)      None                                           as in the source, [out, in]
+    E       schemes                 codes                                   M.weight_scale           others
+    ------  ----------------------  --------------------------------------  -----------------------  -----------------------------
+    packed  int4, int8 weight-only  M.weight_packed I32 [out, in*bits/32]   BF16 [out, groups]       M.weight_shape I64 [2];
+            int4-*-asym             the same                                the same                 M.weight_zero_point I32
+                                                                                                     [out*bits/32, groups]
+    plain   fp8, int8-*-dynamic     M.weight F8_E4M3 or I8 [out, in]        BF16 [out, 1] or blocks
+    fp4     nvfp4                   M.weight_packed U8 [out, in/2]          F8_E4M3 [out, in/16]     M.weight_global_scale F32 [1]
+            mxfp4                   M.weight_packed U8 [out, in/2]          U8 [out, in/32]
+            (kept)                  M.weight as in the source, [out, in]
 
-Packing: element i of a row sits in bits ``bits * (i mod (32 / bits))`` of word ``i // (32 / bits)``, with half the range added; zero
-points likewise, but along the output dimension.  fp4: two codes per byte, the even column in the low nibble.  mxfp4 scales are the
+Packing: element i of a row sits in bits ``bits * (i mod (32 / bits))`` of word ``i // (32 / bits)``, with half the range added;
+zero points likewise, but along the output dimension.  fp4: two codes per byte, the even column in the low nibble.  mxfp4 scales are the
 exponent + 127.  Experts are always written one by one, also when a layer is kept: clients refuse a mixture of fused and per-expert
 names.  Encode and decode stand side by side; ``encode`` never holds more than one buffer of the output's size.
 
-The other half of the format, ``quantization_config`` and what each client makes of it, is in ``compressed_tensors_config``.
+The other halves of the format: ``compressed_tensors_config`` builds and reads the ``quantization_config`` from which clients make
+their modules, and ``compressed_tensors_clients`` says which client loads what.
 """
 
 from __future__ import annotations
@@ -32,14 +32,8 @@ import torch
 
 from quantkit.errors import ArtifactError
 from quantkit.formats.base import OutputFile, OutputTensor
-from quantkit.formats.compressed_tensors_config import (
-    ClientNote,
-    client_notes,
-    config_text,
-    encoding,
-    quantization_config,
-    scheme_of,
-)
+from quantkit.formats.compressed_tensors_clients import client_notes
+from quantkit.formats.compressed_tensors_config import config_text, encoding, quantization_config, scheme_of
 from quantkit.grid import QuantizedTensor
 from quantkit.kernels.packing import flip_sign, pack_nibbles, unpack_nibbles
 from quantkit.llama4 import WeightMatrix
@@ -48,7 +42,6 @@ from quantkit.scheme import Scheme
 from quantkit.workspace import Workspace
 
 __all__ = [
-    "ClientNote",
     "client_notes",
     "config_text",
     "decode",

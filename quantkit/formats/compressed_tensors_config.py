@@ -1,7 +1,7 @@
 """compressed-tensors, the words: ``quantization_config`` in ``config.json``, and what each client makes of it.
 
-Clients build their modules from this section alone, so it is kept to the form that all of them read.  Their models forbid fields they
-do not know, and the set of known fields grew over time: only the oldest fields are written.  Rules kept here:
+Clients build their modules from this section alone, so it is kept to the form that all of them read.  Their models forbid fields
+they do not know, and the set of known fields grew over time: only the oldest fields are written.  Rules kept here:
 
 * the scheme with the most weights targets the class name ``Linear`` (older clients look for that literal); every other scheme is a
   group of its own whose targets are name regexes, which beat class targets in every client;
@@ -11,7 +11,8 @@ do not know, and the set of known fields grew over time: only the oldest fields 
   ``pack-quantized``); otherwise the top level says ``mixed-precision`` and each group its own.
 
 Regexes are built from the modules themselves: in each layer the largest subtrees that have one scheme throughout are named, then
-layers with equal subtrees are joined into one pattern such as ``re:.*layers\\.(?:0|1)\\.feed_forward\\..*``.
+layers with equal subtrees are joined into one pattern such as ``re:.*layers\\.(?:0|1)\\.feed_forward\\..*``.  A pattern for single
+projections names the fused weight too (``(?:gate|up|gate_up)_proj``): SGLang looks for that name before it looks for its parts.
 """
 
 from __future__ import annotations
@@ -20,12 +21,11 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
 from quantkit.errors import ArtifactError, RecipeError
-from quantkit.llama4 import Llama4Config, WeightMatrix
+from quantkit.llama4 import WeightMatrix
 from quantkit.scheme import BLOCK_SIZE, KEEP, Scheme, parse_scheme, scheme_names
 
 Schemes = Mapping[WeightMatrix, Scheme | None]
@@ -35,6 +35,10 @@ PACKED, MIXED = "pack-quantized", "mixed-precision"
 ATTENTION_IGNORE = r"re:.*self_attn"
 IGNORE = (r"re:.*lm_head", ATTENTION_IGNORE, r"re:.*router", r"re:.*vision_model.*", r"re:.*multi_modal_projector.*")
 QUANTIZABLE_ROLES = ("routed_expert", "shared_expert", "dense_mlp", "attention")
+_FUSED = {
+    **dict.fromkeys(("gate_proj", "up_proj"), "(?:gate|up|gate_up)_proj"),
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "(?:q|k|v|qkv)_proj"),
+}
 _NOT_LINEAR = re.compile(r"(?:^|\.)(?:\w*norm\w*|\w*embed\w*|experts|\w*layernorm_(?:pre|post))$")
 
 
@@ -77,8 +81,9 @@ def _arguments(scheme: Scheme) -> dict[str, dict[str, Any]]:
 def quantization_config(schemes: Schemes) -> dict[str, Any]:
     """The ``quantization_config`` section for these matrices; None as scheme means kept as in the source.
 
-    Raises RecipeError when no matrix is quantized.
+    Raises RecipeError for what the format cannot hold, see :func:`check`, and when no matrix is quantized.
     """
+    check(schemes)
     weights: Counter[Scheme] = Counter()
     for matrix, scheme in schemes.items():
         if scheme is not None:
@@ -119,37 +124,80 @@ def _layers(schemes: Schemes) -> dict[int, dict[Path, Scheme | None]]:
 
 def _patterns(layers: Mapping[int, Mapping[Path, Scheme | None]], scheme: Scheme | None) -> list[str]:
     """Regexes that match exactly the modules of that scheme among ``layers``."""
-    where: dict[tuple[Path, bool], list[int]] = defaultdict(list)  # (subtree or leaf, is leaf) -> layers that have it
+    where: dict[str, list[int]] = defaultdict(list)  # pattern of a subtree -> layers in which all of it has the scheme
+    present: dict[str, int] = {}  # pattern of a subtree -> number of layers that have such a subtree
     for layer, modules in layers.items():
-        for subtree in _uniform_subtrees(modules, scheme):
-            where[subtree].append(layer)
+        for path, pattern in _uniform_subtrees(modules, scheme):
+            where[pattern].append(layer)
+            if pattern not in present:
+                present[pattern] = sum(any(other[: len(path)] == path for other in others) for others in layers.values())
     patterns = []
-    for (path, leaf), chosen in where.items():
-        everywhere = sum(any(other[: len(path)] == path for other in modules) for modules in layers.values())
-        numbers = r"\d+" if len(chosen) == everywhere else "|".join(map(str, chosen))
-        numbers = f"(?:{numbers})" if len(chosen) > 1 and "|" in numbers else numbers
-        name = r"\.".join(map(re.escape, path))
-        patterns.append(rf"re:.*layers\.{numbers}\.{name}" + ("$" if leaf else r"\..*"))
+    for pattern, chosen in where.items():
+        if len(chosen) == present[pattern]:
+            numbers = r"\d+"
+        else:
+            numbers = str(chosen[0]) if len(chosen) == 1 else f"(?:{'|'.join(map(str, chosen))})"
+        patterns.append(rf"re:.*layers\.{numbers}\.{pattern}")
     return patterns
 
 
-def _uniform_subtrees(modules: Mapping[Path, Scheme | None], scheme: Scheme | None) -> Iterator[tuple[Path, bool]]:
-    """The largest subtrees of one layer in which every module has ``scheme``, in order of appearance."""
-    mixed = {path[:depth] for path, other in modules.items() if other != scheme for depth in range(len(path) + 1)}
+def _uniform_subtrees(modules: Mapping[Path, Scheme | None], scheme: Scheme | None) -> Iterator[tuple[Path, str]]:
+    """The largest subtrees of one layer in which every module has ``scheme``, each with its pattern, in order of appearance."""
+    mixed = {path[:depth] for path, other in modules.items() if other != scheme for depth in range(len(path))}
     seen = set()
     for path, other in modules.items():
         if other != scheme:
             continue
         subtree = next(path[:depth] for depth in range(1, len(path) + 1) if path[:depth] not in mixed)
-        if subtree not in seen:
-            seen.add(subtree)
-            yield subtree, subtree == path
+        names = [re.escape(name) for name in subtree]
+        if subtree == path:
+            pattern = r"\.".join([*names[:-1], _FUSED.get(path[-1], names[-1])]) + "$"
+        else:
+            pattern = r"\.".join(names) + r"\..*"
+        if pattern not in seen:
+            seen.add(pattern)
+            yield subtree, pattern
+
+
+def check(schemes: Schemes) -> None:
+    """Raise RecipeError, with all problems in one message, for what no client could load from this format."""
+    problems: dict[str, list[str]] = defaultdict(list)
+    fused: dict[str, dict[str, WeightMatrix]] = defaultdict(dict)
+    for matrix, scheme in schemes.items():
+        if scheme is not None and matrix.role not in QUANTIZABLE_ROLES:
+            problems[f"{matrix.role} weights must stay as in the source, clients build them unquantized"].append(matrix.name)
+        misfit = scheme.misfit(*matrix.shape) if scheme is not None else None
+        if scheme is not None and misfit:
+            problems[f"{scheme.name} does not fit, {misfit}"].append(matrix.name)
+        fused[_fused_name(matrix)].setdefault(scheme.name if scheme is not None else KEEP, matrix)
+    for name, found in fused.items():
+        if len(found) > 1:
+            detail = ", ".join(f"{matrix.name} has {scheme}" for scheme, matrix in found.items())
+            problems["weights that clients fuse into one must have one scheme"].append(f"{name}: {detail}")
+    if problems:
+        lines = [f"{problem}: {_some(names)}" for problem, names in problems.items()]
+        raise RecipeError("the compressed-tensors format cannot hold this recipe:\n  " + "\n  ".join(lines))
+
+
+def _fused_name(matrix: WeightMatrix) -> str:
+    """The weight that clients fuse this matrix into: one per routed-expert block, q/k/v and gate/up; else itself."""
+    parent, _, projection = matrix.name.rpartition(".")
+    if matrix.role == "routed_expert":
+        return parent.rpartition(".")[0]
+    if projection in ("gate_proj", "up_proj"):
+        return f"{parent}.gate_up_proj"
+    return f"{parent}.qkv_proj" if projection in ("q_proj", "k_proj", "v_proj") else matrix.name
+
+
+def _some(names: list[str]) -> str:
+    return "; ".join(names[:3]) + (f"; and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def config_text(source_text: str, quantization_config: Mapping[str, Any]) -> str:
     """The source's ``config.json`` with one more member, ``quantization_config``; every other character stays as it is.
 
-    A parse and dump would respell numbers and drop what the parser does not keep.  An empty or null section of that name is replaced.
+    A parse and dump would respell numbers and drop what the parser does not keep.  An empty or null section of that name is
+    replaced.
     """
     opening, members, closing = _members(source_text)
     present = next((member for member in members if member[0] == "quantization_config"), None)
@@ -195,8 +243,8 @@ def _members(text: str) -> tuple[int, list[tuple[str, int, int, int]], int]:
 def scheme_of(quantization_config: Mapping[str, Any], module_name: str) -> Scheme | None:
     """The scheme that a client gives to the linear module of that name, None when it is left alone.
 
-    As clients do it: ``ignore`` first, then groups by name or ``re:`` pattern, then by class ``Linear``.  Modules that are not linear
-    (norms, embeddings) have none.  Raises ArtifactError when the group is nothing that quantkit writes.
+    As clients do it: ``ignore`` first, then groups by name or ``re:`` pattern, then by class ``Linear``.  Modules that are not
+    linear (norms, embeddings) have none.  Raises ArtifactError when the group is nothing that quantkit writes.
     """
     if _NOT_LINEAR.search(module_name) or _matches(module_name, quantization_config.get("ignore") or ()):
         return None
@@ -237,57 +285,3 @@ def _stated(arguments: Mapping[str, Any] | None) -> dict[str, Any]:
     """What matters of one set of arguments: nulls, and how the numbers were once chosen, do not."""
     irrelevant = ("observer", "observer_kwargs", "actorder", "scale_dtype", "zp_dtype")
     return {key: value for key, value in (arguments or {}).items() if value is not None and key not in irrelevant}
-
-
-# --------------------------------------------------------------------------------------------------------------- clients
-
-
-@dataclass(frozen=True)
-class ClientNote:
-    """Whether one client loads the artifact, and why (not)."""
-
-    client: str
-    loads: bool
-    why: str
-
-
-def client_notes(schemes: Schemes, config: Llama4Config) -> list[ClientNote]:
-    """What each client will do with an artifact of these schemes.
-
-    Raises RecipeError, with all problems in one message, for what the format cannot hold in any client.
-    """
-    problems = _problems(schemes)
-    if problems:
-        raise RecipeError("the compressed-tensors format cannot hold this recipe:\n  " + "\n  ".join(problems))
-    return []
-
-
-def _problems(schemes: Schemes) -> list[str]:
-    problems: dict[str, list[str]] = defaultdict(list)
-    fused: dict[str, dict[str, WeightMatrix]] = defaultdict(dict)
-    for matrix, scheme in schemes.items():
-        if scheme is not None and matrix.role not in QUANTIZABLE_ROLES:
-            problems[f"{matrix.role} weights must stay as in the source: clients build these modules without quantization"].append(matrix.name)
-        misfit = scheme.misfit(*matrix.shape) if scheme is not None else None
-        if scheme is not None and misfit:
-            problems[f"{scheme.name} does not fit: {misfit}"].append(matrix.name)
-        fused[_fused_name(matrix)].setdefault(scheme.name if scheme is not None else KEEP, matrix)
-    for name, found in fused.items():
-        if len(found) > 1:
-            detail = ", ".join(f"{matrix.name} has {scheme}" for scheme, matrix in found.items())
-            problems["weights that clients fuse into one must have one scheme"].append(f"{name}: {detail}")
-    return [f"{problem} ({_some(names)})" for problem, names in problems.items()]
-
-
-def _fused_name(matrix: WeightMatrix) -> str:
-    """The weight that clients fuse this matrix into: one per routed-expert block, q/k/v and gate/up; else itself."""
-    parent, _, projection = matrix.name.rpartition(".")
-    if matrix.role == "routed_expert":
-        return parent.rpartition(".")[0]
-    if projection in ("gate_proj", "up_proj"):
-        return f"{parent}.gate_up_proj"
-    return f"{parent}.qkv_proj" if projection in ("q_proj", "k_proj", "v_proj") else matrix.name
-
-
-def _some(names: list[str]) -> str:
-    return "; ".join(names[:3]) + (f"; and {len(names) - 3} more" if len(names) > 3 else "")

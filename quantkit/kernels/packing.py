@@ -1,9 +1,9 @@
 """Bit packing: several small codes per byte, at memory speed.
 
-Every packed tensor of the compressed-tensors format is, on a little-endian machine, a plain sequence of bytes: eight int4 codes in a
-32-bit word are four bytes with the lower of two neighbouring codes in the low nibble, exactly as two fp4 codes share a byte, and four
-int8 codes in a word are four bytes.  So one kernel packs nibbles, and int8 is a flipped sign bit.  Signed codes are stored with an
-offset of half their range (q + 8, q + 128), which in two's complement is the same as flipping the top bit of each code.
+Every packed tensor of the compressed-tensors format is, on a little-endian machine, a plain sequence of bytes: eight int4 codes in
+a 32-bit word are four bytes with the lower of two neighbouring codes in the low nibble, exactly as two fp4 codes share a byte, and
+four int8 codes in a word are four bytes.  So one kernel packs nibbles, and int8 is a flipped sign bit.  Signed codes are stored with
+an offset of half their range (q + 8, q + 128), which in two's complement is the same as flipping the top bit of each code.
 
 The kernel takes eight codes at a time as one 64-bit word and folds it into 32 bits; it needs no buffer but its output and does not
 hold the interpreter lock.
@@ -22,7 +22,7 @@ Bytes = npt.NDArray[np.uint8]
 _SIGN_OF_NIBBLES = 0x0808080808080808  # bit 3 of each of eight codes
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _fold(codes, flip, out):  # type: ignore[no-untyped-def]
     """codes uint64 [n], one code per byte -> out uint32 [n], one code per nibble, the first in the lowest."""
     for index in range(out.size):
