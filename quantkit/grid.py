@@ -12,8 +12,8 @@ Rules, the same as compressed-tensors uses, computed in float32:
 * mxfp4        scale = 2^e with e from absmax rounded to the next power of two from mantissa 1.75 on, less 2
 * nvfp4        global scale = 448 * 6 / (absmax of all matrices that share it); scale = fp8(global scale * absmax / 6)
 
-Scales are rounded to their stored dtype before codes are computed.  They are kept in ``scale_limits``: positive, also for groups
-of zeros and for weights so small that the library's scale rounds to 0, and small enough that no code stands for an infinite value.
+Scales are rounded to their stored dtype before codes are computed.  They are positive, also for groups of zeros and for weights so
+small that the library's scale rounds to 0, and small enough that no code stands for an infinite value.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ E8M0_BIAS = 127
 E8M0_CODES = (0, E8M0_BIAS + 125)
 FP8_SCALE_CODES = (1, 126)  # 2^-9 .. 448, as bits of a float8_e4m3fn
 GLOBAL_SCALE_MAXIMUM = 2.0**126
+# Codes of the scale of a group of zeros: 2^-7, 2^-3 and 2^-7.  Any number would do; a denormal one would be slow to divide by.
+SCALE_OF_ZEROS = {"bf16": 0x3C00, "fp8": 0x20, "e8m0": E8M0_BIAS - 7}
 
 
 @dataclass(frozen=True)
@@ -124,22 +126,26 @@ def fit(weight: torch.Tensor, scheme: Scheme, global_scale: torch.Tensor | None 
     weight: finite, ``[out, in]``, any floating dtype.  Returns (scale, zero point or None) as ``QuantizedTensor`` holds them.
     """
     grouped = _grouped(scheme, weight.to(torch.float32))
+    zeros = SCALE_OF_ZEROS[scheme.scale_number]
     if not scheme.symmetric:
         low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
         scale = ((high / 2 - low / 2) / 7.5).to(torch.bfloat16).clamp(*bf16_scale_limits(scheme))
+        scale = torch.where(high > low, scale.view(torch.int16), zeros).view(torch.bfloat16)
         zero_point = (-8 - low / scale.to(torch.float32)).round().clamp(-8, 7)
         return scale, zero_point.to(torch.int8)
     largest = grouped.abs().amax(-1)
     if scheme.scale_number == "e8m0":
         # Adding a quarter of the mantissa's range carries into the exponent from mantissa 1.75 on.
         exponent = ((largest.view(torch.int32) + (1 << 21)) >> 23) - 2
-        return exponent.clamp(*E8M0_CODES).to(torch.uint8), None
-    scale = largest / HALF_RANGE[scheme.number]
+        return torch.where(largest > 0, exponent.clamp(*E8M0_CODES), zeros).to(torch.uint8), None
+    value = largest / HALF_RANGE[scheme.number]
     if scheme.scale_number == "fp8":
         assert global_scale is not None
-        codes = (global_scale * scale).clamp(max=FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
-        return codes.clamp(*FP8_SCALE_CODES).view(torch.float8_e4m3fn), None
-    return scale.to(torch.bfloat16).clamp(*bf16_scale_limits(scheme)), None
+        codes = (global_scale * value).clamp(max=FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+        codes = torch.where(largest > 0, codes.clamp(*FP8_SCALE_CODES), zeros)
+        return codes.to(torch.uint8).view(torch.float8_e4m3fn), None
+    scale = value.to(torch.bfloat16).clamp(*bf16_scale_limits(scheme))
+    return torch.where(largest > 0, scale.view(torch.int16), zeros).view(torch.bfloat16), None
 
 
 def snap(

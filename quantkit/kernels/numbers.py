@@ -36,7 +36,7 @@ class Numbers(NamedTuple):
 
     whole: 1 for integers, 0 for small floats.  lowest, highest: outermost values.  half_range: absmax is divided by it.
     sign_bit, mantissa_bits, smallest_normal: of small floats.  symmetric: 0 when there is a zero point.
-    scale_kind: how scale codes are read.  scale_lowest, scale_highest: allowed scale codes.
+    scale_kind: how scale codes are read.  scale_lowest, scale_highest: allowed codes.  scale_of_zeros: code for a group of zeros.
     """
 
     whole: int
@@ -50,6 +50,7 @@ class Numbers(NamedTuple):
     scale_kind: int
     scale_lowest: int
     scale_highest: int
+    scale_of_zeros: int
 
 
 # ---------------------------------------------------------------------------------------------------------------- scales
@@ -108,11 +109,13 @@ def decode_scale(numbers: Numbers, code: Any, global_scale: float) -> Any:
 def fit_scale(numbers: Numbers, largest: Any, global_scale: float) -> Any:
     """Scale codes that just reach the largest magnitude of each lane."""
     if numbers.scale_kind == SCALE_E8M0:
-        return clamp_scale(numbers, ((bits(largest) + ints(1 << 21)) >> ints(23)) - ints(2))
-    value = largest / floats(numbers.half_range)
-    if numbers.scale_kind == SCALE_FP8:
-        value = floats(global_scale) * value
-    return encode_scale(numbers, value)
+        code = clamp_scale(numbers, ((bits(largest) + ints(1 << 21)) >> ints(23)) - ints(2))
+    else:
+        value = largest / floats(numbers.half_range)
+        if numbers.scale_kind == SCALE_FP8:
+            value = floats(global_scale) * value
+        code = encode_scale(numbers, value)
+    return select(largest > floats(0.0), code, ints(numbers.scale_of_zeros))
 
 
 @compiled
@@ -120,6 +123,7 @@ def fit_range(numbers: Numbers, low: Any, high: Any) -> tuple[Any, Any]:
     """Scale codes and zero points (as floats) that just reach the smallest and the largest weight of each lane."""
     half = floats(0.5)
     code = encode_scale(numbers, (high * half - low * half) / floats(numbers.half_range))
+    code = select(high > low, code, ints(numbers.scale_of_zeros))
     zero_point = nearest(floats(numbers.lowest) - low / decode_scale(numbers, code, 1.0))
     return code, minimum(maximum(zero_point, floats(numbers.lowest)), floats(numbers.highest))
 

@@ -25,15 +25,15 @@ from quantkit.kernels.tiles import Scratch, Source, Target
 from quantkit.scheme import Scheme
 from quantkit.workspace import Workspace
 
-SEARCH_OFFSETS = {
-    ("int4", "group"): range(-60, 13, 6),
-    ("int4", "channel"): range(-160, 13, 8),
-    ("int8", "group"): range(-8, 5),
-    ("int8", "channel"): range(-8, 5),
-    ("fp8", "channel"): range(-4, 5),
-    ("fp8", "block"): range(-4, 5),
-    ("nvfp4", "group"): range(-2, 7),
-    ("mxfp4", "group"): range(-1, 0),
+SEARCH_OFFSETS: dict[tuple[str, str], tuple[int, ...]] = {
+    ("int4", "group"): tuple(range(-60, 19, 6)),
+    ("int4", "channel"): tuple(range(-320, 1, 16)),
+    ("int8", "group"): tuple(range(-2, 9)),
+    ("int8", "channel"): tuple(range(-6, 0)),
+    ("fp8", "channel"): tuple(range(-48, 49, 6)),
+    ("fp8", "block"): tuple(range(-48, 49, 6)),
+    ("nvfp4", "group"): (-2, -1, 1, 3, 4, 5, 6),
+    ("mxfp4", "group"): (-1,),
 }
 _MOST_CANDIDATES = max(map(len, SEARCH_OFFSETS.values()))
 
@@ -57,7 +57,8 @@ def quantize(
         global_scale = grid.fit_global_scale(max(_checked(peak, weights[index], index) for index, peak in enumerate(peaks)))
     numbers = _numbers(scheme)
     kind = scheme.name if scheme.number == "fp4" else scheme.number
-    offsets = np.array(SEARCH_OFFSETS[kind, scheme.granularity] if clip_search else (), dtype=np.int64)
+    searched = SEARCH_OFFSETS[kind, scheme.granularity] if clip_search else ()
+    offsets = np.array([offset for offset in searched if offset], dtype=np.int64)
     results = []
     for index, (weight, source) in enumerate(zip(weights, sources, strict=True)):
         target = _target(scheme, source, workspace, index)
@@ -111,6 +112,7 @@ def _numbers(scheme: Scheme) -> Numbers:
         scale_kind=scale_kind,
         scale_lowest=scale_lowest,
         scale_highest=scale_highest,
+        scale_of_zeros=grid.SCALE_OF_ZEROS[scheme.scale_number],
     )
 
 
