@@ -7,7 +7,8 @@ same bits, and the decoder used by verification.
 
 Rules, the same as compressed-tensors uses, computed in float32:
 
-* int4, int8   scale = absmax / 7.5 or / 127.5 (half the number of codes minus a half), with a zero point (max - min) / 15
+* int4, int8   scale = absmax / 7.5 or / 127.5 (half the number of codes less a half)
+* asymmetric   scale = (max - min) / 15 with zero inside the range; zero point = -8 - min / scale, before that scale is rounded
 * fp8          scale = absmax / 448
 * mxfp4        scale = 2^e with e from absmax rounded to the next power of two from mantissa 1.75 on, less 2
 * nvfp4        global scale = 448 * 6 / (absmax of all matrices that share it); scale = fp8(global scale * absmax / 6)
@@ -129,9 +130,10 @@ def fit(weight: torch.Tensor, scheme: Scheme, global_scale: torch.Tensor | None 
     zeros = SCALE_OF_ZEROS[scheme.scale_number]
     if not scheme.symmetric:
         low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
-        scale = ((high / 2 - low / 2) / 7.5).to(torch.bfloat16).clamp(*bf16_scale_limits(scheme))
-        scale = torch.where(high > low, scale.view(torch.int16), zeros).view(torch.bfloat16)
-        zero_point = (-8 - low / scale.to(torch.float32)).round().clamp(-8, 7)
+        value = (high / 2 - low / 2) / 7.5
+        scale = value.to(torch.bfloat16).clamp(*bf16_scale_limits(scheme))
+        scale = torch.where(value > 0, scale.view(torch.int16), zeros).view(torch.bfloat16)
+        zero_point = torch.where(value > 0, (-8 - low / value).round().clamp(-8, 7), -8)
         return scale, zero_point.to(torch.int8)
     largest = grouped.abs().amax(-1)
     if scheme.scale_number == "e8m0":

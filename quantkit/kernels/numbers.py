@@ -122,9 +122,10 @@ def fit_scale(numbers: Numbers, largest: Any, global_scale: float) -> Any:
 def fit_range(numbers: Numbers, low: Any, high: Any) -> tuple[Any, Any]:
     """Scale codes and zero points (as floats) that just reach the smallest and the largest weight of each lane."""
     half = floats(0.5)
-    code = encode_scale(numbers, (high * half - low * half) / floats(numbers.half_range))
-    code = select(high > low, code, ints(numbers.scale_of_zeros))
-    zero_point = nearest(floats(numbers.lowest) - low / decode_scale(numbers, code, 1.0))
+    value = (high * half - low * half) / floats(numbers.half_range)
+    positive = value > floats(0.0)
+    code = select(positive, encode_scale(numbers, value), ints(numbers.scale_of_zeros))
+    zero_point = select(positive, nearest(floats(numbers.lowest) - low / value), floats(numbers.lowest))
     return code, minimum(maximum(zero_point, floats(numbers.lowest)), floats(numbers.highest))
 
 
