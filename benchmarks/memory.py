@@ -1,0 +1,170 @@
+"""Peak resident memory of a conversion, above what a process that has only imported quantkit holds.
+
+    python benchmarks/memory.py --directory DIR [--cases scout,maverick] [--workers default,1]
+
+Generates a checkpoint with one layer of Scout's true shapes, and one with a pair of layers (dense and MoE, 128 experts) of
+Maverick's, converts each to fp8-dynamic and w4a16-rtn, alone and in one pass, every time in a fresh process, and reads the kernel's
+own high-water mark.  Needs some 30 GB in DIR for Maverick, nearly all of it output.  Ends with an error when a case passes the
+bound.
+
+Counted is everything the kernel counts as resident in the process: heap, stacks, code, and pages of mapped files.  Compiled
+kernels, and whatever is imported only when a conversion needs it, count too.  Not counted is the page cache, which the kernel gives
+back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import common
+
+BOUND = 1.5 * 2**30
+TARGETS = (("fp8-dynamic",), ("w4a16-rtn",), ("fp8-dynamic", "w4a16-rtn"))
+# One MoE layer of Scout; a dense and a MoE layer of Maverick.
+CHECKPOINTS = {
+    "scout": ("scout", "--layers", "1"),
+    "maverick": ("maverick", "--layers", "2", "--zeros"),
+}
+
+
+def measure_child(source: Path, output: Path, targets: list[str], workers: int | None) -> None:
+    """Runs in the fresh process: import, note, convert, note; prints JSON."""
+    import quantkit  # the only import between the start of the process and the first reading
+
+    after_import = _status("self")
+    started = time.perf_counter()
+    quantkit.convert(source, to=targets, output=output, workers=workers)
+    seconds = time.perf_counter() - started
+    print(
+        json.dumps(
+            {
+                "import": after_import["VmRSS"],
+                "import_peak": after_import["VmHWM"],
+                "peak": _status("self")["VmHWM"],
+                "seconds": seconds,
+            }
+        )
+    )
+
+
+def _status(process: int | str) -> dict[str, int]:
+    """Memory figures of a process in bytes: VmRSS, VmHWM, RssAnon, RssFile ..."""
+    fields = {}
+    for line in Path(f"/proc/{process}/status").read_text(encoding="ascii").splitlines():
+        name, value, *unit = [*line.split()[:3], ""]
+        if unit and unit[0] == "kB":
+            fields[name.rstrip(":")] = int(value) * 1024
+    return fields
+
+
+def measure(source: Path, output: Path, targets: tuple[str, ...], workers: str) -> dict[str, float]:
+    """One conversion in a fresh process.  Adds what the largest sample consisted of: anonymous memory and mapped files."""
+    command = [
+        sys.executable,
+        __file__,
+        "--directory",
+        str(output),
+        "--child",
+        str(source),
+        "--targets",
+        *targets,
+        "--workers",
+        workers,
+    ]
+    with tempfile.TemporaryDirectory() as compiled:  # no kernel is compiled yet: what a first run needs is counted
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "NUMBA_CACHE_DIR": compiled})
+        anonymous, mapped = _watch(process)
+        text, _ = process.communicate()
+    if process.returncode:
+        raise SystemExit(f"converting {source.name} to {', '.join(targets)} failed")
+    result: dict[str, float] = json.loads(text.splitlines()[-1])
+    return result | {"anonymous": anonymous, "mapped": mapped}
+
+
+def _watch(process: subprocess.Popen[str]) -> tuple[int, int]:
+    """Sample a process until it ends; anonymous and mapped bytes of the largest sample."""
+    anonymous = mapped = 0
+    while process.poll() is None:
+        try:
+            status = _status(process.pid)
+        except (OSError, ValueError):  # it has just ended
+            break
+        if status.get("RssAnon", 0) + status.get("RssFile", 0) > anonymous + mapped:
+            anonymous, mapped = status["RssAnon"], status["RssFile"]
+        time.sleep(0.02)
+    return anonymous, mapped
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--directory", type=Path, required=True, help="where checkpoints and artifacts are written and removed again"
+    )
+    parser.add_argument("--cases", default="scout,maverick")
+    parser.add_argument("--workers", nargs="+", default=["default", "1"], help="numbers of workers to try; default: one per core")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--targets", nargs="+", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        [workers] = arguments.workers
+        count = None if workers == "default" else int(workers)
+        measure_child(arguments.child, arguments.directory, arguments.targets, count)
+        return
+
+    load, rows, worst = common.load_average(), [], 0.0
+    for case in arguments.cases.split(","):
+        source, output = arguments.directory / f"memory-{case}", arguments.directory / "memory-out"
+        release, *options = CHECKPOINTS[case]
+        common.run_script("generate_checkpoint.py", release, str(source), "--force", *options)
+        size = common.size_of(source)
+        for workers in arguments.workers:
+            for targets in TARGETS:
+                result = measure(source, output, targets, workers)
+                written = sum(common.size_of(output / target) for target in targets)
+                shutil.rmtree(output)
+                above = result["peak"] - result["import"]
+                worst = max(worst, above)
+                sizes = [f"{result[key] / 2**20:,.0f}" for key in ("import", "peak", "anonymous", "mapped")]
+                figures = (f"{size / 1e9:.2f}", f"{written / 1e9:.2f}", *sizes, f"{above / 2**20:,.0f}", f"{result['seconds']:.1f}")
+                rows.append((case, workers, " + ".join(targets), *figures))
+                print(*rows[-1], flush=True)
+        shutil.rmtree(source)
+    columns = (
+        "checkpoint",
+        "workers",
+        "targets",
+        "GB in",
+        "GB out",
+        "import",
+        "peak",
+        "anonymous",
+        "mapped",
+        "above import",
+        "seconds",
+    )
+    verdict = "holds" if worst <= BOUND else "does NOT hold"
+    text = common.header("Peak resident memory of a conversion", arguments.directory, load)
+    text += f"\nBound: {BOUND / 2**20:,.0f} MiB above the bare import; largest measured {worst / 2**20:,.0f} MiB: it {verdict}.\n\n"
+    text += common.table(columns, rows)
+    text += (
+        "\nMemory in MiB. `import`: resident after `import quantkit` alone. `peak`: the kernel's high-water mark (VmHWM) at the\n"
+        "end. "
+        "`anonymous`, `mapped`: what the largest of the samples taken every 20 ms consisted of.\n"
+        "Each run is a first run: nothing is compiled yet, and `seconds` and memory include compiling the kernels.\n"
+        "`scout`: one MoE layer, 16 experts. `maverick`: a dense and a MoE layer, 128 experts, zero weights in a sparse file.\n"
+    )
+    common.write_results("memory.md", text)
+    if worst > BOUND:
+        raise SystemExit(f"the bound of {BOUND / 2**20:,.0f} MiB was passed")
+
+
+if __name__ == "__main__":
+    main()
