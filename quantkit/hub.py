@@ -1,7 +1,8 @@
 """The Hugging Face hub: from a repository id to a local snapshot directory.
 
 All is left to huggingface-hub: its cache, its token, its offline mode, its resumed downloads.  This module says which files a
-conversion needs and turns whatever goes wrong into one CheckpointError.
+conversion needs and turns whatever goes wrong into one CheckpointError.  The library is imported on use: local sources do not pay
+for it.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 CHUNK_BYTES = 8 << 20
 LISTED = 20  # problems of one kind that an error message spells out
-_INDEX_LIMIT = 256 << 20  # bytes; the index of a model of 100,000 tensors has about 10 MB
+_INDEX_LIMIT = 100_000_000  # bytes; the index of a model of 100,000 tensors has about 10 MB
 
 TORCH_DTYPES = {
     "BOOL": torch.bool,
