@@ -28,7 +28,7 @@ DEFAULT_CONTEXT = 131_072
 
 
 def _examples(*lines: str) -> str:
-    return "\n".join(("[bold]Examples[/]", *(f"  {line}" for line in lines)))
+    return "\n\n".join(("[bold]Examples[/]", *lines))
 
 
 def _complete_preset(incomplete: str) -> list[str]:

@@ -142,9 +142,10 @@ def _print_files(console: Console, artifact: ArtifactPlan, complete: bool) -> No
 
 
 def _client_table(artifact: ArtifactPlan) -> Table:
-    table = _table(("client", "loads it", "what to mind"), wrap="what to mind")
+    table = _table(("loads", "client"), wrap="client")
     for note in artifact.notes:
-        table.add_row(note.client, Text("yes", style="green") if note.loads else Text("no", style="bold red"), note.why)
+        loads = Text("yes", style="green") if note.loads else Text("no", style="bold red")
+        table.add_row(loads, Text(f"{note.client}: {note.why}" if note.why else note.client))
     return table
 
 

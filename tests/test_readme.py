@@ -47,9 +47,9 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
-def cells(first_header: str) -> list[list[str]]:
-    """Rows of the table whose first heading is that, code marks removed."""
-    lines = README.split(f"\n| {first_header} |", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
+def cells(header: str) -> list[list[str]]:
+    """Rows of the table whose heading begins so, code marks removed."""
+    lines = README.split(f"\n| {header} |", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
     return [[cell.strip().strip("`") for cell in line.strip("|").split(" | ")] for line in lines]
 
 
@@ -68,11 +68,19 @@ def test_it_begins_with_the_two_commands() -> None:
 
 
 def test_presets_and_schemes() -> None:
-    stated = {row[0]: (row[1], row[2]) for row in cells("preset")}
+    stated = {row[0]: (row[1], row[2]) for row in cells("preset | scheme")}
     assert stated == {row.name: (row.scheme, f"{row.bits_per_weight:.3f}") for row in preset_rows()}
     schemes = README.split("Schemes: ")[1].split("`keep`.")[0]
     missing = [name for name in scheme_names() if f"`{name.removesuffix('-asym')}`" not in schemes and name != "keep"]
     assert missing == []
+
+
+def test_which_clients_load_what(tmp_path: Path) -> None:
+    stated = {row[0]: row[1:] for row in cells("preset | vLLM 0.33")}
+    for artifact in quantkit.plan(release_config(tmp_path, "Scout"), list(quantkit.PRESETS)).artifacts:
+        found = [("yes, mind the note" if note.why else "yes") if note.loads else "no" for note in artifact.notes]
+        assert stated.pop(artifact.name) == found
+    assert not stated
 
 
 def test_the_recipe_example_fits_scout(tmp_path: Path) -> None:
