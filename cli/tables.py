@@ -166,7 +166,7 @@ def _print_cost(console: Console, cost: CostEstimate) -> None:
     table = Table.grid(padding=(0, 2))
     gpu = f"{text.size(cost.peak_gpu_memory_bytes)} of GPU memory" if cost.peak_gpu_memory_bytes else "no GPU is used"
     table.add_row("reads", text.size(cost.source_bytes))
-    table.add_row("writes", f"{text.size(cost.disk_bytes)} of disk are needed")
+    table.add_row("writes", f"{text.size(cost.disk_bytes)}, the disk space needed")
     table.add_row("memory", f"at most {text.size(cost.peak_memory_bytes)} for {cost.workers} workers; {gpu}")
     if cost.seconds is not None:
         measured = ", ".join(f"{name} {_rate(name, rate)}" for name, rate in cost.rates.items())
