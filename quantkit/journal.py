@@ -3,7 +3,7 @@
 A journal is a text file with one record per line, ``<xxh3_64 of the JSON, 16 hex digits> <JSON>\\n``.  It is only ever appended
 to, by one process at a time (an exclusive ``flock`` on the file itself, which the kernel drops when the process dies, so a
 stale lock cannot exist).  The first line that is torn or does not match its checksum ends the journal: it and all that follows
-is cut off when the file is opened, and the units it would have claimed are simply done again.
+is cut off before the next line is appended, and the units it would have claimed are simply done again.
 
 Order is what makes a claim true: ``GroupCommit`` first syncs the data files that a batch of units was written to, and only then
 appends and syncs their lines.  A line on disk therefore implies data on disk, also across a power cut.  The sync runs in a
@@ -100,7 +100,7 @@ class Journal:
     """An open, locked journal.  ``records``: what its sound lines held when it was opened, oldest first."""
 
     def __init__(self, path: Path) -> None:
-        """Open or create the journal, lock it and cut off a damaged end.
+        """Open or create the journal, lock it and read it; nothing is written yet, since it may turn out to be another run's.
 
         Raises OutputError when another process holds the lock (its id is named) or the file cannot be opened.
         """
@@ -111,11 +111,9 @@ class Journal:
             self._lock()
             with output_errors(f"read {path}"):
                 data = self._contents()
-                self.records, self._end = decode_lines(data)
-                if self._end < len(data):
-                    os.ftruncate(self._descriptor, self._end)
-                    os.fsync(self._descriptor)
-            if b"\n" in data[self._end :]:
+            self.records, self._end = decode_lines(data)
+            self._torn = self._end < len(data)
+            if self.records and b"\n" in data[self._end :]:
                 _logger.warning("%s is damaged after line %d; what it listed from there on is done again", path, len(self.records))
         except BaseException:
             self.close()
@@ -141,7 +139,10 @@ class Journal:
             raise OutputError(f"{self.path.parent} was finished or removed by another run just now: look at it, then run again")
 
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Append records and make them durable.  Raises OSError."""
+        """Append records, after cutting off a damaged end, and make them durable.  Raises OSError."""
+        if self._torn:
+            os.ftruncate(self._descriptor, self._end)
+            self._torn = False
         data = b"".join(map(encode_line, records))
         write_all(self._descriptor, data, self._end)
         os.fsync(self._descriptor)
@@ -149,8 +150,7 @@ class Journal:
 
     def start(self, fingerprint: Mapping[str, Any]) -> None:
         """Begin anew: drop all records, write the fingerprint.  Raises OSError."""
-        os.ftruncate(self._descriptor, 0)
-        self.records, self._end = [], 0
+        self.records, self._end, self._torn = [], 0, True
         self.append([{"fingerprint": fingerprint}])
 
     def sign(self) -> None:

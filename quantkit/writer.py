@@ -171,7 +171,7 @@ class ArtifactWriter:
         if not self.final.exists():
             self._former.rename(self.final)
             sync_directory(self.final.parent)
-        elif (self.final / JOURNAL).exists():
+        elif self._force and (self.final / JOURNAL).exists():  # that run was killed before it could
             shutil.rmtree(self._former)
         elif self._force:
             raise OutputError(f"{self._former} is in the way: move it away or remove it")

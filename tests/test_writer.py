@@ -270,6 +270,15 @@ def test_force_replaces_an_artifact_and_keeps_it_until_the_new_one_stands(artifa
     assert names(tmp_path) == ["x"]
 
 
+def test_a_directory_with_a_journal_of_something_else_is_left_alone(artifact: Artifact, tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / JOURNAL).write_text("Dear diary,\n")
+    with pytest.raises(OutputError, match="exists already"):
+        begin(tmp_path / "x", artifact)
+    assert contents(tmp_path / "x") == {JOURNAL: b"Dear diary,\n"}
+    assert names(tmp_path) == ["x"]
+
+
 def test_without_force_an_output_that_came_meanwhile_is_not_replaced(artifact: Artifact, tmp_path: Path) -> None:
     writer = begin(tmp_path / "x", artifact)
     write_rest(writer, artifact)
