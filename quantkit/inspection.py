@@ -6,7 +6,6 @@ given its role by name, each module its scheme by the quantization section of th
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from quantkit.errors import CheckpointError, RecipeError
 from quantkit.formats import compressed_tensors
 from quantkit.llama4 import Llama4Config, Role, inventory, parse_config
 from quantkit.plan import RoleSummary
+from quantkit.strict_json import parse_object
 
 # First match decides; the order puts the specific before the general.
 _ROLE_PATTERNS: tuple[tuple[str, Role], ...] = (
@@ -70,8 +70,8 @@ def inspect(path: str | Path, revision: str | None = None) -> Inspection:
         notes.append("a single file: the parameter count is that of the stored elements")
     else:
         config_text, target = _config_text(path, revision)
-        raw = json.loads(config_text)
-        found = raw.pop("quantization_config", None) if isinstance(raw, dict) else None
+        raw = parse_object(config_text.encode(), f"{target / 'config.json'}")
+        found = raw.pop("quantization_config", None)
         quantization = found if isinstance(found, Mapping) else None
         config = parse_config(raw)
     with TensorFiles.open(target) as files:
@@ -91,11 +91,9 @@ def _config_text(path: str | Path, revision: str | None) -> tuple[str, Path]:
     target = Path(path)
     if target.is_dir():
         try:
-            text = (target / "config.json").read_text(encoding="utf-8")
-            json.loads(text)
-        except (OSError, ValueError, RecursionError) as error:
+            return (target / "config.json").read_text(encoding="utf-8"), target
+        except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{target}: config.json cannot be read: {error}") from error
-        return text, target
     text, _, directory = load_config(path, revision)
     if directory is None:
         raise CheckpointError(f"{path} is not a directory with weights, nor a safetensors file")

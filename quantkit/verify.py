@@ -14,7 +14,6 @@ Everything is read from the artifact's own bytes.  The checks, from cheap to dea
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import random
 from collections.abc import Callable, Mapping
@@ -33,6 +32,7 @@ from quantkit.formats.base import OutputTensor
 from quantkit.grid import dequantize
 from quantkit.llama4 import Llama4Config, Unit, WeightMatrix, parse_config, units
 from quantkit.scheme import Scheme
+from quantkit.strict_json import parse_object
 
 ERROR_TOLERANCE = 1e-4  # the ledger's error, summed in another order, against the error measured here
 
@@ -76,8 +76,7 @@ def verify(
         except (QuantkitError, OSError) as error:
             checks.append(Check(name, False, str(error)))
 
-    manifest: dict[str, Any] = {}
-    run("manifest", lambda: _check_manifest(path, manifest))
+    run("manifest", lambda: _check_manifest(path))
     try:
         files = TensorFiles.open(path)
     except CheckpointError as error:
@@ -139,17 +138,14 @@ class _Artifact:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path.name} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ArtifactError(f"{path.name} does not hold a JSON object")
-    return content
+        data = path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{path.name} cannot be read: {error.strerror}") from error
+    return parse_object(data, path.name)
 
 
-def _check_manifest(path: Path, manifest: dict[str, Any]) -> str:
-    manifest |= _read_json(path / "manifest.json")
-    listed = manifest.get("files")
+def _check_manifest(path: Path) -> str:
+    listed = _read_json(path / "manifest.json").get("files")
     if not isinstance(listed, dict) or not all(isinstance(entry, dict) for entry in listed.values()):
         raise ArtifactError("manifest.json lists no files")
     problems = [
