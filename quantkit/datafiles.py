@@ -7,6 +7,7 @@ second and not in the last hour; a file system that cannot allocate gets sparse 
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import os
@@ -91,7 +92,7 @@ class DataFiles:
             needed = sum(max(0, self.files[name].size - os.fstat(fd).st_blocks * 512) for name, fd in self._descriptors.items())
             disk = os.statvfs(self.directory)
         free = disk.f_bavail * disk.f_frsize
-        if free < needed:
+        if disk.f_blocks and free < needed:  # some network file systems do not know their size
             raise OutputError(
                 f"{self.directory} needs {needed / 1e9:.3f} GB more, but the disk has {free / 1e9:.3f} GB free: "
                 "free some space, or choose an output directory on another disk"
@@ -101,7 +102,7 @@ class DataFiles:
             with output_errors(f"allocate {self.directory / name} ({file.size} bytes)"):
                 os.ftruncate(descriptor, 0)
                 try:
-                    os.posix_fallocate(descriptor, 0, file.size)
+                    _fallocate(descriptor, file.size)
                 except OSError as error:
                     if error.errno not in _NO_ALLOCATION:
                         raise
@@ -168,6 +169,14 @@ class DataFiles:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
+
+
+def _fallocate(descriptor: int, size: int) -> None:
+    """fallocate(2) itself.  ``os.posix_fallocate`` is glibc's, which writes to every block where a file system cannot allocate."""
+    while ctypes.CDLL(None, use_errno=True).fallocate(descriptor, 0, ctypes.c_longlong(0), ctypes.c_longlong(size)):
+        code = ctypes.get_errno()
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int, int]:

@@ -130,10 +130,9 @@ def test_an_artifact_without_all_its_tensors_is_not_sealed(artifact: Artifact, t
 # ----------------------------------------------------------------------------------------------------- stop and resume
 
 
-@pytest.mark.parametrize("workers", ["1", "3"])
-def test_a_kill_at_every_change_of_the_disk_is_survived(workers: str, tmp_path: Path) -> None:
+def test_a_kill_at_every_change_of_the_disk_is_survived(tmp_path: Path) -> None:
     script = Path(__file__).with_name("crash_points.py")
-    result = subprocess.run([sys.executable, str(script), str(tmp_path), workers], capture_output=True, text=True, check=False)
+    result = subprocess.run([sys.executable, str(script), str(tmp_path), "2"], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     tried = json.loads(result.stdout)
     assert tried["kills"] > 80  # every file, header, unit, sidecar, sync and rename has its own

@@ -8,6 +8,7 @@ import logging
 import os
 import resource
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from quantkit import datafiles
 from quantkit.errors import CheckpointError, OutputError, ResumeError
 from tests.synthetic_artifact import (
     FAST,
@@ -180,6 +182,38 @@ def test_a_resumed_run_needs_no_room_for_what_it_has(artifact: Artifact, tmp_pat
     assert finish(tmp_path / "x", artifact) == UNITS[2:]
 
 
+def test_space_is_taken_at_the_beginning(tmp_path: Path) -> None:
+    artifact = make_artifact(tmp_path, mean_bytes=100_000)
+    writer = begin(tmp_path / "x", artifact)
+    for file in artifact.files:
+        assert (tmp_path / "x.partial" / file.name).stat().st_blocks * 512 >= file.size
+    writer.close()
+
+
+def test_a_file_system_that_does_not_know_its_size_is_believed_to_have_room(
+    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.statvfs(tmp_path)
+    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result((*real[:2], 0, 0, 0, *real[5:])))
+    finish(tmp_path / "x", artifact)
+    assert contents(tmp_path / "x") == artifact.expected
+
+
+def test_a_file_system_that_cannot_sync_directories_is_used(
+    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync = os.fsync
+
+    def files_only(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", files_only)
+    finish(tmp_path / "x", artifact)
+    assert contents(tmp_path / "x") == artifact.expected
+
+
 @pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EINVAL])
 def test_a_file_system_that_cannot_allocate_gets_sparse_files(
     code: int, artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -187,13 +221,14 @@ def test_a_file_system_that_cannot_allocate_gets_sparse_files(
     def unsupported(*arguments: int) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(os, "posix_fallocate", unsupported)
+    monkeypatch.setattr(datafiles, "_fallocate", unsupported)
     finish(tmp_path / "x", artifact)
     assert contents(tmp_path / "x") == artifact.expected
 
 
-def nth_call_fails(patch: pytest.MonkeyPatch, module: Any, name: str, number: int, code: int) -> Callable[[], int]:
-    """Make the ``number``-th call of ``module.name`` raise; returns a function that tells how many calls there were."""
+def nth_call_fails(patch: pytest.MonkeyPatch, name: str, number: int, code: int) -> Callable[[], int]:
+    """Make the ``number``-th call of a function of ``os`` raise; returns a function that tells how many calls there were."""
+    module: Any = {"flock": fcntl, "_fallocate": datafiles}.get(name, os)
     original, lock, count = getattr(module, name), threading.Lock(), 0
 
     def failing(*arguments: Any, **options: Any) -> Any:
@@ -215,7 +250,7 @@ CHANGES = {
     "pread": errno.EIO,
     "fsync": errno.EIO,
     "fdatasync": errno.ENOSPC,
-    "posix_fallocate": errno.ENOSPC,
+    "_fallocate": errno.ENOSPC,
     "ftruncate": errno.EFBIG,
     "rename": errno.EROFS,
     "mkdir": errno.EROFS,
@@ -229,7 +264,7 @@ CHANGES = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_every_refused_call_ends_in_one_clear_error_and_a_rerun_succeeds(name: str, artifact: Artifact, tmp_path: Path) -> None:
     """Both in a fresh run and in one that resumes; the units done before are never lost."""
-    number, failures, module = 0, 0, fcntl if name == "flock" else os
+    number, failures = 0, 0
     resume = True
     while True:
         number += 1
@@ -239,7 +274,7 @@ def test_every_refused_call_ends_in_one_clear_error_and_a_rerun_succeeds(name: s
             run_partly(out / "x", artifact, 2)
         descriptors = len(os.listdir("/proc/self/fd"))
         with pytest.MonkeyPatch.context() as patch:
-            calls = nth_call_fails(patch, module, name, number, CHANGES[name])
+            calls = nth_call_fails(patch, name, number, CHANGES[name])
             error = None
             try:
                 finish(out / "x", artifact)
@@ -264,13 +299,13 @@ def test_every_refused_call_ends_in_one_clear_error_and_a_rerun_succeeds(name: s
     assert failures
 
 
-@pytest.mark.parametrize("name", ["open", "pwrite", "fsync", "posix_fallocate", "ftruncate", "mkdir", "statvfs"])
+@pytest.mark.parametrize("name", ["open", "pwrite", "fsync", "_fallocate", "ftruncate", "mkdir", "statvfs"])
 def test_a_beginning_that_fails_leaves_no_junk(name: str, artifact: Artifact, tmp_path: Path) -> None:
     number, error = 0, ""
     while error is not None:
         number += 1
         with pytest.MonkeyPatch.context() as patch:
-            nth_call_fails(patch, os, name, number, errno.ENOSPC)
+            nth_call_fails(patch, name, number, errno.ENOSPC)
             error = None
             try:
                 writer = begin(tmp_path / "new" / "x", artifact)
@@ -286,7 +321,7 @@ def test_a_failure_with_progress_says_that_it_can_be_resumed(artifact: Artifact,
     writer = begin(tmp_path / "x", artifact)
     write_units(writer, artifact, UNITS[:3])
     with pytest.MonkeyPatch.context() as patch:
-        nth_call_fails(patch, os, "pwrite", 1, errno.ENOSPC)
+        nth_call_fails(patch, "pwrite", 1, errno.ENOSPC)
         with pytest.raises(OutputError, match=r"disk is full.*run the same command again"):
             writer.write("4.weight", artifact.data["4.weight"])
     writer.close()
