@@ -126,7 +126,8 @@ def alternate(
     Returns the times of each (contestant, state), and the share of the input that was in the page cache in each state (the largest
     share found before a cold run, the smallest before a warm one).
     """
-    files, times = common.files_of(source), {(name, state): [] for name in contestants for state in states}
+    files = common.files_of(source)
+    times: Times = {(name, state): [] for name in contestants for state in states}
     shares: dict[str, list[float]] = {state: [] for state in states}
     for repetition in range(repetitions + 1):
         for state in states:
@@ -196,8 +197,8 @@ def measure_fp8(directory: Path, repetitions: int) -> str:
     text += (
         f"\n\nBest of {repetitions} alternating repetitions. {elements / 1e9:.2f} billion weights become FP8; the cast alone runs\n"
         f"at {rate:.2f} billion weights/s on {THREADS} threads. Of the input, {shares['cold']:.0%} was in the page cache before\n"
-        f"cold runs (worst case) and {shares['warm']:.0%} before warm ones. `quantkit.convert` had quantized and written every unit\n"
-        f"after {min(finished_units):.2f} s at best; the rest is reading back, hashing, syncing and publishing.\n"
+        f"cold runs (worst case) and {shares['warm']:.0%} before warm ones. `quantkit.convert` had quantized and written every\n"
+        f"unit after {min(finished_units):.2f} s at best; the rest is reading back, hashing, syncing and publishing.\n"
     )
     return text
 

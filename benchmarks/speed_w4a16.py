@@ -98,7 +98,7 @@ def _quantized(plan: Plan) -> list[tuple[WeightMatrix, Scheme]]:
 
 
 def _tensor_places(artifact: Path) -> dict[str, Path]:
-    places = {}
+    places: dict[str, Path] = {}
     for path in artifact.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             places |= dict.fromkeys(file.keys(), path)
