@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from quantkit.kernels.jit import compiled, kernel
-from quantkit.kernels.numbers import Numbers, clamp_scale, decode_scale, fit_scale, largest_magnitude, round_tile, squared_error
+from quantkit.kernels.numbers import (
+    SMALLEST_SEARCHED,
+    Numbers,
+    clamp_scale,
+    decode_scale,
+    fit_scale,
+    largest_magnitude,
+    round_tile,
+    squared_error,
+)
 from quantkit.kernels.simd import doubles, floats, from_bits, ints, lane_sum, largest_lane, maximum
 from quantkit.kernels.tiles import (
     STRIP_ROWS,
@@ -18,6 +29,8 @@ from quantkit.kernels.tiles import (
     store_codes,
     store_scales,
 )
+
+SMALLEST_SEARCHED_BITS = int(np.float32(SMALLEST_SEARCHED * 512).view(np.int32))  # of the largest weight; a scale is 1/448 of it
 
 
 @compiled
@@ -43,7 +56,7 @@ def quantize_blocks(
             largest = ints(largest_lane(largest_magnitude(scratch.tile, 0, STRIP_VECTORS * TILE_INPUTS)))
             peak = maximum(peak, largest)
             code = fit_scale(numbers, from_bits(largest), 1.0)
-            if offsets.size:
+            if offsets.size and largest_lane(largest) > SMALLEST_SEARCHED_BITS:
                 fitted, best = code, block_error(numbers, scratch.tile, code)
                 for index in range(offsets.size):
                     candidate = clamp_scale(numbers, fitted + ints(offsets[index]))

@@ -6,6 +6,7 @@ from typing import Any
 
 from quantkit.kernels.jit import compiled, kernel
 from quantkit.kernels.numbers import (
+    SMALLEST_SEARCHED,
     Numbers,
     best_multiple,
     clamp_scale,
@@ -42,7 +43,8 @@ def search_scale(
     is not better, or whose error is not a number, is not taken.
     """
     unit = decode_scale(numbers, fitted, global_scale)
-    best, chosen = squared_error(numbers, tile, start, count, unit, zero_point), fitted
+    error = squared_error(numbers, tile, start, count, unit, zero_point)
+    best, chosen = select(unit > floats(SMALLEST_SEARCHED), error, floats(0.0)), fitted  # nothing is better than 0
     for index in range(offsets.size):
         code = clamp_scale(numbers, fitted + ints(offsets[index]))
         scale = decode_scale(numbers, code, global_scale)

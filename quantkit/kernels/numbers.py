@@ -29,6 +29,7 @@ from quantkit.kernels.simd import (
 )
 
 SCALE_BF16, SCALE_FP8, SCALE_E8M0 = 0, 1, 2
+SMALLEST_SEARCHED = 2.0**-120  # the reciprocal of a smaller scale, or of its neighbours, may be infinite
 
 
 class Numbers(NamedTuple):
@@ -153,7 +154,7 @@ def smallest_and_largest(tile: Any, start: int, count: int, low: Any, high: Any)
 
 @compiled
 def squared_error(numbers: Numbers, tile: Any, start: int, count: int, scale: Any, zero_point: Any) -> Any:
-    """Sum of squared rounding errors of each lane, in units of the squared scale."""
+    """Sum of squared rounding errors of each lane, in units of the squared scale, which is above SMALLEST_SEARCHED."""
     inverse = floats(1.0) / scale
     lowest, highest = floats(numbers.lowest), floats(numbers.highest)
     even, odd = floats(0.0), floats(0.0)  # two sums, so that additions do not wait for each other

@@ -9,6 +9,7 @@ from typing import Any
 
 from quantkit.kernels.jit import compiled, kernel
 from quantkit.kernels.numbers import (
+    SMALLEST_SEARCHED,
     Numbers,
     clamp_scale,
     decode_scale,
@@ -88,10 +89,11 @@ def search_strip(numbers: Numbers, source: Source, strip: int, vectors: int, scr
                 store(scratch.errors, place, load_float32(scratch.errors, place) + error)
     for lane in range(0, vectors * 16, 16):
         fitted = load_int32(scratch.scale_codes, lane)
-        best, chosen = load_float32(scratch.errors, candidates * STRIP_ROWS + lane), fitted
+        unit, error = decode_scale(numbers, fitted, 1.0), load_float32(scratch.errors, candidates * STRIP_ROWS + lane)
+        best, chosen = select(unit > floats(SMALLEST_SEARCHED), error, floats(0.0)), fitted  # nothing is better than 0
         for index in range(candidates):
             code = clamp_scale(numbers, fitted + ints(offsets[index]))
-            ratio = decode_scale(numbers, code, 1.0) / decode_scale(numbers, fitted, 1.0)
+            ratio = decode_scale(numbers, code, 1.0) / unit
             error = load_float32(scratch.errors, index * STRIP_ROWS + lane) * ratio * ratio
             better = error < best
             best, chosen = select(better, error, best), select(better, code, chosen)
