@@ -78,7 +78,7 @@ def test_fp4_ties_go_to_the_even_code() -> None:
     weight = torch.zeros(1, 64)
     weight[0, :21], weight[0, 32:53] = values, -values
     codes = grid.snap(weight, scheme, torch.tensor([[127, 127]], dtype=torch.uint8)).codes
-    expected = [0, 2, 2, 4, 4, 6, 6] + [1, 2, 3, 4, 5, 6, 7] + [0, 1, 2, 3, 4, 5, 6]
+    expected = [0, 2, 2, 4, 4, 6, 6, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6]
     assert codes[0, :21].tolist() == expected
     assert codes[0, 32:53].tolist() == [code + 8 for code in expected]
 

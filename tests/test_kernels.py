@@ -17,7 +17,7 @@ from quantkit.workspace import Workspace
 
 compiled = njit(error_model="numpy")
 
-# Each float32 up to 448 by its upper half, with the lower halves that rounding can tell apart: zero, least, around the middle, most.
+# Each float32 up to 448 by its upper half, with the lower halves that rounding can tell apart: zero, least, near the middle, most.
 LOWER_HALVES = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.int32)
 
 
