@@ -113,7 +113,6 @@ def convert(
         from rich.console import Console
 
         from quantkit import convert as run_convert
-        from quantkit import inspect as inspect_artifact
 
         from .data import convert_data
         from .progress import ProgressDisplay
@@ -137,11 +136,10 @@ def convert(
             for artifact in result.artifacts:
                 print(artifact.directory)
             return
-        roles = {artifact.name: list(inspect_artifact(artifact.directory).roles) for artifact in result.artifacts}
         if as_json:
-            print_json(convert_data(result, roles))
+            print_json(convert_data(result))
         else:
-            print_conversion(Console(), result, roles)
+            print_conversion(Console(), result)
 
 
 def _silence_downloads(source: str) -> None:
@@ -249,7 +247,10 @@ def verify(
     with reporting(as_json):
         from quantkit import verify as verify_artifact
 
-        result = verify_artifact(directory, source, revision=revision, sample=sample, seed=seed)
+        from .progress import hashing_progress
+
+        with hashing_progress(shown=not as_json) as progress:
+            result = verify_artifact(directory, source, revision=revision, sample=sample, seed=seed, progress=progress)
         if as_json:
             from .data import verify_data
 

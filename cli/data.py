@@ -25,8 +25,8 @@ def role_data(rows: Iterable[RoleSummary]) -> list[dict[str, Any]]:
     ]
 
 
-def convert_data(result: ConvertResult, roles: Mapping[str, Iterable[RoleSummary]]) -> dict[str, Any]:
-    """A finished conversion; ``roles`` by artifact name."""
+def convert_data(result: ConvertResult) -> dict[str, Any]:
+    """A finished conversion."""
     return {
         "artifacts": [
             {
@@ -38,7 +38,8 @@ def convert_data(result: ConvertResult, roles: Mapping[str, Iterable[RoleSummary
                 "relative_errors": {
                     role: {"mean": mean, "worst": worst} for role, (mean, worst) in artifact.relative_errors.items()
                 },
-                "roles": role_data(roles[artifact.name]),
+                "roles": role_data(artifact.roles),
+                "clients": [asdict(note) for note in artifact.notes],
             }
             for artifact in result.artifacts
         ],

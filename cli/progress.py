@@ -1,4 +1,4 @@
-"""The progress of a conversion: two live lines on a terminal, a plain line every few seconds elsewhere.
+"""The progress of a conversion: two live lines on a terminal, a plain line every few seconds elsewhere; and of a verification.
 
 ``convert`` calls back after each unit.  The display starts with the first call, so that a download's own progress bars, which come
 before, are not overdrawn, and is refreshed by the clock, so that the time left counts down between units.  It writes to stderr.
@@ -9,10 +9,14 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import Progress as RichProgress
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -26,7 +30,7 @@ if TYPE_CHECKING:
 RATE_WINDOW_SECONDS = 30.0
 RATE_SAMPLES = 5  # before these, a rate says more of kernels being compiled than of the run
 PLAIN_INTERVAL_SECONDS = 10.0
-LABELS = {"convert": "Converting", "check": "Checking"}
+LABELS = {"prepare": "Preparing", "convert": "Converting", "check": "Checking"}
 
 
 class Meter:
@@ -48,6 +52,19 @@ class Meter:
             return None
         (begin, first), (end, last) = self._samples[0], self._samples[-1]
         return (last - first) / (end - begin) if end > begin and last > first else None
+
+
+@contextmanager
+def hashing_progress(shown: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar for files being hashed, fed with (bytes done, bytes in all); None where stderr is no terminal or it is not wanted."""
+    console = Console(stderr=True)
+    if not shown or not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("Hashing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with RichProgress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("hash", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 class ProgressDisplay:
@@ -124,6 +141,8 @@ class ProgressDisplay:
 
 def _position(progress: Progress) -> list[str]:
     """Where the run is: unit, bytes written, layer and expert; or the artifact that is read back."""
+    if progress.phase == "prepare":
+        return [f"kernels for {progress.current}; the first time on a machine they are compiled"]
     if progress.phase == "check":
         return [f"{progress.current} is read back before it gets its final name"]
     resumed = f" ({progress.units_resumed} resumed)" if progress.units_resumed else ""

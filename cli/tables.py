@@ -55,14 +55,17 @@ def _heading(console: Console, heading: str) -> None:
 # --------------------------------------------------------------------------------------------------------------- convert
 
 
-def print_conversion(console: Console, result: ConvertResult, roles: Mapping[str, list[RoleSummary]]) -> None:
-    """Per artifact the table of sizes and errors, then the totals of the run.  ``roles`` by artifact name."""
+def print_conversion(console: Console, result: ConvertResult) -> None:
+    """Per artifact the table of sizes and errors and the clients that refuse it, then the totals of the run."""
     for artifact in result.artifacts:
         _heading(console, artifact.name)
-        console.print(_artifact_table(artifact, roles[artifact.name]))
+        console.print(_artifact_table(artifact))
         resumed = f", {artifact.units_resumed} units resumed from an earlier run" if artifact.units_resumed else ""
         line = f"{artifact.directory}: {text.size(artifact.bytes)}, {artifact.tensors} weights{resumed}"
         console.print(Text(line), soft_wrap=True)
+        for note in artifact.notes:
+            if not note.loads:
+                console.print(Text(f"not loaded by {note.client}: {note.why}", style="yellow"), soft_wrap=True)
     count = len(result.artifacts)
     rate = ""
     if result.seconds > 0 and not any(artifact.units_resumed for artifact in result.artifacts):
@@ -72,7 +75,8 @@ def print_conversion(console: Console, result: ConvertResult, roles: Mapping[str
     console.print(f"{made} in {text.duration(result.seconds)}{rate}", highlight=False)
 
 
-def _artifact_table(artifact: ArtifactResult, rows: list[RoleSummary]) -> Table:
+def _artifact_table(artifact: ArtifactResult) -> Table:
+    rows = artifact.roles
     table = _table(("role", "scheme"), ("size", "bits/weight", "mean error", "worst"))
     kept = [row for row in rows if row.role not in artifact.relative_errors]
     for row in rows:

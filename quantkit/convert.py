@@ -27,12 +27,12 @@ from quantkit.engine import run_units
 from quantkit.errors import WeightError
 from quantkit.estimate import default_workers
 from quantkit.formats import FORMATS
-from quantkit.formats.base import DTYPE_BYTES
+from quantkit.formats.base import DTYPE_BYTES, ClientNote
 from quantkit.llama4 import Unit, WeightMatrix
 from quantkit.methods import METHODS
-from quantkit.plan import DEFAULT_MAX_SHARD_BYTES, ArtifactPlan, Plan, make_plan, manifest_text
+from quantkit.plan import DEFAULT_MAX_SHARD_BYTES, ArtifactPlan, Plan, RoleSummary, make_plan, manifest_text, summarize_roles
 from quantkit.recipe import Assignment, Recipe, resolve_recipe
-from quantkit.scheme import KEEP
+from quantkit.scheme import BLOCK_SIZE, KEEP
 from quantkit.version import __version__
 from quantkit.workspace import Workspace
 from quantkit.writer import ArtifactWriter, publish
@@ -43,7 +43,11 @@ _BITS = {"BF16": (np.uint16, 0x7FFF, 0x7F80), "F16": (np.uint16, 0x7FFF, 0x7C00)
 
 @dataclass(frozen=True)
 class Progress:
-    """A snapshot of a running conversion.  ``phase`` is ``convert`` or ``check``; bytes count source bytes of finished units."""
+    """A snapshot of a running conversion.
+
+    phase: ``prepare`` (kernels are compiled, on first use of a scheme on a machine), ``convert`` or ``check``.  Bytes count source
+    bytes of finished units, or bytes of the artifact read back.  current: scheme, unit or artifact at work.
+    """
 
     phase: str
     units_done: int
@@ -58,7 +62,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class ArtifactResult:
-    """A published artifact.  relative_errors: role -> (mean, largest) relative L2 error over its quantized matrices."""
+    """A published artifact.
+
+    relative_errors: role -> (mean, largest) relative L2 error over its quantized matrices.  roles: its sizes.  notes: which
+    clients load it.
+    """
 
     name: str
     directory: Path
@@ -66,6 +74,8 @@ class ArtifactResult:
     tensors: int
     units_resumed: int
     relative_errors: dict[str, tuple[float, float]]
+    roles: tuple[RoleSummary, ...]
+    notes: tuple[ClientNote, ...]
 
 
 @dataclass(frozen=True)
@@ -120,6 +130,7 @@ def convert(
                 runs.append(_Run(artifact, writer))
             count = workers or default_workers(plan)
             report = _Reporter(checkpoint, plan, runs, progress)
+            _prepare(runs, report)
             _convert_units(checkpoint, plan, runs, count, report, stop)
             results = [_seal(run, plan, count, report, stop) for run in runs]
             publish([run.writer for run in runs])
@@ -188,6 +199,10 @@ class _Reporter:
         self._lock = threading.Lock()
         self._progress = progress
 
+    def preparing(self, scheme: str) -> None:
+        with self._lock:
+            self._tell("prepare", self._bytes, self._total, scheme)
+
     def unit_done(self, unit: Unit, written: int) -> None:
         with self._lock:
             self._units += 1
@@ -213,6 +228,16 @@ class _Reporter:
             self._progress(
                 Progress(phase, self._units, self._units_total, self._resumed, done, total, self._written, current, seconds)
             )
+
+
+def _prepare(runs: Sequence[_Run], report: _Reporter) -> None:
+    """Quantize a tiny matrix with each scheme, so that kernels are compiled once, and the rate of units means something."""
+    assignments = {assignment for run in runs for assignment in run.plan.assignments.values()}
+    workspace, weight = Workspace(), torch.ones((BLOCK_SIZE, BLOCK_SIZE), dtype=torch.bfloat16)
+    for assignment in sorted(assignments, key=repr) if report.todo else ():
+        if assignment.scheme is not None:
+            report.preparing(assignment.scheme.name)
+            METHODS[assignment.method]([weight], assignment.scheme, clip_search=assignment.clip_search, workspace=workspace)
 
 
 def _convert_units(
@@ -330,4 +355,13 @@ def _seal(run: _Run, plan: Plan, workers: int, report: _Reporter, stop: threadin
         if entry.applied != KEEP:
             errors.setdefault(entry.role, []).append(entry.relative_error)
     summary = {role: (sum(values) / len(values), max(values)) for role, values in errors.items()}
-    return ArtifactResult(run.plan.name, run.writer.final, run.plan.total_bytes, len(entries), run.writer.resumed, summary)
+    return ArtifactResult(
+        name=run.plan.name,
+        directory=run.writer.final,
+        bytes=run.plan.total_bytes,
+        tensors=len(entries),
+        units_resumed=run.writer.resumed,
+        relative_errors=summary,
+        roles=tuple(summarize_roles(plan, run.plan)),
+        notes=run.plan.notes,
+    )

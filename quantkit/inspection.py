@@ -104,7 +104,7 @@ def _describe(config: Llama4Config | None) -> str:
     if config is None:
         return "unknown (no config.json)"
     moe = sum(config.moe_layers)
-    vision = f", vision tower of {config.vision.num_hidden_layers} layers" if config.vision else ", text only"
+    vision = f", layers of the vision tower: {config.vision.num_hidden_layers}" if config.vision else ", text only"
     layers = f"{config.num_layers} layers, {moe} of them with {config.num_experts} experts"
     return f"Llama 4, {layers}, hidden size {config.hidden_size}{vision}"
 

@@ -16,7 +16,9 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ import xxhash
 from quantkit import ledger
 from quantkit.checkpoint import Checkpoint, TensorFiles
 from quantkit.errors import ArtifactError, CheckpointError, LedgerError, QuantkitError
+from quantkit.estimate import available_cores
 from quantkit.formats import compressed_tensors
 from quantkit.formats.base import OutputTensor
 from quantkit.grid import dequantize
@@ -34,6 +37,7 @@ from quantkit.llama4 import Llama4Config, Unit, WeightMatrix, parse_config, unit
 from quantkit.scheme import Scheme
 from quantkit.strict_json import parse_object
 
+READ_BYTES = 8 << 20
 ERROR_TOLERANCE = 1e-4  # the ledger's error, summed in another order, against the error measured here
 
 
@@ -58,12 +62,19 @@ class VerifyResult:
 
 
 def verify(
-    directory: str | Path, source: str | Path | None = None, *, revision: str | None = None, sample: int = 16, seed: int = 0
+    directory: str | Path,
+    source: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    sample: int = 16,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> VerifyResult:
     """Verify the artifact in ``directory``, against its BF16 ``source`` if given.
 
-    sample: how many quantized matrices to decode, chosen by ``seed``; kept tensors are all compared.
-    Raises ArtifactError that lists every failed check.
+    sample: how many quantized matrices to decode, chosen by ``seed``; kept tensors are all compared.  progress: told, while
+    files are hashed, how many bytes of how many are done; one call at a time.  Raises ArtifactError that lists every failed
+    check.
     """
     path = Path(directory)
     if not (path / "config.json").is_file():
@@ -76,14 +87,14 @@ def verify(
         except (QuantkitError, OSError) as error:
             checks.append(Check(name, False, str(error)))
 
-    run("manifest", lambda: _check_manifest(path))
+    run("manifest", lambda: _check_manifest(path, progress))
     try:
         files = TensorFiles.open(path)
     except CheckpointError as error:
         checks.append(Check("headers", False, str(error)))
         raise _failure(path, checks) from error
     with files:
-        checks.append(Check("headers", True, f"{len(files.tensors)} tensors in {len(files.paths)} files"))
+        checks.append(Check("headers", True, f"{len(files.tensors)} tensors, files: {len(files.paths)}"))
         chosen: list[tuple[WeightMatrix, Scheme]] = []
         artifact = _Artifact(path, files)
         run("tensors", lambda: _check_tensors(artifact))
@@ -144,14 +155,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     return parse_object(data, path.name)
 
 
-def _check_manifest(path: Path) -> str:
+def _check_manifest(path: Path, progress: Callable[[int, int], None] | None) -> str:
     listed = _read_json(path / "manifest.json").get("files")
     if not isinstance(listed, dict) or not all(isinstance(entry, dict) for entry in listed.values()):
         raise ArtifactError("manifest.json lists no files")
-    problems = [
-        f"{item.name} is not listed" for item in sorted(path.iterdir()) if item.name not in listed and item.name != "manifest.json"
-    ]
-    size = 0
+    strays = sorted(item.name for item in path.iterdir() if item.name not in listed and item.name != "manifest.json")
+    problems = [f"{name} is not listed" for name in strays]
+    whole: list[Path] = []
     for name, entry in listed.items():
         file = path / name
         if Path(name).name != name or not file.is_file():
@@ -159,14 +169,34 @@ def _check_manifest(path: Path) -> str:
         elif file.stat().st_size != entry.get("size"):
             problems.append(f"{name} has {file.stat().st_size} bytes; the manifest says {entry.get('size')}")
         else:
-            with file.open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            if digest != entry.get("sha256"):
-                problems.append(f"{name} has another sha256 than the manifest says: its content was changed or damaged")
-            size += entry["size"]
+            whole.append(file)
+    size = sum(file.stat().st_size for file in whole)
+    for file, digest in zip(whole, _hash_files(whole, size, progress), strict=True):
+        if digest != listed[file.name].get("sha256"):
+            problems.append(f"{file.name} has another sha256 than the manifest says: its content was changed or damaged")
     if problems:
         raise ArtifactError("; ".join(problems))
     return f"{len(listed)} files, {size:,} bytes, every sha256 as listed"
+
+
+def _hash_files(files: list[Path], total: int, progress: Callable[[int, int], None] | None) -> list[str]:
+    """The sha256 of each file; several are read at once."""
+    lock, done = threading.Lock(), 0
+
+    def digest(file: Path) -> str:
+        nonlocal done
+        result = hashlib.sha256()
+        with file.open("rb", buffering=0) as stream:
+            while piece := stream.read(READ_BYTES):
+                result.update(piece)
+                with lock:
+                    done += len(piece)
+                    if progress is not None:
+                        progress(done, total)
+        return result.hexdigest()
+
+    with ThreadPoolExecutor(available_cores()) as pool:
+        return list(pool.map(digest, files))
 
 
 def _check_tensors(artifact: _Artifact) -> str:
