@@ -23,9 +23,7 @@ from quantkit.formats.base import OutputFile
 from quantkit.journal import output_errors, sync_directory, write_all
 
 READ_BYTES = 8 << 20
-STOPPED = "stopped while the written files were checked; nothing is lost: run the same command again to continue"
-
-_NO_ALLOCATION = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+STOPPED = "stopped while the artifact was checked and completed; nothing is lost: run the same command again to continue"
 
 
 @dataclass(frozen=True)
@@ -101,11 +99,9 @@ class DataFiles:
             file, descriptor = self.files[name], self._descriptors[name]
             with output_errors(f"allocate {self.directory / name} ({file.size} bytes)"):
                 os.ftruncate(descriptor, 0)
-                try:
-                    _fallocate(descriptor, file.size)
-                except OSError as error:
-                    if error.errno not in _NO_ALLOCATION:
-                        raise
+                if _can_allocate(descriptor):
+                    os.posix_fallocate(descriptor, 0, file.size)
+                else:
                     os.ftruncate(descriptor, file.size)
                 write_all(descriptor, file.header, 0)
                 os.fsync(descriptor)
@@ -171,12 +167,10 @@ class DataFiles:
         self._descriptors.clear()
 
 
-def _fallocate(descriptor: int, size: int) -> None:
-    """fallocate(2) itself.  ``os.posix_fallocate`` is glibc's, which writes to every block where a file system cannot allocate."""
-    while ctypes.CDLL(None, use_errno=True).fallocate(descriptor, 0, ctypes.c_longlong(0), ctypes.c_longlong(size)):
-        code = ctypes.get_errno()
-        if code != errno.EINTR:
-            raise OSError(code, os.strerror(code))
+def _can_allocate(descriptor: int) -> bool:
+    """Whether the file system allocates, asked of fallocate(2): glibc's posix_fallocate writes to every block where it does not."""
+    failed = ctypes.CDLL(None, use_errno=True).fallocate(descriptor, 0, ctypes.c_longlong(0), ctypes.c_longlong(1))
+    return not failed or ctypes.get_errno() not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int, int]:

@@ -260,47 +260,44 @@ class ArtifactWriter:
         ``{file: {"size", "sha256"}}`` of every other file, returns the content of the manifest.  workers: files read back at once.
         stop: set it to end early, by Interrupted.  checked: told, from other threads, how many bytes have just been read back.
 
-        Raises OutputError when a unit could not be made durable, a tensor was never written, or one reads back wrong.
+        Raises OutputError when a unit could not be made durable, a tensor was never written, or one reads back wrong; Interrupted.
         """
         if self._published:
             return
+        try:
+            checks = self._read_back(workers, stop or threading.Event(), checked or (lambda count: None))
+            files: dict[str, dict[str, Any]] = {check.name: {"size": check.size, "sha256": check.sha256} for check in checks}
+            for name, content in sidecars.items():
+                files[name] = self._add_file(name, [content])
+            for path in carried:
+                files[path.name] = self._add_file(path.name, _read_pieces(path))
+            self._add_file(MANIFEST, [manifest(files)])
+            with output_errors(f"complete {self.partial}", resumable=True):
+                self._data.sync(self._data.files)
+                sync_directory(self.partial)
+        except KeyboardInterrupt as error:
+            raise Interrupted(STOPPED) from error
+
+    def _read_back(self, workers: int, stop: threading.Event, checked: Callable[[int], None]) -> list[FileCheck]:
+        """Check all files that the background has not checked, and again those that changed since; then judge all."""
         assert self._commits is not None
         self._commits.drain()
         unwritten = sorted(set().union(*self._unwritten.values()))
         if unwritten:
             raise OutputError(f"{self.partial}: {len(unwritten)} tensors were never written, the first is {unwritten[0]}")
-        checks = self._read_back(workers, stop or threading.Event(), checked or (lambda count: None))
-        files: dict[str, dict[str, Any]] = {check.name: {"size": check.size, "sha256": check.sha256} for check in checks}
-        for name, content in sidecars.items():
-            files[name] = self._add_file(name, [content])
-        for path in carried:
-            files[path.name] = self._add_file(path.name, _read_pieces(path))
-        self._add_file(MANIFEST, [manifest(files)])
-        with output_errors(f"complete {self.partial}", resumable=True):
-            self._data.sync(self._data.files)
-            sync_directory(self.partial)
-
-    def _read_back(self, workers: int, stop: threading.Event, checked: Callable[[int], None]) -> list[FileCheck]:
-        """Check all files that the background has not checked, and again those that changed since; then judge all."""
         with self._turn:
             checked(self._checked_bytes)
             self._on_checked = checked
         names = list(self._data.files)
         with ThreadPoolExecutor(workers, "quantkit-check") as pool:
-            try:
-                self._check_on(pool, [name for name in names if name not in self._checks or self._checks[name].cancel()], stop)
-                self._check_on(pool, [name for name in names if self._checks[name].result().stamp != self._data.stamp(name)], stop)
-            except BaseException as error:
-                self._stop.set()
-                if isinstance(error, KeyboardInterrupt):
-                    raise Interrupted(STOPPED) from error
-                raise
+            self._check_on(pool, [name for name in names if name not in self._checks or self._checks[name].cancel()], stop)
+            self._check_on(pool, [name for name in names if self._checks[name].result().stamp != self._data.stamp(name)], stop)
         checks = [self._checks[name].result() for name in names]
-        wrong = {name: check.name for check in checks for name in check.wrong}
+        wrong = [(name, check.name) for check in checks for name in check.wrong]
         if wrong:
-            units = {key for key, record in self.completed.items() if not wrong.keys().isdisjoint(record["tensors"])}
-            self._strike(units)
-            listed = ", ".join(f"{name or 'header or size'} in {file}" for name, file in list(wrong.items())[:10])
+            hit = {name for name, _ in wrong}
+            self._strike({key for key, record in self.completed.items() if not hit.isdisjoint(record["tensors"])})
+            listed = ", ".join(f"{name or 'header or size'} in {file}" for name, file in wrong[:10])
             raise OutputError(
                 f"{self.partial}: {len(wrong)} tensors read back different from what was written ({listed}): the disk or memory "
                 "is faulty, or something else wrote there. Check them, then run the same command again: it redoes these units"
@@ -309,12 +306,16 @@ class ArtifactWriter:
 
     def _check_on(self, pool: ThreadPoolExecutor, names: Sequence[str], stop: threading.Event) -> None:
         """Check the named files on the pool; returns when these and those in the background are done."""
-        for name in names:
-            self._checks[name] = pool.submit(self._check, name)
-        while not stop.is_set() and wait(self._checks.values(), timeout=0.1).not_done:
-            pass
-        if stop.is_set():
-            raise Interrupted(STOPPED)
+        try:
+            for name in names:
+                self._checks[name] = pool.submit(self._check, name)
+            while not stop.is_set() and wait(self._checks.values(), timeout=0.1).not_done:
+                pass
+            if stop.is_set():
+                raise Interrupted(STOPPED)
+        except BaseException:
+            self._stop.set()  # or the pool would be waited for
+            raise
 
     def _check(self, name: str) -> FileCheck:
         return self._data.check(name, self._digests, self._stop, self._count_checked)

@@ -26,11 +26,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from quantkit import datafiles
 from quantkit.writer import ArtifactWriter, publish
 from tests.synthetic_artifact import FINGERPRINT, Artifact, contents, journalled_units, make_artifact, seal, write_rest
 
-CALLS = ("open", "pwrite", "fsync", "fdatasync", "ftruncate", "rename", "unlink", "rmdir", "mkdir")
+CALLS = ("open", "pwrite", "fsync", "fdatasync", "posix_fallocate", "ftruncate", "rename", "unlink", "rmdir", "mkdir")
 FORMER = {"manifest.json": b"{}", "old.safetensors": b"former weights"}
 
 
@@ -55,7 +54,6 @@ def kill_before(call: int) -> None:
     for name in CALLS:
         setattr(os, name, deadly(name, getattr(os, name)))
     fcntl.flock = deadly("flock", fcntl.flock)
-    datafiles._fallocate = deadly("fallocate", datafiles._fallocate)
 
 
 def run(output: Path, artifacts: dict[str, Artifact], workers: int) -> None:

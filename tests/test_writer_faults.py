@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import logging
@@ -19,7 +20,6 @@ from typing import Any
 
 import pytest
 
-from quantkit import datafiles
 from quantkit.errors import CheckpointError, OutputError, ResumeError
 from tests.synthetic_artifact import (
     FAST,
@@ -214,21 +214,25 @@ def test_a_file_system_that_cannot_sync_directories_is_used(
     assert contents(tmp_path / "x") == artifact.expected
 
 
-@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EINVAL])
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.ENOSPC])
 def test_a_file_system_that_cannot_allocate_gets_sparse_files(
     code: int, artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def unsupported(*arguments: int) -> None:
-        raise OSError(code, os.strerror(code))
+    class Library:
+        def fallocate(self, *arguments: Any) -> int:
+            return -1
 
-    monkeypatch.setattr(datafiles, "_fallocate", unsupported)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name, use_errno: Library())
+    monkeypatch.setattr(ctypes, "get_errno", lambda: code)
+    calls = nth_call_fails(monkeypatch, "posix_fallocate", 0, 0)
     finish(tmp_path / "x", artifact)
     assert contents(tmp_path / "x") == artifact.expected
+    assert calls() == (0 if code == errno.EOPNOTSUPP else len(artifact.files))
 
 
 def nth_call_fails(patch: pytest.MonkeyPatch, name: str, number: int, code: int) -> Callable[[], int]:
     """Make the ``number``-th call of a function of ``os`` raise; returns a function that tells how many calls there were."""
-    module: Any = {"flock": fcntl, "_fallocate": datafiles}.get(name, os)
+    module: Any = fcntl if name == "flock" else os
     original, lock, count = getattr(module, name), threading.Lock(), 0
 
     def failing(*arguments: Any, **options: Any) -> Any:
@@ -250,7 +254,7 @@ CHANGES = {
     "pread": errno.EIO,
     "fsync": errno.EIO,
     "fdatasync": errno.ENOSPC,
-    "_fallocate": errno.ENOSPC,
+    "posix_fallocate": errno.ENOSPC,
     "ftruncate": errno.EFBIG,
     "rename": errno.EROFS,
     "mkdir": errno.EROFS,
@@ -299,7 +303,7 @@ def test_every_refused_call_ends_in_one_clear_error_and_a_rerun_succeeds(name: s
     assert failures
 
 
-@pytest.mark.parametrize("name", ["open", "pwrite", "fsync", "_fallocate", "ftruncate", "mkdir", "statvfs"])
+@pytest.mark.parametrize("name", ["open", "pwrite", "fsync", "posix_fallocate", "ftruncate", "mkdir", "statvfs"])
 def test_a_beginning_that_fails_leaves_no_junk(name: str, artifact: Artifact, tmp_path: Path) -> None:
     number, error = 0, ""
     while error is not None:
