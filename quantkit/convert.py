@@ -303,7 +303,7 @@ def _quantize_unit(checkpoint: Checkpoint, unit: Unit, pending: Sequence[_Run], 
                 entry = ledger.quantized_entry(matrix, assignment, quantized.scheme.name, statistics, digests[index])
                 ledger.check_entry(entry, assignment)
                 entries.append(entry)
-                for name, tensor in form.encode(matrix.name, quantized).items():
+                for name, tensor in form.encode(matrix.name, quantized, workspace).items():
                     written[name] = run.writer.write(name, _raw(tensor))
         run.writer.commit(unit.key, written, [entry.to_dict() for entry in entries])
 

@@ -173,7 +173,7 @@ def _probe(plan: Plan, output: Path, sample: Path | None) -> dict[str, float]:
             for _ in range(4):  # the first call may compile, others may be disturbed: the best counts
                 started = time.perf_counter()
                 [(quantized, _)] = METHODS[method]([weight], scheme, clip_search=search, workspace=workspace)
-                form.encode("probe", quantized)
+                form.encode("probe", quantized, workspace)
                 rates[name] = max(rates.get(name, 0.0), weight.numel() / (time.perf_counter() - started))
     return rates
 
