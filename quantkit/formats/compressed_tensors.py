@@ -13,9 +13,9 @@ A weight ``[out, in]`` of module M is stored as (E = encoding, chosen by the sch
             (kept)                  M.weight as in the source, [out, in]
 
 Packing: element i of a row sits in bits ``bits * (i mod (32 / bits))`` of word ``i // (32 / bits)``, with half the range added;
-zero points likewise, but along the output dimension.  fp4: two codes per byte, the even column in the low nibble.  mxfp4 scales are the
-exponent + 127.  Experts are always written one by one, also when a layer is kept: clients refuse a mixture of fused and per-expert
-names.  Encode and decode stand side by side; ``encode`` never holds more than one buffer of the output's size.
+zero points likewise, but along the output dimension.  fp4: two codes per byte, the even column in the low nibble.  mxfp4 scales
+are the exponent + 127.  Experts are always written one by one, also when a layer is kept: clients refuse a mixture of fused and
+per-expert names.  Encode and decode stand side by side; ``encode`` never holds more than one buffer of the output's size.
 
 The other halves of the format: ``compressed_tensors_config`` builds and reads the ``quantization_config`` from which clients make
 their modules, and ``compressed_tensors_clients`` says which client loads what.
@@ -123,7 +123,7 @@ def encode(name: str, quantized: QuantizedTensor, workspace: Workspace | None = 
     if quantized.zero_point is not None:
         by_group = quantized.zero_point.t().contiguous()  # [groups, out]: neighbours in a word are neighbouring output rows
         words = _pack(by_group, scheme, np.empty(by_group.numel() * scheme.bits // 8, np.uint8)).view(torch.int32)
-        tensors[f"{name}.weight_zero_point"] = words.view(by_group.shape[0], -1).t().contiguous()
+        tensors[f"{name}.weight_zero_point"] = words.view(by_group.shape[0], -1).t().clone(memory_format=torch.contiguous_format)
     tensors[f"{name}.weight_shape"] = torch.tensor(shape, dtype=torch.int64)
     return tensors
 

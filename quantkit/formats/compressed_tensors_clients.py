@@ -34,6 +34,7 @@ class _Contents:
     query_key: frozenset[Scheme]  # schemes of q_proj and k_proj, whose rows vLLM and SGLang reorder at load
     mixed: bool  # the groups need different encodings
     ranks: int | None  # tensor-parallel ranks among which whole groups or blocks of an expert can be shared out
+    single_block: bool  # a matrix of a block scheme is only one block high or wide
 
     @property
     def experts(self) -> frozenset[Scheme]:
@@ -65,11 +66,13 @@ def client_notes(schemes: Schemes, config: Llama4Config) -> list[ClientNote]:
 def _contents(schemes: Schemes, config: Llama4Config) -> _Contents:
     by_role: dict[Role, set[Scheme]] = {}
     query_key = set()
+    single_block = False
     for matrix, scheme in schemes.items():
         if scheme is not None:
             by_role.setdefault(matrix.role, set()).add(scheme)
             if matrix.projection in ("q_proj", "k_proj"):
                 query_key.add(scheme)
+            single_block |= scheme.granularity == "block" and BLOCK_SIZE in matrix.shape
     used = frozenset(scheme for found in by_role.values() for scheme in found)
     spans = [scheme.group_size or BLOCK_SIZE for scheme in by_role.get("routed_expert", ()) if scheme.granularity != "channel"]
     return _Contents(
@@ -78,6 +81,7 @@ def _contents(schemes: Schemes, config: Llama4Config) -> _Contents:
         query_key=frozenset(query_key),
         mixed=len({format_name(scheme) for scheme in used}) > 1,
         ranks=config.expert_width // max(spans) if spans else None,
+        single_block=single_block,
     )
 
 
@@ -148,6 +152,8 @@ def _transformers_4_57(contents: _Contents) -> Verdict:
         refused.append("it does not know the format mxfp4-pack-quantized")
     if contents.mixed:
         refused.append("it does not know the format mixed-precision")
+    if contents.single_block:
+        refused.append(f"it misreads the scales of a weight that is only one block of {BLOCK_SIZE} high or wide")
     if any(scheme.global_scale for scheme in contents.schemes):
         remarks.append("it rounds weight_global_scale to bfloat16, so weights are off by up to 0.2 %")
     return refused, remarks

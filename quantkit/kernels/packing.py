@@ -2,8 +2,8 @@
 
 Every packed tensor of the compressed-tensors format is, on a little-endian machine, a plain sequence of bytes: eight int4 codes in
 a 32-bit word are four bytes with the lower of two neighbouring codes in the low nibble, exactly as two fp4 codes share a byte, and
-four int8 codes in a word are four bytes.  So one kernel packs nibbles, and int8 is a flipped sign bit.  Signed codes are stored with
-an offset of half their range (q + 8, q + 128), which in two's complement is the same as flipping the top bit of each code.
+four int8 codes in a word are four bytes.  So one kernel packs nibbles, and int8 is a flipped sign bit.  Signed codes are stored
+with an offset of half their range (q + 8, q + 128), which in two's complement is the same as flipping the top bit of each code.
 
 The kernel takes eight codes at a time as one 64-bit word and folds it into 32 bits; it needs no buffer but its output and does not
 hold the interpreter lock.
