@@ -90,7 +90,7 @@ def wait_until_quiet(limit: float, patience: float) -> float:
 
 def header(title: str, directory: Path, load: float) -> str:
     """The head of a results file."""
-    memory = int(_read("/proc/meminfo").split()[1]) * 1024
+    memory = _memory("MemTotal")
     lines = {
         "date": dt.datetime.now(dt.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": command_line(),
@@ -156,6 +156,29 @@ def bring_into_cache(paths: Iterable[Path]) -> None:
                 pass
 
 
+class Ballast:
+    """A sparse file that is read until nearly all memory is in use, by page cache that can be reclaimed at once.
+
+    That is the steady state of a long run.  A virtual machine may also give free memory back to its host, and then the first use of
+    a page is ten times slower than the disk; memory that holds page cache stays.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._position = 0  # where the last reading ended: what follows was read longest ago, so it is not in the cache
+
+    def fill_cache(self, leave_free: int = 3 << 29) -> None:
+        """Read on until less than ``leave_free`` bytes are free, once round the file at most."""
+        total, buffer = _memory("MemTotal"), bytearray(16 << 20)
+        with self.path.open("a+b") as file:
+            file.truncate(total)
+            for _ in range(0, total, len(buffer)):
+                if _memory("MemFree") < leave_free:
+                    break
+                os.preadv(file.fileno(), [buffer], self._position)
+                self._position = (self._position + len(buffer)) % total
+
+
 def cached_share(paths: Iterable[Path]) -> float:
     """Share of the pages of these files that the page cache holds; proves that a run was cold or warm."""
     library = ctypes.CDLL(None, use_errno=True)
@@ -179,6 +202,11 @@ def run_script(script: str, *arguments: str, python: str = sys.executable, envir
     command = [python, str(HERE / script), *arguments]
     completed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **(environment or {})})
     return completed.stdout
+
+
+def _memory(field: str) -> int:
+    """A field of /proc/meminfo in bytes."""
+    return int(next(line.split()[1] for line in _read("/proc/meminfo").splitlines() if line.startswith(field + ":"))) * 1024
 
 
 def _git(*arguments: str) -> str:

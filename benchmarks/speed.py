@@ -13,9 +13,9 @@ w4a16   A Scout layer with fewer experts (llm-compressor's time is the limit) to
         tensors, which is checked, and the error of both is computed from the files by the same code.
 
 Contestants take turns within each repetition, and the best of all repetitions counts; medians are shown beside it.  One repetition
-more runs first and is thrown away: it compiles kernels and makes a virtual machine back its memory.  Imports do not count, except
-where a row says that the whole command was timed.  Everybody fsyncs what was written, and outputs are removed and synced outside
-the clock.
+more runs first and is thrown away, since it compiles kernels.  Before each run memory is filled with page cache, as it is in the
+middle of a long run; see ``common.Ballast``.  Imports do not count, except where a row says that the whole command was timed.
+Everybody fsyncs what was written, and outputs are removed and synced outside the clock.
 """
 
 from __future__ import annotations
@@ -109,7 +109,6 @@ def run_command(source: Path, output: Path, target: str) -> None:
 
 def timed(contestant: Callable[[], object], output: Path) -> float:
     """Wall time; what was written is removed, and the disk settled, outside the clock."""
-    os.sync()
     started = time.perf_counter()
     contestant()
     seconds = time.perf_counter() - started
@@ -119,7 +118,12 @@ def timed(contestant: Callable[[], object], output: Path) -> float:
 
 
 def alternate(
-    contestants: dict[str, Callable[[], object]], source: Path, output: Path, states: list[str], repetitions: int
+    contestants: dict[str, Callable[[], object]],
+    source: Path,
+    output: Path,
+    ballast: common.Ballast,
+    states: list[str],
+    repetitions: int,
 ) -> tuple[Times, dict[str, float]]:
     """Run all contestants in turn, ``repetitions`` times and one time more that does not count.
 
@@ -132,7 +136,11 @@ def alternate(
     for repetition in range(repetitions + 1):
         for state in states:
             for name, contestant in contestants.items():
-                (common.drop_from_cache if state == "cold" else common.bring_into_cache)(files)
+                if state == "cold":
+                    common.drop_from_cache(files)
+                ballast.fill_cache()
+                if state == "warm":
+                    common.bring_into_cache(files)
                 shares[state].append(common.cached_share(files))
                 seconds = timed(contestant, output)
                 if repetition:
@@ -167,10 +175,11 @@ def measure_fp8(directory: Path, repetitions: int) -> str:
         LIBRARY: library,
         COMMAND: lambda: run_command(source, output, "fp8-dynamic"),
     }
-    states = ["cold", "warm"]
-    times, shares = alternate(contestants, source, output, states, repetitions)
+    states, ballast = ["cold", "warm"], common.Ballast(directory / "speed-ballast")
+    times, shares = alternate(contestants, source, output, ballast, states, repetitions)
     casts = [cast_seconds(elements) for _ in range(repetitions + 1)][1:]
     shutil.rmtree(source)
+    ballast.path.unlink()
 
     rows = []
     for name in contestants:
