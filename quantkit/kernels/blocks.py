@@ -23,6 +23,7 @@ from quantkit.kernels.tiles import (
     STRIP_VECTORS,
     TILE_INPUTS,
     Scratch,
+    Search,
     Source,
     Target,
     load_tile,
@@ -46,7 +47,7 @@ def block_error(numbers: Numbers, tile: Any, code: Any) -> Any:
 
 @kernel
 def quantize_blocks(
-    numbers: Numbers, source: Source, target: Target, scratch: Scratch, offsets: Any
+    numbers: Numbers, source: Source, target: Target, scratch: Scratch, search: Search
 ) -> tuple[float, float, int, int]:
     """Quantize a matrix; arguments and results as of ``quantize_groups``."""
     errors, weights, clipped, peak = doubles(0.0), doubles(0.0), ints(0), ints(0)
@@ -56,13 +57,16 @@ def quantize_blocks(
             largest = ints(largest_lane(largest_magnitude(scratch.tile, 0, STRIP_VECTORS * TILE_INPUTS)))
             peak = maximum(peak, largest)
             code = fit_scale(numbers, from_bits(largest), 1.0)
-            if offsets.size and largest_lane(largest) > SMALLEST_SEARCHED_BITS:
-                fitted, best = code, block_error(numbers, scratch.tile, code)
-                for index in range(offsets.size):
-                    candidate = clamp_scale(numbers, fitted + ints(offsets[index]))
-                    total = block_error(numbers, scratch.tile, candidate)
-                    if total < best:
-                        best, code = total, candidate
+            if search.ends.size and largest_lane(largest) > SMALLEST_SEARCHED_BITS:
+                best, first = block_error(numbers, scratch.tile, code), 0
+                for end in search.ends:
+                    middle = code
+                    for offset in search.offsets[first:end]:
+                        candidate = clamp_scale(numbers, middle + ints(offset))
+                        total = block_error(numbers, scratch.tile, candidate)
+                        if total < best:
+                            best, code = total, candidate
+                    first = end
             scale = decode_scale(numbers, code, 1.0)
             squared_scale = doubles(scale) * doubles(scale)
             for vector in range(STRIP_VECTORS):

@@ -30,14 +30,14 @@ from quantkit.kernels.simd import (
     minimum,
     select,
 )
-from quantkit.kernels.tiles import TILE_INPUTS, Scratch, Source, Target, load_tile, store_codes, store_scales, strip_rows
+from quantkit.kernels.tiles import TILE_INPUTS, Scratch, Search, Source, Target, load_tile, store_codes, store_scales, strip_rows
 
 
 @compiled
 def search_scale(
-    numbers: Numbers, tile: Any, start: int, count: int, fitted: Any, zero_point: Any, global_scale: float, offsets: Any
+    numbers: Numbers, tile: Any, start: int, count: int, fitted: Any, zero_point: Any, global_scale: float, search: Search
 ) -> tuple[Any, Any]:
-    """Scale codes and zero points with the least error of each lane: the fitted ones, neighbours at ``offsets``, refinements.
+    """Scale codes and zero points with the least error of each lane: the fitted ones, their neighbours, refinements.
 
     Errors are compared in units of the fitted scale, so that no weight is too large or too small to be squared.  A candidate that
     is not better, or whose error is not a number, is not taken.
@@ -45,18 +45,22 @@ def search_scale(
     unit = decode_scale(numbers, fitted, global_scale)
     error = squared_error(numbers, tile, start, count, unit, zero_point)
     best, chosen = select(unit > floats(SMALLEST_SEARCHED), error, floats(0.0)), fitted  # nothing is better than 0
-    for index in range(offsets.size):
-        code = clamp_scale(numbers, fitted + ints(offsets[index]))
-        scale = decode_scale(numbers, code, global_scale)
-        ratio = scale / unit
-        error = squared_error(numbers, tile, start, count, scale, zero_point) * ratio * ratio
-        better = error < best
-        best, chosen = select(better, error, best), select(better, code, chosen)
+    inverse, first = floats(1.0) / unit, 0
+    for end in search.ends:
+        middle = chosen
+        for offset in search.offsets[first:end]:
+            code = clamp_scale(numbers, middle + ints(offset))
+            scale = decode_scale(numbers, code, global_scale)
+            ratio = scale * inverse
+            error = squared_error(numbers, tile, start, count, scale, zero_point) * ratio * ratio
+            better = error < best
+            best, chosen = select(better, error, best), select(better, code, chosen)
+        first = end
     if not numbers.symmetric:
         scale = decode_scale(numbers, chosen, global_scale)
-        ratio, middle = scale / unit, zero_point
+        ratio, fitted_zero = scale * inverse, zero_point
         for shift in (-1.0, 1.0):
-            shifted = minimum(maximum(middle + floats(shift), floats(numbers.lowest)), floats(numbers.highest))
+            shifted = minimum(maximum(fitted_zero + floats(shift), floats(numbers.lowest)), floats(numbers.highest))
             error = squared_error(numbers, tile, start, count, scale, shifted) * ratio * ratio
             better = error < best
             best, zero_point = select(better, error, best), select(better, shifted, zero_point)
@@ -64,7 +68,7 @@ def search_scale(
         multiple = best_multiple(numbers, tile, start, count, decode_scale(numbers, chosen, global_scale), zero_point)
         code = encode_scale(numbers, multiple)
         scale = decode_scale(numbers, code, global_scale)
-        ratio = scale / unit
+        ratio = scale * inverse
         error = squared_error(numbers, tile, start, count, scale, zero_point) * ratio * ratio
         chosen = select(error < best, code, chosen)
     return chosen, zero_point
@@ -72,9 +76,9 @@ def search_scale(
 
 @kernel
 def quantize_groups(
-    numbers: Numbers, source: Source, target: Target, scratch: Scratch, group: int, global_scale: float, offsets: Any
+    numbers: Numbers, source: Source, target: Target, scratch: Scratch, group: int, global_scale: float, search: Search
 ) -> tuple[float, float, int, int]:
-    """Quantize a matrix.  offsets: int64, neighbouring scale codes to try; none means no search.
+    """Quantize a matrix.
 
     Returns the sums of squared errors and squared weights, the number of clipped weights and the bits of the largest magnitude.
     When those bits are not of a finite number the results mean nothing.
@@ -98,10 +102,8 @@ def quantize_groups(
                     else:
                         low, high = smallest_and_largest(scratch.tile, start, group, floats(0.0), floats(0.0))
                         code, zero_point = fit_range(numbers, low, high)
-                    if offsets.size:
-                        code, zero_point = search_scale(
-                            numbers, scratch.tile, start, group, code, zero_point, global_scale, offsets
-                        )
+                    if search.ends.size:
+                        code, zero_point = search_scale(numbers, scratch.tile, start, group, code, zero_point, global_scale, search)
                     store_scales(numbers, target, row * groups + (chunk + first) // group, groups, code, zero_point)
                     scale = decode_scale(numbers, code, global_scale)
                     error, weight, beyond = round_tile(

@@ -156,18 +156,22 @@ def smallest_and_largest(tile: Any, start: int, count: int, low: Any, high: Any)
 def squared_error(numbers: Numbers, tile: Any, start: int, count: int, scale: Any, zero_point: Any) -> Any:
     """Sum of squared rounding errors of each lane, in units of the squared scale, which is above SMALLEST_SEARCHED."""
     inverse = floats(1.0) / scale
-    lowest, highest = floats(numbers.lowest), floats(numbers.highest)
     even, odd = floats(0.0), floats(0.0)  # two sums, so that additions do not wait for each other
     if numbers.whole:
+        # Adding 1.5 * 2^23 rounds to whole numbers, whose bits count up with them: they are clamped as integers.
+        magic = floats(12582912.0) + zero_point
+        lowest, highest = bits(floats(12582912.0 + numbers.lowest)), bits(floats(12582912.0 + numbers.highest))
         for row in range(0, count, 2):
-            steps = fused(load_float32(tile, start + row * 16), inverse, zero_point)
-            error = steps - maximum(minimum(nearest(steps), highest), lowest)
+            weight = load_float32(tile, start + row * 16)
+            inside = minimum(maximum(bits(fused(weight, inverse, magic)), lowest), highest)
+            error = fused(weight, inverse, magic - from_bits(inside))
             even = fused(error, error, even)
-            steps = fused(load_float32(tile, start + row * 16 + 16), inverse, zero_point)
-            error = steps - maximum(minimum(nearest(steps), highest), lowest)
+            weight = load_float32(tile, start + row * 16 + 16)
+            inside = minimum(maximum(bits(fused(weight, inverse, magic)), lowest), highest)
+            error = fused(weight, inverse, magic - from_bits(inside))
             odd = fused(error, error, odd)
     else:
-        mask = ints(0x7FFFFFFF)
+        mask, highest = ints(0x7FFFFFFF), floats(numbers.highest)
         for row in range(0, count, 2):
             steps = from_bits(bits(load_float32(tile, start + row * 16)) & mask) * inverse
             _, value = round_small(minimum(steps, highest), numbers.mantissa_bits, numbers.smallest_normal)

@@ -1,4 +1,4 @@
-"""One scale for each row: a strip of rows is read once for its scales, once more for a search, and once for its codes.
+"""One scale for each row: a strip of rows is read once for its scales, once for each round of a search, and once for its codes.
 
 Only the first read goes to memory; a strip is small enough to come from cache afterwards.
 """
@@ -35,6 +35,7 @@ from quantkit.kernels.tiles import (
     STRIP_ROWS,
     TILE_INPUTS,
     Scratch,
+    Search,
     Source,
     Target,
     largest_of_strip,
@@ -72,7 +73,7 @@ def fit_strip(numbers: Numbers, source: Source, strip: int, vectors: int, scratc
 
 @compiled
 def search_strip(numbers: Numbers, source: Source, strip: int, vectors: int, scratch: Scratch, offsets: Any) -> None:
-    """Replace the scale codes of a strip by neighbours at ``offsets`` where these give less error."""
+    """One round: replace the scale codes of a strip by neighbours at ``offsets`` where these give less error."""
     candidates = offsets.size
     for place in range(0, (candidates + 1) * STRIP_ROWS, 16):
         store(scratch.errors, place, floats(0.0))
@@ -102,7 +103,7 @@ def search_strip(numbers: Numbers, source: Source, strip: int, vectors: int, scr
 
 @kernel
 def quantize_rows(
-    numbers: Numbers, source: Source, target: Target, scratch: Scratch, offsets: Any
+    numbers: Numbers, source: Source, target: Target, scratch: Scratch, search: Search
 ) -> tuple[float, float, int, int]:
     """Quantize a matrix; arguments and results as of ``quantize_groups``."""
     errors, weights, clipped, peak = doubles(0.0), doubles(0.0), ints(0), ints(0)
@@ -110,8 +111,10 @@ def quantize_rows(
     for strip in range(0, source.rows, height):
         vectors = min(height, source.rows - strip) // 16
         peak = maximum(peak, fit_strip(numbers, source, strip, vectors, scratch))
-        if offsets.size:
-            search_strip(numbers, source, strip, vectors, scratch, offsets)
+        first = 0
+        for end in search.ends:
+            search_strip(numbers, source, strip, vectors, scratch, search.offsets[first:end])
+            first = end
         for chunk in range(0, source.columns, TILE_INPUTS):
             load_tile(source, strip, chunk, vectors, scratch.tile)
             for lane in range(0, vectors * 16, 16):

@@ -58,11 +58,22 @@ class Target(NamedTuple):
     zero_points: Any
 
 
+class Search(NamedTuple):
+    """Candidates for a scale code, in rounds: each round tries offsets from the best code of the round before.
+
+    offsets: int64, of all rounds.  ends: int64, where each round ends in ``offsets``; no rounds, no search.
+    """
+
+    offsets: Any
+    ends: Any
+
+
 class Scratch(NamedTuple):
     """Memory a kernel works in.
 
     All are float32 arrays, some hold bits of integers.  tile: ``[STRIP_ROWS / 16, TILE_INPUTS, 16]``.  words: four codes each,
-    ``[TILE_INPUTS / 4, 16]``.  For each row of a strip: scale_codes, largest, low, high; errors: ``[candidates + 1, STRIP_ROWS]``.
+    ``[TILE_INPUTS / 4, 16]``.  For each row of a strip: scale_codes, largest, low, high, and errors of each candidate of a round and
+    of the scale it starts from, ``[candidates + 1, STRIP_ROWS]``.
     """
 
     tile: Any
