@@ -72,7 +72,7 @@ class Scratch(NamedTuple):
     """Memory a kernel works in.
 
     All are float32 arrays, some hold bits of integers.  tile: ``[STRIP_ROWS / 16, TILE_INPUTS, 16]``.  words: four codes each,
-    ``[TILE_INPUTS / 4, 16]``.  For each row of a strip: scale_codes, largest, low, high, and errors of each candidate of a round and
+    ``[TILE_INPUTS / 4, 16]``.  For each row of a strip: scale_codes, largest, low, high, and the errors of a round's candidates and
     of the scale it starts from, ``[candidates + 1, STRIP_ROWS]``.
     """
 
