@@ -10,7 +10,7 @@ import torch
 from numba import njit
 
 from quantkit import grid
-from quantkit.kernels import jit, numbers, simd, tiles
+from quantkit.kernels import jit, memory, numbers, simd, tiles
 from quantkit.methods import rtn
 from quantkit.scheme import parse_scheme
 from quantkit.workspace import Workspace
@@ -30,9 +30,9 @@ def floats_up_to(largest: float) -> np.ndarray[Any, np.dtype[np.float32]]:
 @compiled
 def round_all(magnitudes: Any, mantissa_bits: int, smallest_normal: float, codes: Any, values: Any) -> None:
     for place in range(0, magnitudes.size, 16):
-        code, value = numbers.round_small(simd.load_float32(magnitudes, place), mantissa_bits, smallest_normal)
-        simd.store(codes, place, code)
-        simd.store(values, place, value)
+        code, value = numbers.round_small(memory.load_float32(magnitudes, place), mantissa_bits, smallest_normal)
+        memory.store(codes, place, code)
+        memory.store(values, place, value)
 
 
 def test_every_float_rounds_to_fp8_as_torch_does() -> None:
@@ -59,9 +59,9 @@ def test_every_float_rounds_to_the_nearest_fp4() -> None:
 @compiled
 def scales_of(numbers_: Any, largest: Any, global_scale: float, codes: Any, scales: Any) -> None:
     for place in range(0, largest.size, 16):
-        code = numbers.fit_scale(numbers_, simd.load_float32(largest, place), global_scale)
-        simd.store(codes, place, code)
-        simd.store(scales, place, numbers.decode_scale(numbers_, code, global_scale))
+        code = numbers.fit_scale(numbers_, memory.load_float32(largest, place), global_scale)
+        memory.store(codes, place, code)
+        memory.store(scales, place, numbers.decode_scale(numbers_, code, global_scale))
 
 
 @pytest.mark.parametrize(
@@ -118,14 +118,14 @@ def test_every_finite_half_is_loaded_exactly() -> None:
 
 @compiled
 def vector_operations(numbers_: Any, out: Any) -> tuple[int, int, float]:
-    value, other = simd.load_float32(numbers_, 0), simd.load_float32(numbers_, 16)
-    simd.store(out, 0, simd.minimum(value, other))
-    simd.store(out, 16, simd.maximum(value, other))
-    simd.store(out, 32, simd.nearest(value))
-    simd.store(out, 48, simd.fused(value, other, value))
-    simd.store(out, 64, simd.select(value < other, value, simd.floats(7.0)))
-    simd.store(out, 80, simd.floats(simd.ints(value > other) + simd.ints(value != other)))
-    simd.store(out, 96, simd.from_bits(simd.bits(value) & simd.ints(0x7FFFFFFF)))
+    value, other = memory.load_float32(numbers_, 0), memory.load_float32(numbers_, 16)
+    memory.store(out, 0, simd.minimum(value, other))
+    memory.store(out, 16, simd.maximum(value, other))
+    memory.store(out, 32, simd.nearest(value))
+    memory.store(out, 48, simd.fused(value, other, value))
+    memory.store(out, 64, simd.select(value < other, value, simd.floats(7.0)))
+    memory.store(out, 80, simd.floats(simd.ints(value > other) + simd.ints(value != other)))
+    memory.store(out, 96, simd.from_bits(simd.bits(value) & simd.ints(0x7FFFFFFF)))
     whole = simd.ints(simd.nearest(value))
     return simd.largest_lane(whole), simd.lane_sum(whole), simd.lane_sum(simd.doubles(value))
 
@@ -156,9 +156,9 @@ def test_vector_operations() -> None:
 def test_scattered_and_transposed_stores() -> None:
     @compiled
     def write(words: Any, halves: Any, single: Any, out: Any) -> None:
-        simd.transpose_int32(words, 0, 16, out, 3, 20)
-        simd.scatter_halves(halves, 1, 3, simd.load_int32(words, 16))
-        simd.scatter_bytes(single, 2, 2, simd.load_int32(words, 16))
+        memory.transpose_int32(words, 0, 16, out, 3, 20)
+        memory.scatter_halves(halves, 1, 3, memory.load_int32(words, 16))
+        memory.scatter_bytes(single, 2, 2, memory.load_int32(words, 16))
 
     words = np.random.default_rng(2).integers(-(2**31), 2**31, (16, 16)).astype(np.int32)
     halves, single, out = np.zeros(60, np.uint16), np.zeros(40, np.uint8), np.zeros((17, 20), np.int32)
