@@ -17,7 +17,15 @@ from quantkit.kernels.numbers import (
     round_tile,
     squared_error,
 )
-from quantkit.kernels.simd import doubles, floats, from_bits, ints, lane_sum, largest_lane, maximum
+from quantkit.kernels.simd import (
+    doubles,
+    floats,
+    from_bits,
+    ints,
+    lane_sum,
+    largest_lane,
+    maximum,
+)
 from quantkit.kernels.tiles import (
     STRIP_ROWS,
     STRIP_VECTORS,

@@ -14,18 +14,20 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from quantkit.kernels.jit import compiled
+from quantkit.kernels.memory import (
+    load_float32,
+    store,
+)
 from quantkit.kernels.simd import (
     bits,
     floats,
     from_bits,
     fused,
     ints,
-    load_float32,
     maximum,
     minimum,
     nearest,
     select,
-    store,
 )
 
 SCALE_BF16, SCALE_FP8, SCALE_E8M0 = 0, 1, 2

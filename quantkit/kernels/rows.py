@@ -8,6 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 from quantkit.kernels.jit import compiled, kernel
+from quantkit.kernels.memory import (
+    load_float32,
+    load_int32,
+    store,
+)
 from quantkit.kernels.numbers import (
     SMALLEST_SEARCHED,
     Numbers,
@@ -25,11 +30,8 @@ from quantkit.kernels.simd import (
     ints,
     lane_sum,
     largest_lane,
-    load_float32,
-    load_int32,
     maximum,
     select,
-    store,
 )
 from quantkit.kernels.tiles import (
     STRIP_ROWS,

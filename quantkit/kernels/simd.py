@@ -5,8 +5,8 @@ these vectors a kernel keeps its running sums in registers and does the same ari
 LLVM turns one operation into one AVX-512 instruction, two AVX2 ones or four NEON ones, and never regroups floating-point sums.
 That is why results do not depend on the CPU, which automatic vectorization (with its alias checks and cost models) does not give.
 
-``Floats`` and ``Ints`` support + - * / & | << >> and comparisons among themselves (a comparison gives a ``Mask`` for ``select``).
-Loads and stores name a one-dimensional array and an element index; bounds are the caller's duty.
+The types are ``Floats``, ``Ints``, ``Doubles`` for sums, and ``Mask``, which comparisons give and ``select`` takes.  Only what the
+kernels use is defined.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from numba.extending import intrinsic, lower_builtin, register_model, type_calla
 
 LANES = 16
 
-_F64, _F32, _F16 = ir.DoubleType(), ir.FloatType(), ir.HalfType()
-_I32, _I16, _I8 = ir.IntType(32), ir.IntType(16), ir.IntType(8)
+_F64, _F32, _I32 = ir.DoubleType(), ir.FloatType(), ir.IntType(32)
 
 
 def vector_function(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -33,7 +32,7 @@ def vector_function(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Vector(types.Type):  # type: ignore[misc]
-    """Type of a vector of 16 elements; ``element`` is its LLVM element type."""
+    """Type of a vector of 16 elements, for numba; ``llvm`` is the same for LLVM."""
 
     def __init__(self, name: str, element: ir.Type) -> None:
         self.llvm = ir.VectorType(element, LANES)
@@ -98,8 +97,8 @@ _binary(operator.add, {_FF: (FLOATS, ir.IRBuilder.fadd), _DD: (DOUBLES, ir.IRBui
 _binary(operator.sub, {_FF: (FLOATS, ir.IRBuilder.fsub), _II: (INTS, ir.IRBuilder.sub)})
 _binary(operator.mul, {_FF: (FLOATS, ir.IRBuilder.fmul), _DD: (DOUBLES, ir.IRBuilder.fmul)})
 _binary(operator.truediv, {_FF: (FLOATS, ir.IRBuilder.fdiv)})
-_binary(operator.and_, {_II: (INTS, ir.IRBuilder.and_), (MASK, MASK): (MASK, ir.IRBuilder.and_)})
-_binary(operator.or_, {_II: (INTS, ir.IRBuilder.or_), (MASK, MASK): (MASK, ir.IRBuilder.or_)})
+_binary(operator.and_, {_II: (INTS, ir.IRBuilder.and_)})
+_binary(operator.or_, {_II: (INTS, ir.IRBuilder.or_)})
 _binary(operator.lshift, {_II: (INTS, ir.IRBuilder.shl)})
 _binary(operator.rshift, {_II: (INTS, ir.IRBuilder.ashr)})
 for _function, _sign in ((operator.lt, "<"), (operator.gt, ">"), (operator.ne, "!=")):
@@ -233,112 +232,3 @@ def lane_sum(_typing: Any, value: Any) -> Any:
     return types.float64(DOUBLES), lambda context, builder, signature, args: _call(
         builder, "llvm.vector.reduce.fadd.v16f64", _F64, ir.Constant(_F64, 0.0), *args
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------- memory
-
-_STORED = {"float32": _F32, "int32": _I32, "bfloat16": _I16, "float16": _F16}
-
-
-def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index: ir.Value, element: ir.Type) -> ir.Value:
-    data = context.make_array(array_type)(context, builder, array).data
-    return builder.gep(builder.bitcast(data, element.as_pointer()), [index])
-
-
-def _read(builder: Any, pointer: ir.Value, stored: str) -> ir.Value:
-    """16 neighbouring elements; bfloat16 and float16 become float32, exactly."""
-    raw = builder.load(builder.bitcast(pointer, ir.VectorType(_STORED[stored], LANES).as_pointer()), align=1)
-    if stored == "bfloat16":
-        wide = builder.shl(builder.zext(raw, INTS.llvm), ir.Constant(INTS.llvm, [16] * LANES))
-        return builder.bitcast(wide, FLOATS.llvm)
-    return builder.fpext(raw, FLOATS.llvm) if stored == "float16" else raw
-
-
-def _write(builder: Any, pointer: ir.Value, value: ir.Value) -> None:
-    builder.store(value, builder.bitcast(pointer, value.type.as_pointer()), align=1)
-
-
-def _loader(stored: str) -> Any:
-    vector = INTS if stored == "int32" else FLOATS
-
-    @vector_function
-    def load(_typing: Any, array: Any, index: Any) -> Any:
-        def emit(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
-            return _read(builder, _pointer(context, builder, array, args[0], args[1], _STORED[stored]), stored)
-
-        return vector(array, types.int64), emit
-
-    return load
-
-
-load_float32, load_int32, load_bfloat16, load_float16 = map(_loader, ("float32", "int32", "bfloat16", "float16"))
-
-
-@vector_function
-def store(_typing: Any, array: Any, index: Any, value: Any) -> Any:
-    """Write 16 elements of 32 bits; ``index`` counts such elements."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
-        target, position, vector = args
-        _write(builder, _pointer(context, builder, array, target, position, _I32), vector)
-        return context.get_dummy_value()
-
-    return types.none(array, types.int64, value), emit
-
-
-def _scatterer(element: ir.IntType) -> Any:
-    @vector_function
-    def scatter(_typing: Any, array: Any, index: Any, stride: Any, value: Any) -> Any:
-        def emit(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
-            target, position, step, vector = args
-            narrow = builder.trunc(vector, ir.VectorType(element, LANES))
-            for lane in range(LANES):
-                pointer = _pointer(context, builder, array, target, position, element)
-                builder.store(builder.extract_element(narrow, ir.Constant(_I32, lane)), pointer, align=1)
-                position = builder.add(position, step)
-            return context.get_dummy_value()
-
-        return types.none(array, types.int64, types.int64, INTS), emit
-
-    return scatter
-
-
-# Write the low 8 or 16 bits of 16 integers, ``stride`` such elements apart.
-scatter_bytes, scatter_halves = _scatterer(_I8), _scatterer(_I16)
-
-
-def _transposed(builder: Any, rows: list[ir.Value]) -> list[ir.Value]:
-    """Transpose 16 vectors of 16 elements in registers, exchanging blocks of 1, 2, 4 and 8."""
-    for distance in (1, 2, 4, 8):
-        upper = [lane if not lane & distance else lane - distance + LANES for lane in range(LANES)]
-        lower = [lane + distance if not lane & distance else lane + LANES for lane in range(LANES)]
-        masks = [ir.Constant(ir.VectorType(_I32, LANES), lanes) for lanes in (upper, lower)]
-        for first in range(LANES):
-            if not first & distance:
-                pair = rows[first], rows[first + distance]
-                rows[first], rows[first + distance] = (builder.shuffle_vector(*pair, mask) for mask in masks)
-    return rows
-
-
-def _transposer(stored: str) -> Any:
-    @vector_function
-    def transpose(_typing: Any, source: Any, index: Any, stride: Any, target: Any, target_index: Any, target_stride: Any) -> Any:
-        def emit(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
-            from_array, position, step, to_array, to_position, to_step = args
-            rows = []
-            for _ in range(LANES):
-                rows.append(_read(builder, _pointer(context, builder, source, from_array, position, _STORED[stored]), stored))
-                position = builder.add(position, step)
-            for row in _transposed(builder, rows):
-                _write(builder, _pointer(context, builder, target, to_array, to_position, _I32), row)
-                to_position = builder.add(to_position, to_step)
-            return context.get_dummy_value()
-
-        return types.none(source, types.int64, types.int64, target, types.int64, types.int64), emit
-
-    return transpose
-
-
-# Copy a 16 x 16 block transposed: rows ``stride`` source elements apart, to rows ``target_stride`` 32-bit elements apart.
-transpose_float32, transpose_int32 = _transposer("float32"), _transposer("int32")
-transpose_bfloat16, transpose_float16 = _transposer("bfloat16"), _transposer("float16")

@@ -14,16 +14,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from quantkit.kernels.jit import compiled, kernel
-from quantkit.kernels.numbers import SCALE_BF16, Numbers, largest_magnitude
-from quantkit.kernels.simd import (
-    bits,
-    ints,
-    largest_lane,
+from quantkit.kernels.memory import (
     load_bfloat16,
     load_float16,
     load_float32,
     load_int32,
-    maximum,
     scatter_bytes,
     scatter_halves,
     store,
@@ -31,6 +26,13 @@ from quantkit.kernels.simd import (
     transpose_float16,
     transpose_float32,
     transpose_int32,
+)
+from quantkit.kernels.numbers import SCALE_BF16, Numbers, largest_magnitude
+from quantkit.kernels.simd import (
+    bits,
+    ints,
+    largest_lane,
+    maximum,
 )
 
 STRIP_VECTORS = 8
