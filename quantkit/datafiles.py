@@ -12,7 +12,7 @@ import errno
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,36 +121,35 @@ class DataFiles:
         for name in sorted(names):
             os.fdatasync(self._descriptors[name])
 
-    def check(self, name: str, digests: Mapping[str, str], stop: threading.Event, checked: Callable[[int], None]) -> FileCheck:
-        """Read a file back once: its sha256, and which tensors differ from ``digests`` (name -> xxh3_64, all tensors of the file).
+    def check(self, name: str, digest_of: Callable[[str], str], stop: threading.Event, checked: Callable[[int], None]) -> FileCheck:
+        """Read a file back once: its sha256, and which tensors differ from the checksum they were written with.
 
-        checked: told the number of bytes after each read.  Raises Interrupted soon after ``stop`` is set.
+        digest_of: waits until a tensor is written and returns its xxh3_64, so that reading may follow the writing.  checked:
+        told the number of bytes after each read.  Raises Interrupted soon after ``stop`` is set.
         """
         file, path = self.files[name], self.directory / name
         tensors = sorted(file.tensors, key=lambda tensor: (file.offsets[tensor.name], tensor.nbytes))
-        segments = [("", len(file.header), xxhash.xxh3_64_hexdigest(file.header))]
-        segments += [(tensor.name, tensor.nbytes, digests[tensor.name]) for tensor in tensors]
+        segments = [("", len(file.header)), *((tensor.name, tensor.nbytes) for tensor in tensors)]
         whole, wrong = hashlib.sha256(), []
         buffer = memoryview(bytearray(min(READ_BYTES, file.size)))
-        unread = buffer[:0]
         with output_errors(f"read back {path}", resumable=True), path.open("rb", buffering=0) as stream:
-            stamp = _stamp(os.fstat(stream.fileno()))
-            for tensor_name, left, digest in segments:  # they follow each other without gaps
+            for tensor_name, left in segments:  # they follow each other without gaps
                 part = xxhash.xxh3_64()
+                digest = digest_of(tensor_name) if tensor_name else xxhash.xxh3_64_hexdigest(file.header)
                 while left:
-                    if not unread:
-                        if stop.is_set():
-                            raise Interrupted(STOPPED)
-                        unread = buffer[: stream.readinto(buffer)]
-                        if not unread:
-                            break  # shorter than it was
-                        whole.update(unread)
-                        checked(len(unread))
-                    part.update(unread[:left])
-                    left, unread = left - len(unread[:left]), unread[left:]
+                    if stop.is_set():
+                        raise Interrupted(STOPPED)
+                    piece = buffer[: stream.readinto(buffer[:left])]  # not beyond this tensor: the next may not be written yet
+                    if not piece:
+                        break  # shorter than it was
+                    whole.update(piece)
+                    part.update(piece)
+                    checked(len(piece))
+                    left -= len(piece)
                 if left or part.hexdigest() != digest:
                     wrong.append(tensor_name)
-            size = os.fstat(stream.fileno()).st_size
+            status = os.fstat(stream.fileno())
+            stamp, size = _stamp(status), status.st_size
         if size != file.size and not wrong:
             wrong.append("")
         return FileCheck(name, size, whole.hexdigest(), tuple(wrong), stamp)

@@ -191,10 +191,12 @@ def _is_count(value: Any) -> bool:
 
 
 def build_header(
-    tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None, *, keep_order: bool = False
 ) -> tuple[bytes, dict[str, int], int]:
-    """Header bytes for tensors given as (name, dtype, shape), each name once, in any order.
+    """Header bytes for tensors given as (name, dtype, shape), each name once.
 
+    The data is laid out in the order of the safetensors library, large dtypes first, which aligns every tensor.  keep_order: in the
+    given order instead, if that too puts every tensor at a multiple of its element size.
     metadata: default ``{"format": "pt"}``, what the ecosystem writes for torch tensors.
     Returns (header bytes with size field and padding, name -> absolute offset of its data, size of the whole file).
     Raises OutputError when the header is larger than readers accept.
@@ -202,7 +204,9 @@ def build_header(
     content: dict[str, Any] = {"__metadata__": {"format": "pt"} if metadata is None else dict(metadata)}
     ends: dict[str, int] = {}
     begin = 0
-    for name, dtype, shape in sorted(tensors, key=lambda tensor: (-_ORDER[tensor[1]], tensor[0])):
+    if not (keep_order and _is_aligned(tensors)):
+        tensors = sorted(tensors, key=lambda tensor: (-_ORDER[tensor[1]], tensor[0]))
+    for name, dtype, shape in tensors:
         end = begin + math.prod(shape) * DTYPE_BITS[dtype] // 8
         content[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
         ends[name] = begin
@@ -216,3 +220,13 @@ def build_header(
         )
     header = len(text).to_bytes(SIZE_BYTES, "little") + text
     return header, {name: len(header) + offset for name, offset in ends.items()}, len(header) + begin
+
+
+def _is_aligned(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> bool:
+    """Whether each tensor, one after the other, begins at a multiple of its element size."""
+    position = 0  # in bits; data begins at a multiple of 8 bytes in the file
+    for _, dtype, shape in tensors:
+        if position % DTYPE_BITS[dtype]:
+            return False
+        position += math.prod(shape) * DTYPE_BITS[dtype]
+    return position % 8 == 0

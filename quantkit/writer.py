@@ -84,7 +84,7 @@ class ArtifactWriter:
         self._owned = False  # the partial directory is this run's to remove
         self._published = False
         self._stop = threading.Event()
-        self._turn = threading.Lock()
+        self._turn = threading.Condition()
         self._digests: dict[str, str] = {}  # of every tensor written
         self._unwritten = {file.name: {tensor.name for tensor in file.tensors} for file in files}
         self._checks: dict[str, Future[FileCheck]] = {}
@@ -232,15 +232,29 @@ class ArtifactWriter:
         self._note_written(record)
 
     def _note_written(self, record: Record) -> None:
-        """Files that have just become whole are read back in the background while other units run."""
+        """Files are read back in the background while units run, in file order, as far as their tensors have been written."""
         assert self._checker is not None
         with self._turn:
             self._digests.update(record["tensors"])
             touched = {self._data.places[name].file for name in record["tensors"]}
-            for file in touched:
+            for file in sorted(touched):
                 self._unwritten[file].difference_update(record["tensors"])
-                if not self._unwritten[file] and file not in self._checks:
+                if file not in self._checks:
                     self._checks[file] = self._checker.submit(self._check, file)
+            self._turn.notify_all()
+
+    def _await_digest(self, tensor: str) -> str:
+        """The checksum that a tensor was written with, as soon as it is written.  Raises Interrupted when the run ends before."""
+        with self._turn:
+            self._turn.wait_for(lambda: tensor in self._digests or self._stop.is_set())
+            if tensor not in self._digests:
+                raise Interrupted(STOPPED)
+            return self._digests[tensor]
+
+    def _halt_checks(self) -> None:
+        with self._turn:
+            self._stop.set()
+            self._turn.notify_all()
 
     # ------------------------------------------------------------------------------------------------------------ finish
 
@@ -314,11 +328,11 @@ class ArtifactWriter:
             if stop.is_set():
                 raise Interrupted(STOPPED)
         except BaseException:
-            self._stop.set()  # or the pool would be waited for
+            self._halt_checks()  # or the pool would be waited for
             raise
 
     def _check(self, name: str) -> FileCheck:
-        return self._data.check(name, self._digests, self._stop, self._count_checked)
+        return self._data.check(name, self._await_digest, self._stop, self._count_checked)
 
     def _count_checked(self, count: int) -> None:
         with self._turn:
@@ -358,7 +372,7 @@ class ArtifactWriter:
 
         A run that completed no unit removes what it made.
         """
-        self._stop.set()
+        self._halt_checks()
         if self._checker is not None:
             self._checker.shutdown(cancel_futures=True)
         if self._commits is not None:

@@ -226,7 +226,9 @@ def _header_entry_bound(tensor: OutputTensor) -> int:
 
 
 def _output_file(name: str, tensors: Sequence[OutputTensor]) -> OutputFile:
-    header, offsets, size = build_header([(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors], METADATA)
+    # In the order of the units that write them: data is then written, and read back for its checksum, from front to back.
+    entries = [(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
+    header, offsets, size = build_header(entries, METADATA, keep_order=True)
     return OutputFile(name, header, tuple(tensors), offsets, size)
 
 
