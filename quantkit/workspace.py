@@ -11,6 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+PAGE = 4096  # buffers begin on a page, so that vectors do not straddle cache lines
+
+
 class Workspace:
     """Named byte buffers that only ever grow."""
 
@@ -22,7 +25,9 @@ class Workspace:
         buffer = self._buffers.get(name)
         if buffer is None or buffer.size < nbytes:
             self._buffers.pop(name, None)  # let go of the old one before the larger one is allocated
-            buffer = self._buffers[name] = np.empty(nbytes, dtype=np.uint8)
+            raw = np.empty(nbytes + PAGE, dtype=np.uint8)
+            start = -raw.ctypes.data % PAGE
+            buffer = self._buffers[name] = raw[start : start + nbytes]
         return buffer[:nbytes]
 
     @property
