@@ -105,11 +105,13 @@ def _models(directory: Path) -> dict[str, Path]:
 def _make_environment(parent: Path, key: str) -> Path:
     """An environment with one client generation; one that an earlier run made is used again."""
     environment = parent / key
-    if not environment.exists():
+    ready = environment / "ready"
+    if not ready.exists():
         transformers, _, compressed_tensors = key.partition("+")
         wanted = [f"torch=={TORCH}", f"transformers=={transformers}", f"compressed-tensors=={compressed_tensors}", "accelerate"]
-        venv.create(environment, with_pip=True)
+        venv.create(environment, clear=True, with_pip=True)
         subprocess.run([environment / "bin" / "python", "-m", "pip", "install", "--quiet", *wanted], check=True)
+        ready.touch()
     return environment
 
 
