@@ -10,7 +10,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-
 PAGE = 4096  # buffers begin on a page, so that vectors do not straddle cache lines
 
 
