@@ -60,7 +60,7 @@ def _stored_codes(scheme: Scheme, values: torch.Tensor) -> torch.Tensor:
         return values.to(torch.float8_e4m3fn)
     if scheme.number != "fp4":
         return values.to(torch.int8)
-    magnitude = torch.searchsorted(torch.tensor(FP4_VALUES), values.abs().to(torch.float32))
+    magnitude = torch.searchsorted(torch.tensor(FP4_VALUES), values.abs().to(torch.float32).contiguous())
     return (magnitude + 8 * torch.signbit(values)).to(torch.uint8)
 
 

@@ -202,6 +202,7 @@ def test_workspace_reuses_and_grows() -> None:
     workspace = Workspace()
     first = workspace.take("codes", 100)
     assert first.size == 100
+    assert first.ctypes.data % 64 == 0
     assert np.shares_memory(workspace.take("codes", 50), first)
     assert not np.shares_memory(workspace.take("scales", 50), first)
     assert workspace.take("codes", 200).size == 200
