@@ -11,6 +11,7 @@ resumed with more targets than it was started with.
 from __future__ import annotations
 
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -24,18 +25,18 @@ import xxhash
 from quantkit import ledger
 from quantkit.checkpoint import Checkpoint, load_config
 from quantkit.engine import run_units
-from quantkit.errors import WeightError
+from quantkit.errors import OutputError, RecipeError, WeightError
 from quantkit.estimate import default_workers
 from quantkit.formats import FORMATS
 from quantkit.formats.base import DTYPE_BYTES, ClientNote
 from quantkit.llama4 import Unit, WeightMatrix
 from quantkit.methods import METHODS
 from quantkit.plan import DEFAULT_MAX_SHARD_BYTES, ArtifactPlan, Plan, RoleSummary, make_plan, manifest_text, summarize_roles
-from quantkit.recipe import Assignment, Recipe, resolve_recipe
+from quantkit.recipe import WORKING_SUFFIXES, Assignment, Recipe, resolve_recipe
 from quantkit.scheme import BLOCK_SIZE, KEEP
 from quantkit.version import __version__
 from quantkit.workspace import Workspace
-from quantkit.writer import ArtifactWriter, publish
+from quantkit.writer import ArtifactWriter, finish_clean_up, publish
 
 # Per source dtype: how to see its bits, all bits but the sign, and the bits of infinity.  Bits beyond infinity are NaN.
 _BITS = {"BF16": (np.uint16, 0x7FFF, 0x7F80), "F16": (np.uint16, 0x7FFF, 0x7C00), "F32": (np.uint32, 0x7FFFFFFF, 0x7F800000)}
@@ -97,7 +98,7 @@ class _Run:
 
 def convert(
     source: str | Path,
-    to: Sequence[str | Path | Recipe],
+    to: Sequence[str | Path | Recipe] | str | Path | Recipe,
     output: str | Path,
     *,
     revision: str | None = None,
@@ -110,24 +111,23 @@ def convert(
 ) -> ConvertResult:
     """Convert a Llama 4 checkpoint to one or several quantized artifacts, each in ``output/<name>``.
 
-    source: local directory or hub repository id (then ``revision`` applies).  to: preset names, recipe files or recipes.
-    workers: units worked on at once; default by cores and memory.  max_shard_bytes: largest tensor file.  force: replace finished
-    artifacts.  restart: discard partial ones instead of resuming them.  progress: called from worker threads after each unit, one
-    call at a time.  stop: set it to end the run cleanly; the same call later resumes.
+    source: local directory or hub repository id (then ``revision`` applies).  to: preset names, recipe files or recipes, one
+    or several. workers: units worked on at once; default by cores and memory.  max_shard_bytes: largest tensor file.  force:
+    replace finished artifacts.  restart: discard partial ones instead of resuming them.  progress: called from worker threads
+    after each unit, one call at a time.  stop: set it to end the run cleanly; the same call later resumes.
 
     Raises the errors documented in ``quantkit.errors``; whatever is raised, nothing incomplete stands under a final name and
     finished work can be resumed.
     """
     started = time.monotonic()
-    recipes = [resolve_recipe(target) for target in to]
+    recipes = _resolve(to)
+    if workers is not None and (not isinstance(workers, int) or workers < 1):
+        raise RecipeError(f"workers is {workers!r}; expected an integer of at least 1")
     with Checkpoint.open(source, revision) as checkpoint:
         plan = plan_checkpoint(checkpoint, recipes, max_shard_bytes)
         runs: list[_Run] = []
         try:
-            for artifact in plan.artifacts:
-                final = Path(output) / artifact.name
-                writer = ArtifactWriter(final, artifact.files, _fingerprint(checkpoint, artifact), force=force, restart=restart)
-                runs.append(_Run(artifact, writer))
+            _open_writers(checkpoint, plan, runs, Path(output), max_shard_bytes, force, restart)
             count = workers or default_workers(plan)
             report = _Reporter(checkpoint, plan, runs, progress)
             _prepare(runs, report)
@@ -135,7 +135,7 @@ def convert(
             results = [_seal(run, plan, count, report, stop) for run in runs]
             publish([run.writer for run in runs])
         finally:
-            for run in runs:
+            for run in reversed(runs):  # the first one made the directory around them, and may remove it when nothing is left in it
                 run.writer.close()
         source_bytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     return ConvertResult(tuple(results), source_bytes, time.monotonic() - started)
@@ -143,7 +143,7 @@ def convert(
 
 def plan(
     source: str | Path,
-    to: Sequence[str | Path | Recipe],
+    to: Sequence[str | Path | Recipe] | str | Path | Recipe,
     *,
     revision: str | None = None,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
@@ -153,10 +153,9 @@ def plan(
     With weights in a local directory every file size is exact and the source is checked as ``convert`` would; from a hub id, a
     ``config.json`` or a directory that holds only that, no weights are fetched and tensor files, config and index are exact.
     """
-    recipes = [resolve_recipe(target) for target in to]
-    path = Path(source)
-    if path.is_dir() and any(path.glob("*.safetensors")):
-        with Checkpoint.open(path) as checkpoint:
+    recipes = _resolve(to)
+    if os.path.isdir(source) and any(Path(source).glob("*.safetensors")):
+        with Checkpoint.open(source, revision) as checkpoint:
             return plan_checkpoint(checkpoint, recipes, max_shard_bytes)
     text, config, _ = load_config(source, revision)
     return make_plan(text, config, recipes, max_shard_bytes=max_shard_bytes)
@@ -175,10 +174,42 @@ def plan_checkpoint(checkpoint: Checkpoint, recipes: Sequence[Recipe], max_shard
     )
 
 
-def _fingerprint(checkpoint: Checkpoint, artifact: ArtifactPlan) -> dict[str, object]:
+def _resolve(to: Sequence[str | Path | Recipe] | str | Path | Recipe) -> list[Recipe]:
+    targets = [to] if isinstance(to, (str, Path, Recipe)) else to
+    return [resolve_recipe(target) for target in targets]
+
+
+def _open_writers(
+    checkpoint: Checkpoint, plan: Plan, runs: list[_Run], output: Path, max_shard_bytes: int, force: bool, restart: bool
+) -> None:
+    """Open a writer for each artifact and append it to ``runs``.  Raises OutputError."""
+    source = checkpoint.directory.resolve()
+    fingerprints = [_fingerprint(checkpoint, artifact, max_shard_bytes) for artifact in plan.artifacts]
+    finals = [output / artifact.name for artifact in plan.artifacts]
+    for final in finals:
+        for taken in (final, *(final.with_name(final.name + suffix) for suffix in WORKING_SUFFIXES)):
+            if source.is_relative_to(taken.resolve()):
+                raise OutputError(f"{taken} holds the source; choose another output directory")
+    try:
+        for artifact, final, fingerprint in zip(plan.artifacts, finals, fingerprints, strict=True):
+            runs.append(_Run(artifact, ArtifactWriter(final, artifact.files, fingerprint, force=force, restart=restart)))
+    except OutputError:
+        for run in runs:
+            run.writer.close()
+        for final, fingerprint in zip(finals, fingerprints, strict=True):
+            finish_clean_up(final, fingerprint)
+        raise
+
+
+def _fingerprint(checkpoint: Checkpoint, artifact: ArtifactPlan, max_shard_bytes: int) -> dict[str, object]:
     """What must be equal for a partial output to be resumed."""
-    layout = xxhash.xxh3_64_hexdigest(b"".join(file.name.encode() + file.header for file in artifact.files))
-    return {"version": __version__, "source": checkpoint.fingerprint(), "recipe": artifact.recipe.to_dict(), "layout": layout}
+    return {
+        "version": __version__,
+        "source": checkpoint.fingerprint(),
+        "recipe": artifact.recipe.to_dict(),
+        "max_shard_bytes": max_shard_bytes,
+        "layout": xxhash.xxh3_64_hexdigest(b"".join(file.name.encode() + file.header for file in artifact.files)),
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------------- units

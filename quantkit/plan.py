@@ -109,8 +109,8 @@ def make_plan(
         raise RecipeError("nothing to make: name at least one target")
     if len(set(names)) < len(names):
         raise RecipeError(f"two targets have the same name ({', '.join(names)}); their artifacts would share one directory")
-    if max_shard_bytes < 1:
-        raise RecipeError(f"the largest shard size is {max_shard_bytes}; expected a positive number of bytes")
+    if isinstance(max_shard_bytes, bool) or not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
+        raise RecipeError(f"the largest shard size is {max_shard_bytes}; expected a positive whole number of bytes")
     work = units(config)
     artifacts = tuple(
         _plan_artifact(config_text, config, work, recipe, max_shard_bytes, dtypes, provenance, carried) for recipe in recipes

@@ -33,10 +33,11 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ from quantkit.scheme import KEEP, Scheme, parse_scheme, scheme_names
 QUANTIZABLE_ROLES: tuple[Role, ...] = ("routed_expert", "shared_expert", "dense_mlp", "attention")
 FEED_FORWARD_ROLES: tuple[Role, ...] = ("routed_expert", "shared_expert", "dense_mlp")
 METHOD_NAMES = ("rtn",)
+WORKING_SUFFIXES = (".partial", ".replaced")  # of directories in which the writer works
 
 # Relative L2 error of one matrix above which a run fails, by number family.  Round-to-nearest stays below these for weights
 # as heavy tailed as Student's t with 3 degrees of freedom; more means a damaged source or a wrong axis.  A recipe can state
@@ -56,7 +58,10 @@ MAXIMUM_ERROR = {"int8": 0.12, "fp8": 0.06, "int4": 0.45, "fp4": 0.25}
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of a recipe; see the module docstring.  ``None`` means that the rule does not look at that property."""
+    """One line of a recipe; see the module docstring.  ``None`` means that the rule does not look at that property.
+
+    maximum_error: relative L2 error of one matrix that ends the run, instead of the recipe's.  Raises RecipeError for wrong values.
+    """
 
     scheme: str
     roles: tuple[Role, ...] | None = None
@@ -64,20 +69,60 @@ class Rule:
     name: str | None = None
     method: str = "rtn"
     clip_search: bool | None = None
+    maximum_error: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.scheme, str):
+            raise RecipeError(f"needs a scheme, one of {', '.join(scheme_names())}")
+        parse_scheme(self.scheme)
+        if self.roles is not None:
+            if not isinstance(self.roles, tuple) or not self.roles or not all(isinstance(role, str) for role in self.roles):
+                raise RecipeError(f"roles must be a list of names; known roles: {', '.join(ROLES)}")
+            for role in self.roles:
+                if role not in ROLES:
+                    raise RecipeError(f"unknown role {role!r}{_suggest(role, list(ROLES))}. Roles: {', '.join(ROLES)}")
+        if self.layers is not None:
+            parse_layers(self.layers)
+        if self.name is not None:
+            try:
+                re.compile(self.name)
+            except (re.error, TypeError, RecursionError, OverflowError) as error:
+                raise RecipeError(f"name {self.name!r} is not a regular expression: {error}") from error
+        if self.method not in METHOD_NAMES:
+            raise RecipeError(f"unknown method {self.method!r}. Methods: {', '.join(METHOD_NAMES)}")
+        if self.clip_search is not None and not isinstance(self.clip_search, bool):
+            raise RecipeError(f"clip_search is {self.clip_search!r}; expected true or false")
+        _check_bound(self.maximum_error)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """An ordered list of rules for one artifact.  ``name`` is its directory name."""
+    """An ordered list of rules for one artifact.  ``name`` is its directory name.  Raises RecipeError for wrong values."""
 
     name: str
     rules: tuple[Rule, ...]
     format: str = "compressed-tensors"
     maximum_error: float | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", self.name):
+            raise RecipeError(f"name {self.name!r} must be letters, digits, '.', '_' and '-' (it names a directory)")
+        if self.name.endswith(WORKING_SUFFIXES):
+            raise RecipeError(f"name {self.name!r} ends like the directories of unfinished work ({', '.join(WORKING_SUFFIXES)})")
+        if not isinstance(self.rules, tuple) or not self.rules or not all(isinstance(rule, Rule) for rule in self.rules):
+            raise RecipeError("needs at least one rule")
+        if not isinstance(self.format, str):
+            raise RecipeError(f"format is {self.format!r}; expected a string")
+        _check_bound(self.maximum_error)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, the one that fingerprints and manifests hold."""
         return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
+
+
+def _check_bound(bound: object) -> None:
+    if bound is not None and (isinstance(bound, bool) or not isinstance(bound, (int, float)) or not 0 < bound < 10):
+        raise RecipeError(f"maximum_error is {bound!r}; expected a number between 0 and 10")
 
 
 @dataclass(frozen=True)
@@ -124,7 +169,7 @@ def resolve_recipe(target: str | Path | Recipe) -> Recipe:
     if str(target) in PRESETS:
         return PRESETS[str(target)]
     path = Path(target)
-    if path.suffix == ".toml" or path.is_file():
+    if path.suffix == ".toml" or os.path.isfile(path):
         return load_recipe(path)
     raise RecipeError(
         f"unknown preset {str(target)!r}{_suggest(str(target), list(PRESETS))}. "
@@ -154,62 +199,36 @@ def parse_recipe(text: str, where: str, default_name: str = "recipe") -> Recipe:
     rules = data.get("rules")
     if not isinstance(rules, list) or not rules:
         raise RecipeError(f"recipe {where}: needs at least one [[rules]] table")
-    name = data.get("name", default_name)
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise RecipeError(f"recipe {where}: name {name!r} must be letters, digits, '.', '_' and '-' (it names a directory)")
-    bound = data.get("maximum_error")
-    if bound is not None and (isinstance(bound, bool) or not isinstance(bound, (int, float)) or not 0 < bound < 10):
-        raise RecipeError(f"recipe {where}: maximum_error is {bound!r}; expected a number between 0 and 10")
-    form = data.get("format", "compressed-tensors")
-    if not isinstance(form, str):
-        raise RecipeError(f"recipe {where}: format is {form!r}; expected a string")
     parsed = tuple(_parse_rule(rule, f"recipe {where}, rule {number}") for number, rule in enumerate(rules, 1))
-    return Recipe(name, parsed, form, float(bound) if bound is not None else None)
+    values: dict[str, Any] = {"name": default_name, **data, "rules": parsed}
+    try:
+        return Recipe(**values)
+    except RecipeError as error:
+        raise RecipeError(f"recipe {where}: {error}") from error
 
 
 def _parse_rule(rule: Any, where: str) -> Rule:
     if not isinstance(rule, Mapping):
         raise RecipeError(f"{where}: expected a table")
-    _known_keys(rule, ("scheme", "roles", "layers", "name", "method", "clip_search"), where)
-    scheme = rule.get("scheme")
-    if not isinstance(scheme, str):
-        raise RecipeError(f"{where}: needs a scheme, one of {', '.join(scheme_names())}")
+    _known_keys(rule, tuple(field.name for field in fields(Rule)), where)
+    values: dict[str, Any] = {"scheme": None, **rule}
+    if isinstance(values.get("roles"), list):
+        values["roles"] = tuple(values["roles"])
+    if isinstance(values.get("layers"), int) and not isinstance(values["layers"], bool):
+        values["layers"] = str(values["layers"])
     try:
-        parse_scheme(scheme)
+        return Rule(**values)
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from error
-    roles = rule.get("roles")
-    if roles is not None:
-        if not isinstance(roles, list) or not roles or not all(isinstance(role, str) for role in roles):
-            raise RecipeError(f"{where}: roles must be a list of names; known roles: {', '.join(ROLES)}")
-        for role in roles:
-            if role not in ROLES:
-                raise RecipeError(f"{where}: unknown role {role!r}{_suggest(role, list(ROLES))}. Roles: {', '.join(ROLES)}")
-    layers, name = rule.get("layers"), rule.get("name")
-    if layers is not None:
-        layers = str(layers) if isinstance(layers, int) and not isinstance(layers, bool) else layers
-        parse_layers(layers, where)
-    if name is not None:
-        try:
-            re.compile(name)
-        except (re.error, TypeError, RecursionError, OverflowError) as error:
-            raise RecipeError(f"{where}: name {name!r} is not a regular expression: {error}") from error
-    method = rule.get("method", "rtn")
-    if method not in METHOD_NAMES:
-        raise RecipeError(f"{where}: unknown method {method!r}. Methods: {', '.join(METHOD_NAMES)}")
-    clip_search = rule.get("clip_search")
-    if clip_search is not None and not isinstance(clip_search, bool):
-        raise RecipeError(f"{where}: clip_search is {clip_search!r}; expected true or false")
-    return Rule(scheme, tuple(roles) if roles is not None else None, layers, name, method, clip_search)
 
 
-def parse_layers(text: Any, where: str = "layers") -> list[tuple[int, int]]:
-    """``"0-3,47"`` as inclusive ranges ``[(0, 3), (47, 47)]``."""
+def parse_layers(text: Any) -> list[tuple[int, int]]:
+    """``"0-3,47"`` as inclusive ranges ``[(0, 3), (47, 47)]``.  Raises RecipeError."""
     ranges = []
     for part in text.split(",") if isinstance(text, str) else [""]:
         match = re.fullmatch(r"\s*(\d{1,6})(?:\s*-\s*(\d{1,6}))?\s*", part)
         if not match or int(match[2] or match[1]) < int(match[1]):
-            raise RecipeError(f'{where}: layers is {text!r}; expected inclusive ranges such as "0-3,47"')
+            raise RecipeError(f'layers is {text!r}; expected inclusive ranges such as "0-3,47"')
         ranges.append((int(match[1]), int(match[2] or match[1])))
     return ranges
 
@@ -270,8 +289,8 @@ def _assignment(recipe: Recipe, rule: Rule) -> Assignment:
         return Assignment(None)
     # Searching FP8 scales gains little and costs a pass over the data; for the others it is cheap beside the disk.
     search = rule.clip_search if rule.clip_search is not None else scheme.number != "fp8"
-    bound = recipe.maximum_error if recipe.maximum_error is not None else MAXIMUM_ERROR[scheme.number]
-    return Assignment(scheme, rule.method, search, bound)
+    stated = rule.maximum_error if rule.maximum_error is not None else recipe.maximum_error
+    return Assignment(scheme, rule.method, search, stated if stated is not None else MAXIMUM_ERROR[scheme.number])
 
 
 def _describe(rule: Rule) -> str:

@@ -30,7 +30,7 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -107,16 +107,20 @@ class ArtifactWriter:
             journal.close()
             return False
         self._journal, self._published = journal, True
-        self.completed = _completed(journal.records)
+        self.completed = _completed(journal.records, self._data.places)
         self.resumed = len(self.completed)
         return True
 
     def _open(self, fingerprint: Mapping[str, Any], restart: bool) -> None:
         if not self._former.exists():
             self._check_final()
+        if self.partial.is_symlink():
+            raise OutputError(f"{self.partial} is a symbolic link, which cannot become an artifact: remove it")
         self._make_directory()
-        if not restart and not (self.partial / JOURNAL).exists() and any(self.partial.iterdir()):
-            raise ResumeError(f"{self.partial} has no {JOURNAL} to resume by: move it away, or discard it with --restart")
+        if not (self.partial / JOURNAL).exists() and any(self.partial.iterdir()):
+            raise ResumeError(
+                f"{self.partial} has no {JOURNAL}, so it is not known to be unfinished work: look at it and move it away"
+            )
         self._journal = journal = Journal(self.partial / JOURNAL)
         stored = _stored_fingerprint(journal)
         self._owned = stored is None
@@ -133,7 +137,7 @@ class ArtifactWriter:
         self._owned = True
         if restart or stored is None:
             journal.start(fingerprint)
-        self.completed = _completed(journal.records)
+        self.completed = _completed(journal.records, self._data.places)
         self.resumed = len(self.completed)
         journal.sign()
         self._remove_strays(keep=set() if restart else set(self._data.files))
@@ -156,8 +160,8 @@ class ArtifactWriter:
             raise OutputError(f"{self.final} is a file: remove it or choose another output directory")
         if not self._force:
             raise OutputError(f"{self.final} exists already: choose another output directory, or replace it with --force")
-        if any(self.final.iterdir()) and not (self.final / MANIFEST).is_file():
-            raise OutputError(f"{self.final} has no {MANIFEST}, so it is no artifact of quantkit and is not replaced: move it away")
+        if any(self.final.iterdir()) and not _is_artifact(self.final):
+            raise OutputError(f"{self.final} has no {MANIFEST} of quantkit, so it is no artifact and is not replaced: move it away")
 
     def _make_directory(self) -> None:
         for path in reversed([path for path in (self.partial, *self.partial.parents) if not path.exists()]):
@@ -393,7 +397,8 @@ def publish(writers: Sequence[ArtifactWriter]) -> None:
     """Give sealed artifacts their final names: all renames first, then all clean-up.
 
     A run that is killed in between finds, when repeated, the renamed ones complete and goes on with the rest.  The last act is to
-    remove the journals, one right after the other; the run is over with the first of them.  Raises OutputError.
+    remove the journals, one right after the other; the run is over with the first of them, and a repetition removes the rest
+    (:func:`finish_clean_up`).  Raises OutputError.
     """
     for writer in writers:
         writer._rename()
@@ -425,14 +430,45 @@ def _stored_fingerprint(journal: Journal) -> Any:
     return journal.records[0].get("fingerprint") if journal.records else None
 
 
-def _completed(records: Sequence[Record]) -> dict[str, Record]:
+def _completed(records: Sequence[Record], places: Container[str]) -> dict[str, Record]:
+    """The finished units.  A record that is not what this program writes counts for nothing: its unit is done again."""
     completed: dict[str, Record] = {}
     for record in records:
-        if "unit" in record:
-            completed[record["unit"]] = record
-        for unit in record.get("struck", ()):
-            completed.pop(unit, None)
+        unit, tensors, struck = record.get("unit"), record.get("tensors"), record.get("struck")
+        whole = isinstance(tensors, dict) and all(name in places and isinstance(digest, str) for name, digest in tensors.items())
+        if isinstance(unit, str) and whole and isinstance(record.get("ledger"), list):
+            completed[unit] = record
+        for name in struck if isinstance(struck, list) else ():
+            completed.pop(str(name), None)
     return completed
+
+
+def _is_artifact(directory: Path) -> bool:
+    """Whether a directory was published by this program: its manifest says so."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(manifest, dict) and "quantkit_manifest" in manifest
+
+
+def finish_clean_up(final_directory: Path, fingerprint: Mapping[str, Any]) -> None:
+    """Complete the clean-up of a published artifact, if it is the one of this fingerprint and its run was killed before the end.
+
+    For a run that does not go on because another of its artifacts exists already: this one is complete too.  Raises OutputError.
+    """
+    final = Path(final_directory).resolve()
+    if not (final / JOURNAL).is_file():
+        return
+    journal = Journal(final / JOURNAL)
+    try:
+        if _stored_fingerprint(journal) == _canonical(fingerprint):
+            with output_errors(f"clean up after {final}"):
+                shutil.rmtree(final.with_name(final.name + ".replaced"), ignore_errors=True)
+                (final / JOURNAL).unlink()
+                sync_directory(final)
+    finally:
+        journal.close()
 
 
 def _differences(stored: Any, wanted: Any, where: str = "") -> list[str]:

@@ -6,8 +6,8 @@ on the first violation.  It stands apart from the tests because it forks, which 
 One artifact replaces a finished one (``force``), the other is new.  After each kill must hold: under each final name stands the
 former artifact, the new one, or, between two renames, nothing while the former one stands aside; no partial content anywhere
 under a final name.  After the repetitions: the bytes of an uninterrupted run, no leftovers, and no unit done again that the
-journal had claimed. Once the first journal is removed, the run is over: both artifacts are complete, and a repetition finds
-them existing.
+journal had claimed. Once the first journal is removed, the run is over: both artifacts are complete, and a repetition, which finds
+the first existing, completes the clean-up of the other.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from quantkit.writer import ArtifactWriter, publish
+from quantkit.writer import ArtifactWriter, finish_clean_up, publish
 from tests.synthetic_artifact import FINGERPRINT, Artifact, contents, journalled_units, make_artifact, seal, write_rest
 
 CALLS = ("open", "pwrite", "fsync", "fdatasync", "posix_fallocate", "ftruncate", "rename", "unlink", "rmdir", "mkdir")
-FORMER = {"manifest.json": b"{}", "old.safetensors": b"former weights"}
+FORMER = {"manifest.json": b'{"quantkit_manifest": 1}', "old.safetensors": b"former weights"}
 
 
 def kill_before(call: int) -> None:
@@ -120,7 +120,7 @@ def is_over(output: Path, artifacts: dict[str, Artifact]) -> bool:
     over = over and all(contents(output / name).items() >= artifact.expected.items() for name, artifact in artifacts.items())
     if over:
         for name in journals:
-            (output / name / "journal.jsonl").unlink()
+            finish_clean_up(output / name, FINGERPRINT | {"name": name})
     return over
 
 

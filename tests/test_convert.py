@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import threading
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantkit.convert import Progress, convert, plan
-from quantkit.errors import Interrupted, LedgerError, OutputError, ResumeError, WeightError
+from quantkit.errors import Interrupted, LedgerError, OutputError, RecipeError, ResumeError, WeightError
+from quantkit.formats.base import DTYPE_BYTES
 from quantkit.recipe import PRESETS, parse_recipe
 from quantkit.verify import verify
 from tests.tiny_models import write_tiny_model
@@ -222,3 +224,78 @@ def test_layers_may_differ_and_kept_experts_are_spelled_one_by_one(tmp_path: Pat
         assert torch.equal(stored[f"{base}3.feed_forward.experts.{expert}.gate_proj.weight"], fused[expert, :, :256].T)
         assert torch.equal(stored[f"{base}3.feed_forward.experts.{expert}.up_proj.weight"], fused[expert, :, 256:].T)
     assert f"{base}3.feed_forward.experts.gate_up_proj" not in stored
+
+
+def test_the_source_is_never_replaced(tmp_path: Path) -> None:
+    source = tmp_path / "w8a8"
+    shutil.copytree(DEMO, source)
+    (source / "manifest.json").write_text('{"quantkit_manifest": 1}')
+    before = digests(source)
+    with pytest.raises(OutputError, match="holds the source"):
+        convert(source, "w8a8", tmp_path, force=True)
+    nested = tmp_path / "fp8-dynamic.partial" / "model"
+    shutil.copytree(DEMO, nested)
+    with pytest.raises(OutputError, match="holds the source"):
+        convert(nested, "fp8-dynamic", tmp_path, restart=True)
+    assert digests(source) == before
+    assert digests(nested) == digests(DEMO)
+
+
+def test_a_kill_in_the_last_clean_up_leaves_nothing_that_a_repetition_does_not_finish(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    original = Path.unlink
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "journal.jsonl" and path.parent.name == "w8a8":
+            raise Killed
+        original(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", unlink)
+        with pytest.raises(Killed):
+            convert(DEMO, ["fp8-dynamic", "w8a8"], tmp_path)
+    assert (tmp_path / "w8a8" / "journal.jsonl").is_file()
+    with pytest.raises(OutputError, match="fp8-dynamic exists already"):
+        convert(DEMO, ["fp8-dynamic", "w8a8"], tmp_path)
+    for name in ("fp8-dynamic", "w8a8"):
+        verify(tmp_path / name, DEMO)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fp8-dynamic", "w8a8"]
+
+
+@pytest.mark.parametrize("workers", [0, -3, 1.5])
+def test_wrong_options_are_refused_before_any_output(tmp_path: Path, workers: int) -> None:
+    with pytest.raises(RecipeError, match="workers is"):
+        convert(DEMO, "w8a8", tmp_path / "out", workers=workers)
+    with pytest.raises(RecipeError, match="shard size"):
+        convert(DEMO, "w8a8", tmp_path / "out", max_shard_bytes=2.5e6)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_shard_size_does_not_resume(tmp_path: Path) -> None:
+    stop = threading.Event()
+    with pytest.raises(Interrupted):
+        convert(DEMO, "w8a8", tmp_path, progress=lambda event: stop.set() if event.units_done == 20 else None, stop=stop)
+    with pytest.raises(ResumeError, match="max_shard_bytes: was 5000000000, is now 2000000"):
+        convert(DEMO, "w8a8", tmp_path, max_shard_bytes=2_000_000)
+
+
+def test_an_interrupt_before_the_first_unit_leaves_nothing(tmp_path: Path) -> None:
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(Interrupted):
+        convert(DEMO, ["w8a8", "fp8-dynamic"], tmp_path / "out", stop=stop)
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_lies_in_the_order_in_which_it_is_written(tmp_path: Path) -> None:
+    """Units follow each other in the file, and every tensor is aligned to its element size."""
+    for name in ("fp8-dynamic", "nvfp4a16", "w4a16-rtn-asym"):
+        [artifact] = plan(DEMO, name).artifacts
+        for file in artifact.files:
+            order = sorted(file.tensors, key=lambda tensor: file.offsets[tensor.name])
+            assert [tensor.name for tensor in order] == [tensor.name for tensor in file.tensors]
+            assert all(file.offsets[tensor.name] % DTYPE_BYTES[tensor.dtype] == 0 for tensor in file.tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from quantkit.errors import RecipeError
 from quantkit.llama4 import Llama4Config, parse_config, units
-from quantkit.recipe import PRESETS, assign, load_recipe, parse_layers, parse_recipe, resolve_recipe
+from quantkit.recipe import PRESETS, Recipe, Rule, assign, load_recipe, parse_layers, parse_recipe, resolve_recipe
 from quantkit.scheme import parse_scheme, scheme_names
 
 DEMO = Path(__file__).parent.parent / "demo" / "tiny-scout"
@@ -152,3 +153,35 @@ def test_resolve(tmp_path: Path) -> None:
         resolve_recipe("fp8-dynamik")
     with pytest.raises(RecipeError, match="cannot be read"):
         resolve_recipe(tmp_path / "absent.toml")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Rule("int4-g99"), "group size 99"),
+        (lambda: Rule("keep", roles="router"), "roles must be a list"),
+        (lambda: Rule("keep", roles=("rooter",)), "did you mean 'router'"),
+        (lambda: Rule("keep", name="("), "not a regular expression"),
+        (lambda: Rule("keep", layers="x"), "layers is 'x'"),
+        (lambda: Rule("keep", method="gptq"), "unknown method 'gptq'"),
+        (lambda: Rule("keep", maximum_error=float("nan")), "maximum_error is nan"),
+        (lambda: Recipe("x", (Rule("keep"),), maximum_error=-1.0), "maximum_error is -1"),
+        (lambda: Recipe("x", ()), "at least one rule"),
+        (lambda: Recipe("../x", (Rule("keep"),)), "names a directory"),
+        (lambda: Recipe("", (Rule("keep"),)), "names a directory"),
+        (lambda: Recipe("a" * 201, (Rule("keep"),)), "names a directory"),
+        (lambda: Recipe("x.partial", (Rule("keep"),)), "unfinished work"),
+        (lambda: Recipe("x.replaced", (Rule("keep"),)), "unfinished work"),
+    ],
+)
+def test_recipes_made_in_code_are_checked_like_files(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        make()
+
+
+def test_a_rule_may_state_its_own_bound(config: Llama4Config) -> None:
+    text = f'maximum_error = 0.3\n[[rules]]\n{FEED_FORWARD}layers = "0"\nscheme = "int4-g128"\nmaximum_error = 0.9\n'
+    text += f'[[rules]]\n{FEED_FORWARD}scheme = "int4-g128"\n{KEEP_REST}'
+    table = assign(parse_recipe(text, "test"), units(config))
+    bounds = [table[f"language_model.model.layers.{layer}.feed_forward.shared_expert.up_proj"].maximum_error for layer in (0, 1)]
+    assert bounds == [0.9, 0.3]

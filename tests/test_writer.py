@@ -39,6 +39,8 @@ from tests.synthetic_artifact import (
     write_units,
 )
 
+FORMER = '{"quantkit_manifest": 1}'  # of an artifact that stands where the new one goes
+
 
 @pytest.fixture
 def tmp_path() -> Iterator[Path]:
@@ -258,11 +260,11 @@ def test_an_existing_artifact_is_refused_and_nothing_is_touched(artifact: Artifa
 
 def test_force_replaces_an_artifact_and_keeps_it_until_the_new_one_stands(artifact: Artifact, tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "manifest.json").write_text("former")
+    (tmp_path / "x" / "manifest.json").write_text(FORMER)
     writer = begin(tmp_path / "x", artifact, force=True)
     write_rest(writer, artifact)
     seal(writer, artifact)
-    assert contents(tmp_path / "x") == {"manifest.json": b"former"}
+    assert contents(tmp_path / "x") == {"manifest.json": FORMER.encode()}
     publish([writer])
     writer.close()
     assert contents(tmp_path / "x") == artifact.expected
@@ -294,8 +296,10 @@ def test_without_force_an_output_that_came_meanwhile_is_not_replaced(artifact: A
 def test_force_does_not_replace_what_is_not_an_artifact(artifact: Artifact, tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "thesis.txt").write_text("mine")
-    with pytest.raises(OutputError, match=r"no manifest\.json.*not replaced"):
+    (tmp_path / "x" / "manifest.json").write_text("{}")
+    with pytest.raises(OutputError, match=r"no manifest\.json of quantkit.*not replaced"):
         begin(tmp_path / "x", artifact, force=True)
+    assert names(tmp_path / "x") == ["manifest.json", "thesis.txt"]
     assert names(tmp_path) == ["x"]
 
 
@@ -304,11 +308,11 @@ def test_a_replacement_cut_short_between_its_renames_is_undone_without_force_and
 ) -> None:
     run_partly(tmp_path / "x", artifact, 6)
     (tmp_path / "x.replaced").mkdir()
-    (tmp_path / "x.replaced" / "manifest.json").write_text("former")
+    (tmp_path / "x.replaced" / "manifest.json").write_text(FORMER)
     with pytest.raises(OutputError, match="exists already"):
         begin(tmp_path / "x", artifact)
     assert names(tmp_path) == ["x", "x.partial"]
-    assert contents(tmp_path / "x") == {"manifest.json": b"former"}
+    assert contents(tmp_path / "x") == {"manifest.json": FORMER.encode()}
     assert finish(tmp_path / "x", artifact, force=True) == []
     assert contents(tmp_path / "x") == artifact.expected
     assert names(tmp_path) == ["x"]
@@ -317,7 +321,7 @@ def test_a_replacement_cut_short_between_its_renames_is_undone_without_force_and
 def test_a_directory_that_only_looks_like_a_replaced_artifact_is_left_alone(artifact: Artifact, tmp_path: Path) -> None:
     for name in ("x", "x.replaced"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "manifest.json").write_text(name)
+        (tmp_path / name / "manifest.json").write_text(FORMER)
     with pytest.raises(OutputError, match=r"x\.replaced is in the way"):
         begin(tmp_path / "x", artifact, force=True)
     assert names(tmp_path) == ["x", "x.replaced"]
