@@ -74,7 +74,7 @@ class Scheme:
             return f"shape [{out_features}, {in_features}] is not a multiple of {BLOCK_SIZE} x {BLOCK_SIZE} blocks"
         if self.bits == 4 and in_features % 8:
             return f"input size {in_features} is not a multiple of 8, so 4-bit codes do not fill 32-bit words"
-        if self.number == "int8" and in_features % 4:
+        if self.number == "int8" and not self.dynamic_activations and in_features % 4:
             return f"input size {in_features} is not a multiple of 4, so 8-bit codes do not fill 32-bit words"
         if not self.symmetric and out_features % 8:
             return f"output size {out_features} is not a multiple of 8, so zero points do not fill 32-bit words"

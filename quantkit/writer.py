@@ -11,8 +11,10 @@ or in the backlog.
 
 What resuming trusts.  The fingerprint must be equal, else ResumeError.  A file that is missing, has another size or another
 header is made anew and the units that had written to it are done again, with a warning.  Other data is taken on the journal's
-word for now: ``seal`` reads every file back and compares each tensor with the checksum in the journal, so damage cannot reach a
-finished artifact; the units it hit are struck from the journal and a rerun does them again.
+word for now: every file is read back from front to back, following the units that write it, and each tensor is compared with the
+checksum of what was to be written; units that a difference hits are struck from the journal and a rerun does them again.  Reading
+back mostly finds the page cache: it proves that the right bytes went to the right place in the file, and on resuming that they are
+still there.  What the disk makes of them later is for ``verify`` to find.
 
 Why renaming the directory publishes.  A rename is atomic, so ``out/name`` either does not exist or is complete, never partly
 there; all that it holds was synced before.  The journal goes along and is removed last: a directory with a final name and a
