@@ -6,18 +6,23 @@ given its role by name, each module its scheme by the quantization section of th
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantkit.checkpoint import TensorFiles, load_config
-from quantkit.errors import CheckpointError, RecipeError
+from quantkit.checkpoint import CONFIG_NAME, TensorFiles, load_config
+from quantkit.errors import ArtifactError, CheckpointError
 from quantkit.formats import compressed_tensors
+from quantkit.formats.compressed_tensors_config import QUANT_METHOD, check_section
 from quantkit.llama4 import Llama4Config, Role, inventory, parse_config
 from quantkit.plan import RoleSummary
-from quantkit.strict_json import parse_object
+from quantkit.strict_json import brief, parse_object
+from quantkit.tensor_files import read_small_file
+
+_CONFIG_LIMIT = 16 << 20  # bytes
 
 # First match decides; the order puts the specific before the general.
 _ROLE_PATTERNS: tuple[tuple[str, Role], ...] = (
@@ -40,9 +45,11 @@ _PARTS = re.compile(
 
 @dataclass(frozen=True)
 class Inspection:
-    """What stands at ``path``.  kind: ``source`` or ``artifact``.  format: how it is stored.  parameters: of the model, by
-    its config,
-    or the stored elements when there is no config.  notes: what a reader should know."""
+    """What stands at ``path``.
+
+    kind: ``source`` or ``artifact``.  format: how it is stored.  parameters: of the model, by its config, or the stored elements
+    when there is no config.  notes: what a reader should know.
+    """
 
     path: Path
     kind: str
@@ -61,18 +68,21 @@ def role_of(name: str) -> Role | None:
 
 
 def inspect(path: str | Path, revision: str | None = None) -> Inspection:
-    """Inspect a directory, a safetensors file or a hub repository.  Raises CheckpointError when it cannot be read."""
+    """Inspect a directory, a safetensors file or a hub repository.
+
+    Raises CheckpointError when it cannot be read, ArtifactError when its quantization section is malformed.  A section that is
+    sound but says nothing that quantkit writes is no error: ``notes`` tells.
+    """
     target = Path(path)
     config: Llama4Config | None = None
     quantization: Mapping[str, Any] | None = None
     notes: list[str] = []
-    if target.is_file() and target.suffix == ".safetensors":
+    if target.suffix == ".safetensors" and os.path.isfile(target):
         notes.append("a single file: the parameter count is that of the stored elements")
     else:
         config_text, target = _config_text(path, revision)
-        raw = parse_object(config_text.encode(), f"{target / 'config.json'}")
-        found = raw.pop("quantization_config", None)
-        quantization = found if isinstance(found, Mapping) else None
+        raw = parse_object(config_text, str(target / CONFIG_NAME))
+        quantization = _checked(raw.pop("quantization_config", None), target)
         config = parse_config(raw)
     with TensorFiles.open(target) as files:
         rows, unknown = _rows(files, config, quantization, notes)
@@ -80,24 +90,42 @@ def inspect(path: str | Path, revision: str | None = None) -> Inspection:
             notes.append(f"{len(unknown)} tensors are not Llama 4 tensors, {unknown[0]} first")
         sizes = tuple((file.name, file.stat().st_size) for file in files.paths)
         parameters = sum(row.parameters for row in rows)
-    if quantization is not None and not (target / "manifest.json").is_file():
+    if quantization is not None and not os.path.isfile(target / "manifest.json"):
         notes.append("no manifest.json: not made by quantkit, or stripped of its proof")
-    form = str(quantization.get("format") or quantization.get("quant_method")) if quantization is not None else "safetensors"
+    form = "safetensors"
+    if quantization is not None:
+        stated = quantization.get("format") or quantization.get("quant_method")
+        form = stated if isinstance(stated, str) else brief(stated)
     kind = "artifact" if quantization is not None else "source"
     return Inspection(target, kind, form, _describe(config), parameters, sum(size for _, size in sizes), sizes, rows, tuple(notes))
 
 
-def _config_text(path: str | Path, revision: str | None) -> tuple[str, Path]:
+def _config_text(path: str | Path, revision: str | None) -> tuple[bytes, Path]:
     target = Path(path)
-    if target.is_dir():
-        try:
-            return (target / "config.json").read_text(encoding="utf-8"), target
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{target}: config.json cannot be read: {error}") from error
+    if os.path.isdir(target):
+        if not os.path.isfile(target / CONFIG_NAME):
+            raise CheckpointError(
+                f"{target} has no {CONFIG_NAME}. Give the directory of a Llama 4 checkpoint or a safetensors file."
+            )
+        return read_small_file(target / CONFIG_NAME, _CONFIG_LIMIT), target
     text, _, directory = load_config(path, revision)
     if directory is None:
         raise CheckpointError(f"{path} is not a directory with weights, nor a safetensors file")
-    return text, directory
+    return text.encode(), directory
+
+
+def _checked(found: object, target: Path) -> Mapping[str, Any] | None:
+    """The quantization section, None when there is none.  Raises ArtifactError when it is malformed."""
+    if found is None or found == {}:
+        return None
+    try:
+        if not isinstance(found, Mapping):
+            raise ArtifactError(f"quantization_config: expected an object, found {brief(found)}")
+        if found.get("quant_method") == QUANT_METHOD:
+            check_section(found)
+    except ArtifactError as error:
+        raise ArtifactError(f"{target / CONFIG_NAME}: {error}") from error
+    return found
 
 
 def _describe(config: Llama4Config | None) -> str:
@@ -139,11 +167,11 @@ def _rows(
 
 
 def _scheme_name(module: str, dtype: str, quantization: Mapping[str, Any] | None, notes: list[str]) -> str:
-    if quantization is None or quantization.get("quant_method") != "compressed-tensors":
+    if quantization is None or quantization.get("quant_method") != QUANT_METHOD:
         return dtype
     try:
         scheme = compressed_tensors.scheme_of(quantization, module)
-    except (RecipeError, CheckpointError) as error:
+    except ArtifactError as error:
         if (note := f"a scheme quantkit does not know: {error}") not in notes:
             notes.append(note)
         return f"unknown ({dtype})"

@@ -10,16 +10,21 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from quantkit.errors import LedgerError
+from quantkit.errors import CheckpointError, LedgerError
 from quantkit.grid import QuantizationStatistics
 from quantkit.llama4 import SourceTensor, WeightMatrix
 from quantkit.recipe import Assignment
 from quantkit.scheme import KEEP
+from quantkit.strict_json import brief, parse_object
 
 LEDGER_VERSION = 1
+LARGEST_NUMBER = 3.5e38  # a scale is at most what FP32 holds, all else is far smaller
+_TEXTS = ("name", "role", "asked", "applied", "method", "source_digest")
+_COUNTS = ("layer", "expert", "elements")
+_NUMBERS = ("relative_error", "clipped", "scale_minimum", "scale_maximum")
 
 
 @dataclass(frozen=True)
@@ -93,16 +98,46 @@ def ledger_text(artifact: str, entries: Iterable[LedgerEntry]) -> bytes:
 
 
 def read_ledger(data: bytes) -> list[LedgerEntry]:
-    """The entries of a ``ledger.json``.  Raises LedgerError when it is not one."""
+    """The entries of a ``ledger.json``, each name once.  Raises LedgerError when it is not one."""
     try:
-        parsed = json.loads(data)
-        if parsed["quantkit_ledger"] != LEDGER_VERSION:
-            raise LedgerError(
-                f"ledger.json has version {parsed['quantkit_ledger']!r}; this quantkit reads version {LEDGER_VERSION}"
-            )
-        return [LedgerEntry(**entry) for entry in parsed["tensors"]]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise LedgerError(f"ledger.json cannot be read: {error}") from error
+        parsed = parse_object(data, "ledger.json")
+    except CheckpointError as error:
+        raise LedgerError(str(error)) from error
+    version, tensors = parsed.get("quantkit_ledger"), parsed.get("tensors")
+    if version != LEDGER_VERSION:
+        raise LedgerError(f"ledger.json has version {brief(version)}; this quantkit reads version {LEDGER_VERSION}")
+    if not isinstance(tensors, list):
+        raise LedgerError(f"ledger.json is damaged: tensors is {brief(tensors)} instead of a list")
+    entries: dict[str, LedgerEntry] = {}
+    for number, tensor in enumerate(tensors):
+        entry = _read_entry(tensor, f"ledger.json is damaged: entry {number}")
+        if entry.name in entries:
+            raise LedgerError(f"ledger.json is damaged: {entry.name} has two entries")
+        entries[entry.name] = entry
+    return list(entries.values())
+
+
+def _read_entry(values: object, where: str) -> LedgerEntry:
+    names = [field.name for field in fields(LedgerEntry)]
+    if not isinstance(values, dict) or set(values) != set(names):
+        raise LedgerError(f"{where} does not have the members {', '.join(names)}")
+    for name, value in values.items():
+        if not _is_sound(name, value):
+            raise LedgerError(f"{where}: {name} is {brief(value)}")
+    return LedgerEntry(**values | {name: float(values[name]) for name in _NUMBERS})
+
+
+def _is_sound(name: str, value: object) -> bool:
+    """Whether a member of an entry can have that value at all."""
+    if name in _TEXTS:
+        return isinstance(value, str) and value.isprintable()
+    if name == "clip_search":
+        return isinstance(value, bool)
+    if value is None:
+        return name in ("layer", "expert")
+    if isinstance(value, bool) or not isinstance(value, int if name in _COUNTS else (int, float)):
+        return False
+    return 0 <= value <= LARGEST_NUMBER  # so neither NaN nor infinite
 
 
 def check_entry(entry: LedgerEntry, assignment: Assignment) -> None:
@@ -112,10 +147,10 @@ def check_entry(entry: LedgerEntry, assignment: Assignment) -> None:
         raise LedgerError(f"{entry.name}: the recipe asks for {asked}, but {entry.applied} was applied; nothing was published")
     if not all(map(math.isfinite, (entry.relative_error, entry.scale_minimum, entry.scale_maximum))):
         raise LedgerError(f"{entry.name}: error or scales are not finite after quantizing to {asked}; nothing was published")
-    if assignment.maximum_error is not None and entry.relative_error > assignment.maximum_error:
+    bound = assignment.maximum_error
+    if bound is not None and not entry.relative_error <= bound:  # so that a bound of NaN lets nothing pass
         raise LedgerError(
-            f"{entry.name}: relative error {entry.relative_error:.4f} with {asked} is above the bound "
-            f"{assignment.maximum_error:g}. "
+            f"{entry.name}: relative error {entry.relative_error:.4f} with {asked} is above the bound {bound:g}. "
             "Give this tensor a finer scheme in a recipe, or raise maximum_error there if this is expected."
         )
 

@@ -2,22 +2,25 @@
 
 Everything is read from the artifact's own bytes.  The checks, from cheap to dear:
 
-* manifest: every listed file is there with its size and sha256, and no other file lies beside them;
+* manifest: every listed file is there with its size and sha256, and beside them lies nothing that a loader would read;
 * headers: every tensor file parses, the index agrees with the files;
 * tensors: the config and its quantization section say which tensors must exist with which shape and dtype: exactly these do;
 * scales: every scale is finite and positive;
 * ledger: one entry for each tensor, each as the recipe asked;
-* source: with the source at hand, kept tensors are equal to it byte for byte and a sample of quantized matrices, decoded, is as far
-  from it as the ledger says; without it, the sample is decoded and must be finite.
+* source: with the source at hand, kept tensors, routed experts included, are equal to it byte for byte and are as many as the
+  ledger says, and a sample of quantized matrices, decoded, is as far from it as the ledger says; without it, the sample is decoded
+  and must be finite.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+import os
 import random
+import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,11 +37,18 @@ from quantkit.formats import compressed_tensors
 from quantkit.formats.base import OutputTensor
 from quantkit.grid import dequantize
 from quantkit.llama4 import Llama4Config, Unit, WeightMatrix, parse_config, units
-from quantkit.scheme import Scheme
-from quantkit.strict_json import parse_object
+from quantkit.scheme import KEEP, Scheme
+from quantkit.strict_json import brief, parse_object
+from quantkit.tensor_files import listing
+from quantkit.workspace import Workspace
+from quantkit.writer import JOURNAL, MANIFEST
 
 READ_BYTES = 8 << 20
+CHUNK_ELEMENTS = 1 << 20  # of a matrix, compared at once in float64
 ERROR_TOLERANCE = 1e-4  # the ledger's error, summed in another order, against the error measured here
+CONFIG, LEDGER = "config.json", "ledger.json"
+# Files that a loader would read although the manifest does not vouch for them.  What uploads and downloads leave is none of these.
+_LOADED = re.compile(r".*\.(safetensors|bin|pt|pth|py|gguf|index\.json)|config\.json|ledger\.json", re.IGNORECASE | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -77,8 +87,8 @@ def verify(
     check.
     """
     path = Path(directory)
-    if not (path / "config.json").is_file():
-        raise ArtifactError(f"{path} is not an artifact: it has no config.json")
+    if not os.path.isfile(path / CONFIG):
+        raise ArtifactError(f"{path} is not an artifact: it has no {CONFIG}")
     checks: list[Check] = []
 
     def run(name: str, check: Callable[[], str]) -> None:
@@ -117,7 +127,10 @@ def verify(
 def _failure(path: Path, checks: list[Check]) -> ArtifactError:
     failed = [check for check in checks if not check.ok]
     lines = "\n".join(f"  {check.name}: {check.detail}" for check in failed)
-    return ArtifactError(f"{path} fails {len(failed)} of {len(checks)} checks:\n{lines}\nDo not use it; convert again.")
+    advice = "Do not use it; convert again."
+    if os.path.lexists(path / JOURNAL):
+        advice = "Run the same convert command again, which completes it; then verify again."
+    return ArtifactError(f"{path} fails {len(failed)} of {len(checks)} checks:\n{lines}\n{advice}")
 
 
 class _Artifact:
@@ -130,7 +143,7 @@ class _Artifact:
         self.schemes: dict[WeightMatrix, Scheme | None] = {}
 
     def load(self) -> None:
-        config = _read_json(self.path / "config.json")
+        config = _read_json(self.path / CONFIG)
         quantization = config.pop("quantization_config", None)
         if not isinstance(quantization, Mapping):
             raise ArtifactError("config.json has no quantization_config: this is not a quantized artifact")
@@ -156,15 +169,19 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _check_manifest(path: Path, progress: Callable[[int, int], None] | None) -> str:
-    listed = _read_json(path / "manifest.json").get("files")
+    listed = _read_json(path / MANIFEST).get("files")
     if not isinstance(listed, dict) or not all(isinstance(entry, dict) for entry in listed.values()):
-        raise ArtifactError("manifest.json lists no files")
-    strays = sorted(item.name for item in path.iterdir() if item.name not in listed and item.name != "manifest.json")
-    problems = [f"{name} is not listed" for name in strays]
+        raise ArtifactError(f"{MANIFEST} lists no files")
+    strays = sorted(name for name in os.listdir(path) if name not in listed and name not in (MANIFEST, JOURNAL))
+    problems = [f"{name} is not listed" for name in strays if _LOADED.fullmatch(name)]
+    if os.path.lexists(path / JOURNAL):
+        problems.append(f"{JOURNAL} is left: publishing was cut short")
     whole: list[Path] = []
     for name, entry in listed.items():
         file = path / name
-        if Path(name).name != name or not file.is_file():
+        if Path(name).name != name or not name.isprintable():
+            problems.append(f"{brief(name)} is listed, which is no file name")
+        elif not os.path.isfile(file):
             problems.append(f"{name} is missing")
         elif file.stat().st_size != entry.get("size"):
             problems.append(f"{name} has {file.stat().st_size} bytes; the manifest says {entry.get('size')}")
@@ -176,7 +193,8 @@ def _check_manifest(path: Path, progress: Callable[[int, int], None] | None) -> 
             problems.append(f"{file.name} has another sha256 than the manifest says: its content was changed or damaged")
     if problems:
         raise ArtifactError("; ".join(problems))
-    return f"{len(listed)} files, {size:,} bytes, every sha256 as listed"
+    others = f"; not listed, and not read by loaders: {listing(strays)}" if strays else ""
+    return f"{len(listed)} files, {size:,} bytes, every sha256 as listed{others}"
 
 
 def _hash_files(files: list[Path], total: int, progress: Callable[[int, int], None] | None) -> list[str]:
@@ -243,12 +261,12 @@ def _check_scales(artifact: _Artifact) -> str:
 
 def _check_ledger(artifact: _Artifact, entries: dict[str, ledger.LedgerEntry]) -> str:
     try:
-        data = (artifact.path / "ledger.json").read_bytes()
+        data = (artifact.path / LEDGER).read_bytes()
     except OSError as error:
-        raise ArtifactError(f"ledger.json cannot be read: {error}") from error
+        raise ArtifactError(f"{LEDGER} cannot be read: {error.strerror}") from error
     entries |= {entry.name: entry for entry in ledger.read_ledger(data)}
-    wanted = {matrix.name: scheme.name if scheme else "keep" for matrix, scheme in artifact.schemes.items()}
-    wanted |= {copy.name: "keep" for unit in artifact.units for copy in unit.copies}
+    wanted = {matrix.name: scheme.name if scheme else KEEP for matrix, scheme in artifact.schemes.items()}
+    wanted |= {copy.name: KEEP for unit in artifact.units for copy in unit.copies}
     for name, scheme in wanted.items():
         if name not in entries:
             raise LedgerError(f"the ledger has no entry for {name}")
@@ -257,7 +275,7 @@ def _check_ledger(artifact: _Artifact, entries: dict[str, ledger.LedgerEntry]) -
             raise LedgerError(f"{name}: asked {entry.asked}, applied {entry.applied}, but config.json says {scheme}")
     if len(entries) != len(wanted):
         raise LedgerError(f"the ledger has {len(entries)} entries; expected {len(wanted)}")
-    quantized = [entry.relative_error for entry in entries.values() if entry.applied != "keep"]
+    quantized = [entry.relative_error for entry in entries.values() if entry.applied != KEEP]
     kept, worst = len(entries) - len(quantized), max(quantized, default=0.0)
     return f"{len(quantized)} matrices quantized as asked, {kept} tensors kept, worst error {worst:.4f}"
 
@@ -280,27 +298,66 @@ def _check_source(
         if checkpoint.config != artifact.config:
             raise ArtifactError(f"{source} is not the source of this artifact: its config differs")
         kept = 0
-        for unit in artifact.units:
-            names = [copy.name for copy in unit.copies]
-            names += [m.tensor for m in unit.matrices if artifact.schemes[m] is None and m.expert is None]
-            for name in names:
-                digest = xxhash.xxh3_64()
-                for chunk in checkpoint.chunks(name):
-                    digest.update(chunk)
-                mine = xxhash.xxh3_64()
-                for chunk in artifact.files.chunks(name):
-                    mine.update(chunk)
-                if digest.digest() != mine.digest():
-                    raise ArtifactError(f"{name} is kept but differs from the source")
-                kept += 1
+        for name, dtype, stored, digest, source_digest in _kept(artifact, checkpoint):
+            tensor = artifact.files.tensors[stored]
+            if tensor.dtype != dtype or _digest(artifact.files.chunks(stored)) != digest:
+                raise ArtifactError(f"{name} is kept but differs from the source")
+            if name not in entries or entries[name].source_digest != source_digest:
+                raise ArtifactError(
+                    f"{name} is kept and equals the source, but the ledger does not say so: no digest {source_digest}"
+                )
+            kept += 1
+        listed = sum(entry.applied == KEEP for entry in entries.values())
+        if kept != listed:
+            raise ArtifactError(f"{kept} tensors are kept, but the ledger lists {listed}")
         worst = 0.0
         for matrix, scheme in chosen:
-            weight = checkpoint.read_matrix(matrix, None).double()
-            difference = (weight - artifact.decode(matrix, scheme).double()).norm().item()
-            error = difference / (weight.norm().item() or 1.0)
+            error = _relative_error(checkpoint.read_matrix(matrix), artifact.decode(matrix, scheme))
             stated = entries[matrix.name].relative_error if matrix.name in entries else math.nan
             if not abs(error - stated) <= ERROR_TOLERANCE * max(1.0, stated):
                 raise ArtifactError(f"{matrix.name}: relative error to the source is {error:.6f}; the ledger says {stated:.6f}")
             worst = max(worst, error)
         sampled = f"{len(chosen)} matrices are as far from it as the ledger says (worst {worst:.4f})"
         return f"{kept} kept tensors equal the source; {sampled}"
+
+
+def _kept(artifact: _Artifact, checkpoint: Checkpoint) -> Iterator[tuple[str, str, str, str, str]]:
+    """What is stored as in the source: name in the ledger, source dtype, name of the stored tensor, the digest of the bytes that
+    must be stored, and the digest of the source bytes that the ledger must hold.
+
+    The last two differ for experts: a fused slice is stored transposed and, gate and up, in two tensors.
+    """
+    workspace = Workspace()
+    for unit in artifact.units:
+        whole = {copy.name: copy.name for copy in unit.copies}
+        matrices = [matrix for matrix in unit.matrices if artifact.schemes[matrix] is None]
+        whole |= {matrix.name: matrix.tensor for matrix in matrices if matrix.expert is None}
+        for name, tensor in whole.items():
+            digest = _digest(checkpoint.chunks(tensor))
+            yield name, checkpoint.tensors[tensor].dtype, tensor, digest, digest
+        experts = [matrix for matrix in matrices if matrix.expert is not None]
+        if experts:
+            weights, digests = checkpoint.read_unit(unit, workspace)
+            for matrix, weight, source_digest in zip(unit.matrices, weights, digests, strict=True):
+                if matrix in experts:
+                    stored = weight.contiguous().reshape(-1).view(torch.uint8).numpy().data
+                    dtype = checkpoint.tensors[matrix.tensor].dtype
+                    yield matrix.name, dtype, f"{matrix.name}.weight", _digest([stored]), source_digest
+
+
+def _digest(pieces: Iterable[memoryview]) -> str:
+    digest = xxhash.xxh3_64()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _relative_error(weight: torch.Tensor, decoded: torch.Tensor) -> float:
+    """Relative L2 error, summed in float64 over chunks of rows, so that no float64 copy of a matrix is held."""
+    squared_error = squared_weight = 0.0
+    rows = max(1, CHUNK_ELEMENTS // weight.shape[1])
+    for start in range(0, weight.shape[0], rows):
+        exact = weight[start : start + rows].double()
+        squared_weight += exact.square().sum().item()
+        squared_error += (decoded[start : start + rows].double() - exact).square().sum().item()
+    return math.sqrt(squared_error) / (math.sqrt(squared_weight) or 1.0)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from quantkit.convert import convert
-from quantkit.errors import CheckpointError, QuantkitError
+from quantkit.errors import ArtifactError, CheckpointError, QuantkitError
 from quantkit.inspection import inspect, role_of
 from quantkit.llama4 import inventory, parse_config
 
@@ -49,8 +53,10 @@ def test_artifact(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_read_is_a_documented_error(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match=r"has no config.json. Give the directory of a Llama 4 checkpoint"):
         inspect(tmp_path)
+    with pytest.raises(CheckpointError, match="there is no directory aaa"):
+        inspect("a" * 300)
     broken = tmp_path / "broken"
     shutil.copytree(DEMO, broken)
     (broken / "config.json").write_text("{")
@@ -59,3 +65,109 @@ def test_what_cannot_be_read_is_a_documented_error(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(b"\xff" * 64)
     with pytest.raises(CheckpointError, match=r"x.safetensors"):
         inspect(tmp_path / "x.safetensors")
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact whose config the tests below overwrite."""
+    [made] = convert(DEMO, ["fp8-dynamic"], tmp_path_factory.mktemp("inspected")).artifacts
+    shutil.copy(made.directory / "config.json", made.directory.parent / "config.json")
+    return made.directory
+
+
+def with_section(artifact: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """The artifact with a changed config."""
+    config = json.loads((artifact.parent / "config.json").read_text())
+    change(config)
+    (artifact / "config.json").write_text(json.dumps(config))
+    return artifact
+
+
+def group(config: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = config["quantization_config"]["config_groups"]["group_0"]
+    return found
+
+
+def _fp8_static(config: dict[str, Any]) -> None:
+    """As FP8 checkpoints with one static scale per tensor state it."""
+    group(config)["weights"]["strategy"] = "tensor"
+    group(config)["input_activations"] |= {"strategy": "tensor", "dynamic": False}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_fp8_static, "'strategy': 'tensor'"),
+        (lambda config: group(config)["weights"].update(num_bits=3), "'num_bits': 3"),
+        (lambda config: group(config)["weights"].update(strategy="attn_head"), "'attn_head'"),
+        (lambda config: group(config)["weights"].update(num_bits={"a": [[[[1]]]]}), "'num_bits'"),
+        (lambda config: group(config).update(output_activations={"num_bits": 8}), "output_activations"),
+    ],
+)
+def test_schemes_of_others_are_inspected_with_a_note(
+    artifact: Path, change: Callable[[dict[str, Any]], object], words: str
+) -> None:
+    result = inspect(with_section(artifact, change))
+    assert {row.role: row.schemes for row in result.roles}["routed_expert"] == ("unknown (F8_E4M3)",)
+    [note] = result.notes
+    assert note.startswith("a scheme quantkit does not know:") and words in note
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda config: config.update(quantization_config=5), "quantization_config: expected an object, found 5"),
+        (lambda config: config["quantization_config"].update(ignore=5), "ignore: expected a list of names, found 5"),
+        (lambda config: config["quantization_config"].update(ignore=[5]), r"ignore: expected a list of names, found \[5\]"),
+        (lambda config: config["quantization_config"].update(ignore=["re:("]), "not a regular expression"),
+        (lambda config: config["quantization_config"].update(ignore=["re:a{99999999999999999999}"]), "not a regular expression"),
+        (lambda config: config["quantization_config"].update(ignore=["re:" + "(" * 9999]), "not a regular expression"),
+        (lambda config: config["quantization_config"].update(config_groups=[1]), "config_groups: expected an object"),
+        (lambda config: config["quantization_config"].update(config_groups={"a": [1]}), "config_groups, 'a': expected an object"),
+        (lambda config: group(config).update(targets=7), "targets: expected a list of names, found 7"),
+        (lambda config: group(config).update(targets="Linear"), "targets: expected a list of names"),
+        (lambda config: group(config).update(targets=[None]), "targets: expected a list of names"),
+        (lambda config: group(config).update(weights=[1]), r"weights: expected an object, found \[1\]"),
+        (lambda config: group(config).update(input_activations="x"), "input_activations: expected an object, found 'x'"),
+    ],
+)
+def test_a_malformed_section_is_named(artifact: Path, change: Callable[[dict[str, Any]], object], message: str) -> None:
+    with pytest.raises(ArtifactError, match=message):
+        inspect(with_section(artifact, change))
+
+
+def test_a_directory_of_another_quantizer_is_inspected(artifact: Path) -> None:
+    def change(config: dict[str, Any]) -> None:
+        config["quantization_config"] = {"quant_method": "fbgemm_fp8", "ignore": 5}
+
+    result = inspect(with_section(artifact, change))
+    assert (result.kind, result.format) == ("artifact", "fbgemm_fp8")
+
+
+_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["re:(", "re:.*", "Linear", 10**400]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def places(value: Any) -> list[tuple[Any, Any]]:
+    """Every place in a JSON value that can be assigned to: (container, key)."""
+    keys = list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
+    return [place for key in keys for place in [(value, key), *places(value[key])]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_a_mutated_section_is_inspected_or_refused_and_nothing_else(artifact: Path, data: st.DataObject) -> None:
+    def change(config: dict[str, Any]) -> None:
+        for _ in range(data.draw(st.integers(1, 3))):
+            section = config["quantization_config"]
+            container, key = data.draw(st.sampled_from(places(section) or [(config, "quantization_config")]))
+            container[key] = data.draw(_json)
+
+    try:
+        result = inspect(with_section(artifact, change))
+    except QuantkitError:
+        return
+    assert {row.role for row in result.roles} >= {"routed_expert", "attention"}

@@ -51,11 +51,76 @@ def test_text_is_json_that_reads_back() -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"{}", b"[]", b'{"quantkit_ledger": 9, "tensors": []}', b'{"quantkit_ledger": 1, "tensors": [{}]}', b"[" * 100_000],
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b'{"quantkit_ledger": 9, "tensors": []}',
+        b'{"quantkit_ledger": 1, "tensors": [{}]}',
+        b'{"quantkit_ledger": 1, "tensors": 3}',
+        b'{"quantkit_ledger": 1, "tensors": [], "tensors": []}',
+        b"[" * 100_000,
+    ],
 )
 def test_unreadable_ledgers_are_refused(data: bytes) -> None:
     with pytest.raises(LedgerError):
         ledger.read_ledger(data)
+
+
+@pytest.mark.parametrize(
+    ("member", "value"),
+    [
+        ("relative_error", None),
+        ("relative_error", "0.1"),
+        ("relative_error", True),
+        ("relative_error", float("nan")),
+        ("relative_error", -0.1),
+        ("scale_maximum", float("inf")),
+        ("scale_maximum", 10**400),
+        ("name", [1]),
+        ("name", "\ud800"),
+        ("asked", None),
+        ("layer", "0"),
+        ("layer", 1.5),
+        ("expert", -1),
+        ("elements", None),
+        ("clip_search", 1),
+        ("source_digest", 7),
+        ("surplus", 1),
+    ],
+)
+def test_a_member_of_the_wrong_kind_is_named(member: str, value: object) -> None:
+    parsed = json.loads(ledger.ledger_text("w4", [ENTRY, KEPT]))
+    parsed["tensors"][1][member] = value
+    with pytest.raises(LedgerError, match=rf"entry 1(: {member} is| does not have the members)"):
+        ledger.read_ledger(json.dumps(parsed).encode())
+
+
+def test_a_name_with_two_entries_is_refused() -> None:
+    with pytest.raises(LedgerError, match=r"m.norm.weight has two entries"):
+        ledger.read_ledger(ledger.ledger_text("w4", [KEPT, ENTRY, KEPT]))
+
+
+_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from([10**400, -1, "keep"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.data())
+def test_a_mutated_ledger_is_read_or_refused_and_nothing_else(data: st.DataObject) -> None:
+    parsed = json.loads(ledger.ledger_text("w4", [ENTRY, KEPT]))
+    entry = data.draw(st.sampled_from(parsed["tensors"]))
+    for holder in data.draw(st.lists(st.sampled_from([parsed, entry]), min_size=1, max_size=3)):
+        holder[data.draw(st.sampled_from(sorted(holder)))] = data.draw(_json)
+    try:
+        entries = ledger.read_ledger(json.dumps(parsed).encode())
+    except LedgerError:
+        return
+    for read in entries:
+        assert isinstance(read.name, str)
+        assert 0 <= read.relative_error < float("inf")
 
 
 def test_a_true_ledger_passes() -> None:
@@ -78,3 +143,8 @@ def test_a_true_ledger_passes() -> None:
 def test_every_difference_ends_the_run(entries: list[ledger.LedgerEntry], message: str) -> None:
     with pytest.raises(LedgerError, match=message):
         ledger.check(entries, TABLE)
+
+
+def test_a_bound_of_nan_lets_nothing_pass() -> None:
+    with pytest.raises(LedgerError, match="above the bound nan"):
+        ledger.check_entry(ENTRY, replace(ASSIGNED, maximum_error=float("nan")))

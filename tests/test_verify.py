@@ -6,13 +6,17 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from quantkit.convert import convert
 from quantkit.errors import ArtifactError
+from quantkit.recipe import parse_recipe
 from quantkit.verify import verify
 
 DEMO = Path(__file__).parent.parent / "demo" / "tiny-scout"
@@ -37,6 +41,12 @@ def sign_again(directory: Path) -> None:
     for name in manifest["files"]:
         data = (directory / name).read_bytes()
         manifest["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+
+
+def list_files(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    manifest = json.loads((directory / "manifest.json").read_text())
+    change(manifest["files"])
     (directory / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -70,7 +80,23 @@ def test_a_flipped_byte_is_found_by_its_hash(copy: Path) -> None:
     ("change", "message"),
     [
         (lambda d: (d / "tokenizer.json").unlink(), "tokenizer.json is missing"),
-        (lambda d: (d / "extra.txt").write_text("x"), "extra.txt is not listed"),
+        *(
+            (lambda d, name=name: (d / name).write_text("x"), f"{name} is not listed")
+            for name in (
+                "x.bin",
+                "x.pt",
+                "x.pth",
+                "modeling.py",
+                "x.gguf",
+                "X.GGUF",
+                "model.safetensors.index.json",
+                ".x.safetensors",
+            )
+        ),
+        (lambda d: list_files(d, lambda files: files.pop("config.json")), "config.json is not listed"),
+        (lambda d: list_files(d, lambda files: files.update({"a" * 300: {"size": 1}})), "aaa is missing"),
+        (lambda d: list_files(d, lambda files: files.update({"a\0b": {"size": 1}})), r"'a.x00b' is listed, which is no file name"),
+        (lambda d: list_files(d, lambda files: files.update({"../x": {"size": 1}})), r"'\.\./x' is listed, which is no file name"),
         (lambda d: (d / "tokenizer.json").write_text("{}"), "tokenizer.json has 2 bytes"),
         (lambda d: (d / "manifest.json").unlink(), "manifest.json cannot be read"),
         (lambda d: (d / "manifest.json").write_text("[" * 100_000), "manifest.json is damaged"),
@@ -159,3 +185,125 @@ def test_the_wrong_source_is_refused(artifact: Path, tmp_path: Path) -> None:
 def test_a_source_is_not_an_artifact() -> None:
     with pytest.raises(ArtifactError, match=r"manifest.json cannot be read"):
         verify(DEMO)
+
+
+def test_what_uploads_and_downloads_leave_does_no_harm(copy: Path) -> None:
+    (copy / "README.md").write_text("model card")
+    (copy / ".gitattributes").write_text("x")
+    (copy / ".cache" / "huggingface").mkdir(parents=True)
+    detail = verify(copy).checks[0].detail
+    assert detail.endswith("not listed, and not read by loaders: .cache, .gitattributes, README.md")
+
+
+def test_a_publication_that_was_cut_short_is_to_be_completed(copy: Path) -> None:
+    (copy / "journal.jsonl").write_text("")
+    with pytest.raises(ArtifactError, match=r"journal.jsonl is left: publishing was cut short") as caught:
+        verify(copy)
+    assert "Run the same convert command again" in str(caught.value)
+    assert "Do not use it" not in str(caught.value)
+
+
+def test_a_name_too_long_for_a_file_is_no_artifact() -> None:
+    with pytest.raises(ArtifactError, match="is not an artifact"):
+        verify("a" * 300)
+
+
+# ------------------------------------------------------------------------------------------------------ kept routed experts
+
+KEEPS = """
+name = "keeps"
+[[rules]]
+roles = ["routed_expert"]
+layers = "1"
+scheme = "keep"
+[[rules]]
+roles = ["routed_expert"]
+scheme = "int4-g128"
+[[rules]]
+scheme = "keep"
+"""
+KEPT_EXPERT = "language_model.model.layers.1.feed_forward.experts.3"
+
+
+@pytest.fixture(scope="module")
+def with_kept_experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    recipe = parse_recipe(KEEPS, "keeps.toml")
+    return convert(DEMO, [recipe], tmp_path_factory.mktemp("kept")).artifacts[0].directory
+
+
+@pytest.fixture
+def kept_copy(with_kept_experts: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(with_kept_experts, tmp_path / "copy"))
+
+
+def test_kept_experts_are_compared_with_the_source(with_kept_experts: Path) -> None:
+    kept = sum(entry["applied"] == "keep" for entry in json.loads((with_kept_experts / "ledger.json").read_text())["tensors"])
+    assert kept > 16 * 3
+    assert verify(with_kept_experts, DEMO).checks[-1].detail.startswith(f"{kept} kept tensors equal the source")
+
+
+@pytest.mark.parametrize("projection", ["gate_proj", "up_proj", "down_proj"])
+def test_a_kept_expert_that_differs_is_found(kept_copy: Path, projection: str) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{KEPT_EXPERT}.{projection}.weight"][-1, -1] += 1
+
+    edit(kept_copy, change)
+    with pytest.raises(ArtifactError, match=rf"{KEPT_EXPERT}\.{projection} is kept but differs from the source"):
+        verify(kept_copy, DEMO)
+
+
+def test_a_kept_tensor_of_equal_bytes_and_another_dtype_is_found(kept_copy: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{KEPT_EXPERT}.up_proj.weight"] = tensors[f"{KEPT_EXPERT}.up_proj.weight"].view(torch.float16)
+
+    edit(kept_copy, change)
+    with pytest.raises(ArtifactError, match=rf"{KEPT_EXPERT}\.up_proj is kept but differs from the source"):
+        verify(kept_copy, DEMO)
+
+
+@pytest.mark.parametrize("name", [f"{KEPT_EXPERT}.down_proj", "language_model.model.norm.weight"])
+def test_a_ledger_with_another_source_digest_is_found(kept_copy: Path, name: str) -> None:
+    ledger = json.loads((kept_copy / "ledger.json").read_text())
+    [entry] = [entry for entry in ledger["tensors"] if entry["name"] == name]
+    entry["source_digest"] = "0" * 16
+    (kept_copy / "ledger.json").write_text(json.dumps(ledger))
+    sign_again(kept_copy)
+    assert verify(kept_copy).checks[-1].ok
+    with pytest.raises(ArtifactError, match=rf"{name} is kept and equals the source, but the ledger does not say so"):
+        verify(kept_copy, DEMO)
+
+
+# --------------------------------------------------------------------------------------------------------- malformed JSON
+
+_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["re:(", "keep", 10**400]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def places(value: Any) -> list[tuple[Any, Any]]:
+    """Every place in a JSON value that can be assigned to: (container, key)."""
+    keys = list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
+    return [place for key in keys for place in [(value, key), *places(value[key])]]
+
+
+@pytest.fixture(scope="module")
+def spare(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(shutil.copytree(artifact, tmp_path_factory.mktemp("spare") / "copy"))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data(), st.sampled_from(["config.json", "ledger.json", "manifest.json"]))
+def test_mutated_json_fails_verification_and_nothing_else(artifact: Path, spare: Path, data: st.DataObject, name: str) -> None:
+    content = json.loads((artifact / name).read_text())
+    part = content["quantization_config"] if name == "config.json" else content
+    container, key = data.draw(st.sampled_from(places(part)))
+    container[key] = data.draw(_json)
+    (spare / name).write_text(json.dumps(content))
+    try:
+        verify(spare, DEMO, sample=1)
+    except ArtifactError:
+        pass
+    finally:
+        shutil.copy(artifact / name, spare / name)

@@ -27,6 +27,7 @@ from typing import Any, Literal
 from quantkit.errors import ArtifactError, RecipeError
 from quantkit.llama4 import WeightMatrix
 from quantkit.scheme import BLOCK_SIZE, KEEP, Scheme, parse_scheme, scheme_names
+from quantkit.strict_json import brief
 
 Schemes = Mapping[WeightMatrix, Scheme | None]
 
@@ -39,6 +40,7 @@ _FUSED = {
     **dict.fromkeys(("gate_proj", "up_proj"), "(?:gate|up|gate_up)_proj"),
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "(?:q|k|v|qkv)_proj"),
 }
+_ARGUMENTS = ("weights", "input_activations", "output_activations")
 _NOT_LINEAR = re.compile(r"(?:^|\.)(?:\w*norm\w*|\w*embed\w*|experts|\w*layernorm_(?:pre|post))$")
 
 
@@ -240,17 +242,47 @@ def _members(text: str) -> tuple[int, list[tuple[str, int, int, int]], int]:
 # --------------------------------------------------------------------------------------------------------------- reading
 
 
+def check_section(quantization_config: Mapping[str, Any]) -> None:
+    """Raise ArtifactError when a ``quantization_config`` that somebody wrote is not built as clients read it.
+
+    Whether its groups are schemes of quantkit is not asked here.
+    """
+    _check_names("ignore", quantization_config.get("ignore"))
+    groups = quantization_config.get("config_groups")
+    if not isinstance(groups, Mapping):
+        raise ArtifactError(f"quantization_config has no config_groups: expected an object, found {brief(groups)}")
+    for key, group in groups.items():
+        where = f"config_groups, {brief(key)}"
+        if not isinstance(group, Mapping):
+            raise ArtifactError(f"quantization_config, {where}: expected an object, found {brief(group)}")
+        _check_names(f"{where}, targets", group.get("targets"))
+        for name in _ARGUMENTS:
+            if group.get(name) is not None and not isinstance(group[name], Mapping):
+                raise ArtifactError(f"quantization_config, {where}, {name}: expected an object, found {brief(group[name])}")
+
+
+def _check_names(where: str, names: object) -> None:
+    """``names`` is a list of module names, class names and ``re:`` patterns, or absent."""
+    if names is None:
+        return
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ArtifactError(f"quantization_config, {where}: expected a list of names, found {brief(names)}")
+    for name in names:
+        if name.startswith("re:"):
+            _pattern(name[3:])
+
+
 def scheme_of(quantization_config: Mapping[str, Any], module_name: str) -> Scheme | None:
     """The scheme that a client gives to the linear module of that name, None when it is left alone.
 
     As clients do it: ``ignore`` first, then groups by name or ``re:`` pattern, then by class ``Linear``.  Modules that are not
-    linear (norms, embeddings) have none.  Raises ArtifactError when the group is nothing that quantkit writes.
+    linear (norms, embeddings) have none.  Raises ArtifactError when the group is nothing that quantkit writes, or the section is
+    malformed.
     """
+    check_section(quantization_config)
     if _NOT_LINEAR.search(module_name) or _matches(module_name, quantization_config.get("ignore") or ()):
         return None
-    groups = quantization_config.get("config_groups")
-    if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
-        raise ArtifactError("quantization_config has no config_groups")
+    groups = quantization_config["config_groups"]
     by_name = [group for group in groups.values() if _matches(module_name, group.get("targets") or ())]
     by_class = [group for group in groups.values() if "Linear" in (group.get("targets") or ())]
     for name_or_class in (by_name, by_class):
@@ -267,18 +299,19 @@ def _matches(name: str, targets: Iterable[str]) -> bool:
 def _pattern(text: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
-    except re.error as error:
-        raise ArtifactError(f"quantization_config holds {text!r}, which is not a regular expression: {error}") from error
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ArtifactError(f"quantization_config holds {brief(text)}, which is not a regular expression: {error}") from error
 
 
 def _scheme_of_group(group: Mapping[str, Any]) -> Scheme:
-    wanted = {key: _stated(group.get(key)) for key in ("weights", "input_activations", "output_activations")}
+    wanted = {key: _stated(group.get(key)) for key in _ARGUMENTS}
     for scheme in map(parse_scheme, scheme_names()):
         if scheme is not None:
             arguments = _arguments(scheme)
             if all(wanted[key] == _stated(arguments.get(key)) for key in wanted):
                 return scheme
-    raise ArtifactError(f"quantization_config holds a group that is no scheme of quantkit: {json.dumps(wanted)}")
+    spelled = [f"{key} " + ", ".join(f"{brief(name)}: {brief(value)}" for name, value in wanted[key].items()) for key in wanted]
+    raise ArtifactError(f"quantization_config holds a group that is no scheme of quantkit: {'; '.join(spelled)}")
 
 
 def _stated(arguments: Mapping[str, Any] | None) -> dict[str, Any]:
