@@ -20,6 +20,7 @@ from quantkit.config import RopeScaling
 from quantkit.errors import AlreadyQuantizedError, QuantkitError, UnsupportedModelError
 from quantkit.llama4 import ROLES, Llama4Config, inventory, parse_config, units
 from quantkit.safetensors_header import read_header
+from tests.releases import release
 
 DEMO = Path(__file__).parent.parent / "demo" / "tiny-scout"
 LLAMA3 = {
@@ -30,71 +31,6 @@ LLAMA3 = {
     "rope_type": "llama3",
 }
 KINDS = ["scout", "maverick", "text"]
-
-
-def release(**text: Any) -> dict[str, Any]:
-    """``config.json`` of a release of true size; of the text section only what differs between releases is given."""
-    return {
-        "architectures": ["Llama4ForConditionalGeneration"],
-        "boi_token_index": 200080,
-        "eoi_token_index": 200081,
-        "image_token_index": 200092,
-        "model_type": "llama4",
-        "text_config": {
-            "_attn_implementation_autoset": True,
-            "attention_bias": False,
-            "attention_chunk_size": 8192,
-            "attention_dropout": 0.0,
-            "bos_token_id": 200000,
-            "eos_token_id": [200001, 200007, 200008],
-            "for_llm_compressor": False,
-            "head_dim": 128,
-            "hidden_act": "silu",
-            "hidden_size": 5120,
-            "initializer_range": 0.02,
-            "intermediate_size": 8192,
-            "intermediate_size_mlp": 16384,
-            "model_type": "llama4_text",
-            "num_attention_heads": 40,
-            "num_experts_per_tok": 1,
-            "num_hidden_layers": 48,
-            "num_key_value_heads": 8,
-            "output_router_logits": False,
-            "pad_token_id": 200018,
-            "rms_norm_eps": 1e-05,
-            "rope_theta": 500000.0,
-            "router_aux_loss_coef": 0.001,
-            "router_jitter_noise": 0.0,
-            "torch_dtype": "bfloat16",
-            "use_cache": True,
-            "vocab_size": 202048,
-            **text,
-        },
-        "torch_dtype": "bfloat16",
-        "transformers_version": "4.51.0.dev0",
-        "vision_config": {
-            "attention_dropout": 0.0,
-            "hidden_act": "gelu",
-            "hidden_size": 1408,
-            "image_size": 336,
-            "initializer_range": 0.02,
-            "intermediate_size": 5632,
-            "model_type": "llama4_vision_model",
-            "multi_modal_projector_bias": False,
-            "norm_eps": 1e-05,
-            "num_attention_heads": 16,
-            "num_channels": 3,
-            "num_hidden_layers": 34,
-            "patch_size": 14,
-            "pixel_shuffle_ratio": 0.5,
-            "projector_dropout": 0.0,
-            "projector_input_dim": 4096,
-            "projector_output_dim": 4096,
-            "rope_theta": 10000,
-            "vision_feature_select_strategy": "default",
-            "vision_output_dim": 4096,
-        },
-    }
 
 
 NO_ROPE = [1, 1, 1, 0] * 12

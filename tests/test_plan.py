@@ -14,41 +14,14 @@ from quantkit.estimate import default_workers, estimate_cost, gpu_fits, kv_cache
 from quantkit.llama4 import parse_config
 from quantkit.plan import make_plan, summarize_roles
 from quantkit.recipe import PRESETS, parse_recipe
+from tests.releases import release
 
 DEMO = Path(__file__).parent.parent / "demo" / "tiny-scout"
-VISION = {
-    "hidden_size": 1408,
-    "intermediate_size": 5632,
-    "num_hidden_layers": 34,
-    "image_size": 336,
-    "patch_size": 14,
-    "pixel_shuffle_ratio": 0.5,
-    "projector_input_dim": 4096,
-    "projector_output_dim": 4096,
-    "vision_output_dim": 4096,
-}
 
 
 def release_config(experts: int, step: int, **text: Any) -> dict[str, Any]:
     """The shapes of the Scout (16 experts, step 1) and Maverick (128, step 2) releases."""
-    return {
-        "architectures": ["Llama4ForConditionalGeneration"],
-        "model_type": "llama4",
-        "vision_config": VISION,
-        "text_config": {
-            "hidden_size": 5120,
-            "intermediate_size": 8192,
-            "intermediate_size_mlp": 16384,
-            "num_hidden_layers": 48,
-            "num_attention_heads": 40,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "vocab_size": 202048,
-            "num_local_experts": experts,
-            "interleave_moe_layer_step": step,
-        }
-        | text,
-    }
+    return release(num_local_experts=experts, interleave_moe_layer_step=step, **text)
 
 
 def plan_config(config: dict[str, Any], *names: str) -> Any:
@@ -156,4 +129,6 @@ def test_cost_bounds_memory_by_the_largest_units(tmp_path: Path) -> None:
     assert {"write", "hash", "int4-g128", "fp8-channel-dynamic"} <= cost.rates.keys()
     assert list(tmp_path.iterdir()) == []
     assert default_workers(result) >= 1
+    unknown = estimate_cost(result, tmp_path, workers=2, sample=tmp_path / "gone")
+    assert "read" not in unknown.rates
     assert unit_memory(result.units[0], result.artifacts, result.config) < 100_000_000  # the embedding is copied in chunks

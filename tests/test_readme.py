@@ -15,31 +15,12 @@ from quantkit.recipe import MAXIMUM_ERROR
 from quantkit.scheme import scheme_names
 from quantkit_cli.presets import preset_rows
 from quantkit_cli.text import size
-from tests.tiny_models import tiny_config
+from tests.releases import release as true_config
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
 RELEASES: dict[str, dict[str, Any]] = {
     "Scout": {"num_local_experts": 16, "interleave_moe_layer_step": 1},
     "Maverick": {"num_local_experts": 128, "interleave_moe_layer_step": 2},
-}
-TEXT_SIZES = {
-    "hidden_size": 5120,
-    "intermediate_size": 8192,
-    "intermediate_size_mlp": 16384,
-    "num_hidden_layers": 48,
-    "num_attention_heads": 40,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 202_048,
-}
-VISION_SIZES = {
-    "hidden_size": 1408,
-    "intermediate_size": 5632,
-    "num_hidden_layers": 34,
-    "image_size": 336,
-    "projector_input_dim": 4096,
-    "projector_output_dim": 4096,
-    "vision_output_dim": 4096,
 }
 
 
@@ -54,10 +35,7 @@ def cells(header: str) -> list[list[str]]:
 
 
 def release_config(directory: Path, release: str) -> Path:
-    config = tiny_config("scout", **TEXT_SIZES, **RELEASES[release])
-    for key in ("moe_layers", "no_rope_layers", "layer_types"):
-        config["text_config"].pop(key, None)
-    config["vision_config"] |= VISION_SIZES
+    config = true_config(**RELEASES[release])
     path = directory / "config.json"
     path.write_text(json.dumps(config))
     return path
