@@ -1,7 +1,8 @@
 """The ``quantkit`` command: a thin layer that parses, makes one library call and renders the result.
 
     app.py       the commands: options, help, one library call each
-    run.py       what every command shares: errors to messages and exit codes, JSON, signals
+    run.py       what every command shares: errors to messages and exit codes, JSON
+    signals.py   Ctrl-C and SIGTERM
     progress.py  the live display of a conversion, or plain lines where there is no terminal
     tables.py    results as rich tables
     data.py      results as JSON-able dictionaries

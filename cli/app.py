@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from importlib import metadata
@@ -12,7 +13,8 @@ import typer
 
 from . import text
 from .presets import LINES, preset_rows
-from .run import print_json, reporting, resume_command, stopping_on_signals
+from .run import print_json, reporting, what_is_left
+from .signals import stopping_on_signals
 
 if TYPE_CHECKING:
     from quantkit import Plan, RoleSummary
@@ -25,6 +27,7 @@ app = typer.Typer(
 )
 
 DEFAULT_CONTEXT = 131_072
+MAXIMUM_WORKERS = 4096
 
 
 def _examples(*lines: str) -> str:
@@ -43,13 +46,21 @@ def _parse_size(value: str) -> str:
     return value
 
 
+def _expand(value: str | None) -> str | None:
+    """``~`` where the shell left it."""
+    return value and os.path.expanduser(value)
+
+
 def _print_version(value: bool) -> None:
     if value:
         print(f"quantkit {metadata.version('quantkit')}")
         raise typer.Exit
 
 
-Source = Annotated[str, typer.Argument(metavar="SOURCE", help="Directory of the BF16 checkpoint, or a hub repository id.")]
+Source = Annotated[
+    str,
+    typer.Argument(metavar="SOURCE", callback=_expand, help="Directory of the BF16 checkpoint, or a hub repository id."),
+]
 Targets = Annotated[
     list[str],
     typer.Option(
@@ -63,7 +74,9 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit, when 
 ShardSize = Annotated[
     str, typer.Option("--max-shard-size", metavar="SIZE", callback=_parse_size, help="Largest tensor file: 5GB, 500MB, 4GiB.")
 ]
-Workers = Annotated[int | None, typer.Option(min=1, help="Units worked on at once. Default: by cores and free memory.")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, max=MAXIMUM_WORKERS, help="Units worked on at once. Default: by cores and free memory.")
+]
 Context = Annotated[int, typer.Option(min=1, help="Tokens of KV cache that the GPUs should have room for.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for errors too.")]
 
@@ -101,7 +114,7 @@ def convert(
     A run that was killed or stopped is resumed by the same command.
     An artifact gets its final name only when it is complete, read back and checked.
     """
-    with reporting(as_json, resume_command(sys.argv[1:])):
+    with reporting(as_json, lambda: what_is_left(to, output, sys.argv[1:])):
         if dry_run:
             from quantkit import plan as make_plan
 
@@ -144,7 +157,7 @@ def convert(
 
 def _silence_downloads(source: str) -> None:
     """No progress bars of the hub client, which only a hub source brings in."""
-    if not Path(source).exists():
+    if not os.path.exists(source):
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
         disable_progress_bars()
@@ -159,7 +172,12 @@ def _silence_downloads(source: str) -> None:
 )
 def plan(
     source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="Checkpoint directory, a config.json or its directory, or a hub repository id.")
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            callback=_expand,
+            help="Checkpoint directory, a config.json or its directory, or a hub repository id.",
+        ),
     ],
     to: Targets,
     output: Annotated[
@@ -205,7 +223,10 @@ def _show_plan(plan: Plan, source: str, output: Path, workers: int | None, conte
 @app.command(epilog=_examples("quantkit inspect ./scout", "quantkit inspect out/w4a16-rtn --json"))
 def inspect(
     path: Annotated[
-        str, typer.Argument(metavar="PATH", help="A checkpoint or artifact, a safetensors file, or a hub repository id.")
+        str,
+        typer.Argument(
+            metavar="PATH", callback=_expand, help="A checkpoint or artifact, a safetensors file, or a hub repository id."
+        ),
     ],
     revision: Revision = None,
     as_json: AsJson = False,
@@ -231,7 +252,7 @@ def inspect(
 def verify(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The artifact.")],
     source: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The BF16 checkpoint it was made from, to compare with.")
+        str | None, typer.Option(metavar="MODEL", callback=_expand, help="The BF16 checkpoint it was made from, to compare with.")
     ] = None,
     revision: Revision = None,
     sample: Annotated[int, typer.Option(min=0, help="Quantized matrices to decode and compare.")] = 16,

@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import text
-from .run import STOPPING
+from .signals import STOPPING
 
 if TYPE_CHECKING:
     from quantkit import Progress

@@ -1,4 +1,4 @@
-"""What every command shares: errors become one message and an exit code, results may be JSON, signals end a run cleanly.
+"""What every command shares: errors become one message and an exit code, and results may be JSON.
 
 Results go to stdout and nothing else does; progress, warnings and errors go to stderr.  With ``--json`` stdout holds exactly one
 object, a result or ``{"error": {"type", "message", "exit_code"}}``.
@@ -7,20 +7,18 @@ object, a result or ``{"error": {"type", "message", "exit_code"}}``.
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import signal
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import FrameType
+from pathlib import Path
 from typing import Any
 
 import typer
 
-INTERRUPTED_EXIT_CODE = 130
-STDERR = 2
-STOPPING = "Stopping: units in flight are being finished ..."
+from .signals import INTERRUPTED_EXIT_CODE, error_data, raising_on_signals
+
+INTERNAL_EXIT_CODE = 1
 
 
 def print_json(data: Mapping[str, Any]) -> None:
@@ -28,28 +26,30 @@ def print_json(data: Mapping[str, Any]) -> None:
     print(json.dumps(data, indent=2, ensure_ascii=False))
 
 
-def error_data(kind: str, message: str, exit_code: int) -> dict[str, Any]:
-    """The object that stands for an error in ``--json`` mode."""
-    return {"error": {"type": kind, "message": message, "exit_code": exit_code}}
-
-
 @contextmanager
-def reporting(as_json: bool, resume: Sequence[str] | None = None) -> Iterator[None]:
-    """Turn a documented error or an interruption inside the block into a message and the exit of the process.
+def reporting(as_json: bool, interrupted: Callable[[], str] = lambda: "the command was stopped") -> Iterator[None]:
+    """Turn an error or an interruption inside the block into a message and the exit of the process.
 
-    resume: the arguments of the command that would resume the work, shown after an interruption.
+    interrupted: says what an interruption left.  An error that is no documented one is a mistake of this program: its traceback
+    goes to stderr, and ``--json`` gets an object for it too.
     """
-    from quantkit.errors import Interrupted, QuantkitError
-
     try:
-        yield
-    except (KeyboardInterrupt, Interrupted):
-        message = "the command was stopped"
-        if resume is not None:
-            message = f"finished work is kept; the same command resumes it:\n  {shlex.join(resume)}"
-        _fail("Interrupted", message, INTERRUPTED_EXIT_CODE, as_json)
-    except QuantkitError as error:
-        _fail(type(error).__name__, str(error), error.exit_code, as_json)
+        from quantkit.errors import Interrupted, QuantkitError  # and with it the whole library: a second or more
+
+        try:
+            with raising_on_signals():
+                yield
+        except (KeyboardInterrupt, Interrupted):
+            _fail("Interrupted", interrupted(), INTERRUPTED_EXIT_CODE, as_json)
+        except QuantkitError as error:
+            _fail(type(error).__name__, str(error), error.exit_code, as_json)
+    except (typer.Exit, BrokenPipeError):
+        raise
+    except Exception as error:
+        if not as_json:
+            raise
+        traceback.print_exc()
+        _fail("InternalError", f"{type(error).__name__}: {error}", INTERNAL_EXIT_CODE, as_json)
 
 
 def _fail(kind: str, message: str, exit_code: int, as_json: bool) -> None:
@@ -65,28 +65,19 @@ def _fail(kind: str, message: str, exit_code: int, as_json: bool) -> None:
     raise typer.Exit(exit_code)
 
 
-def resume_command(arguments: Sequence[str]) -> list[str]:
-    """The command line that resumes the run of ``arguments``: the same one, without ``--restart``, which would begin anew."""
-    return ["quantkit", *(argument for argument in arguments if argument != "--restart")]
+def what_is_left(targets: Sequence[str], output: Path, arguments: Sequence[str]) -> str:
+    """What an interrupted conversion left in ``output``, and the command that goes on from there.
 
-
-@contextmanager
-def stopping_on_signals(stop: threading.Event, announce: bool) -> Iterator[None]:
-    """Within the block, Ctrl-C and SIGTERM set ``stop`` and raise KeyboardInterrupt in the main thread.
-
-    The engine turns the interrupt into an orderly end: units in flight are finished and journalled.
+    That is the command line ``arguments`` without ``--restart``, which would begin anew.
     """
+    from quantkit.errors import RecipeError
+    from quantkit.recipe import resolve_recipe
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        first = not stop.is_set()
-        stop.set()
-        if announce and first:
-            os.write(STDERR, f"\n{STOPPING}\n".encode())  # no lock: the main thread may be amid a print
-        raise KeyboardInterrupt
-
-    former = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    command = shlex.join(["quantkit", *(argument for argument in arguments if argument != "--restart")])
     try:
-        yield
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+        partial = [output / f"{resolve_recipe(target).name}.partial" for target in targets]
+    except RecipeError:  # interrupted before the recipes were read
+        partial = []
+    if any(path.is_dir() for path in partial):
+        return f"finished work is kept; the same command resumes it:\n  {command}"
+    return f"nothing unfinished is left in {output}; the same command starts again:\n  {command}"

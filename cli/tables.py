@@ -49,7 +49,7 @@ def _many(count: int, noun: str) -> str:
 
 def _heading(console: Console, heading: str) -> None:
     console.print()
-    console.print(Text(heading, style="bold"), soft_wrap=True)
+    console.print(Text(heading, style="bold"))
 
 
 # --------------------------------------------------------------------------------------------------------------- convert
@@ -129,7 +129,8 @@ def print_plan(
         if artifact.notes:
             _heading(console, f"Clients that load {artifact.name}")
             console.print(_client_table(artifact))
-        _heading(console, f"GPUs that hold {artifact.name} and {context:,} tokens of context: tokens of KV cache there is room for")
+        _heading(console, f"GPUs that hold {artifact.name} and {context:,} tokens of context")
+        console.print(Text("In each cell: the tokens of KV cache there is room for.", style="dim"))
         console.print(_gpu_table(fits[artifact.name]))
     _heading(console, "The run")
     _print_cost(console, cost)
@@ -192,10 +193,10 @@ def print_inspection(console: Console, inspection: Inspection) -> None:
     """What stands at a path: kind, model, roles, files, notes."""
     console.print(Text(str(inspection.path), style="bold"), soft_wrap=True)
     kind = "quantized" if inspection.kind == "artifact" else "not quantized"
-    console.print(f"{inspection.model}", highlight=False, soft_wrap=True)
+    console.print(Text(inspection.model))
     sizes = f"{text.count(inspection.parameters)} parameters, {text.size(inspection.bytes)}"
     files = _many(len(inspection.files), "file")
-    console.print(f"{sizes} in {files}, {kind}, format {inspection.format}", highlight=False, soft_wrap=True)
+    console.print(Text(f"{sizes} in {files}, {kind}, format {inspection.format}"))
     console.print()
     console.print(role_table(inspection.roles))
     width = max((len(name) for name, _ in inspection.files), default=0)
@@ -206,7 +207,8 @@ def print_inspection(console: Console, inspection: Inspection) -> None:
 
 def print_verification(console: Console, result: VerifyResult) -> None:
     """Each check with what it found."""
-    _heading(console, str(result.directory))
+    console.print()
+    console.print(Text(str(result.directory), style="bold"), soft_wrap=True)  # a path stays in one piece
     table = _table(("check", "", "found"), wrap="found")
     for check in result.checks:
         table.add_row(check.name, Text("ok", style="green") if check.ok else Text("failed", style="bold red"), check.detail)

@@ -6,7 +6,9 @@ Sizes are decimal (1 GB = 1,000,000,000 bytes), as disks, downloads and GPU data
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 
+LARGEST_SIZE = 10**18
 _SIZES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY_SIZES = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 _SIZE_PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
@@ -16,12 +18,16 @@ def parse_size(text: str) -> int:
     """``5GB``, ``500 MB``, ``4.5GiB`` or plain bytes as a number of bytes.  Raises ValueError."""
     match = _SIZE_PATTERN.fullmatch(text)
     if not match or (match[3] and not match[2]):
-        raise ValueError(f"{text!r} is not a size; write for example 5GB, 500MB or 4GiB")
+        raise ValueError(f"{_short(text)} is not a size; write for example 5GB, 500MB or 4GiB")
     factors = _BINARY_SIZES if match[3] else _SIZES
-    size = int(float(match[1]) * factors[match[2].lower()])
-    if size < 1:
-        raise ValueError(f"{text!r} is not a size: it must be at least one byte")
-    return size
+    exact = Decimal(match[1]) * factors[match[2].lower()]
+    if not 1 <= exact <= LARGEST_SIZE:
+        raise ValueError(f"{_short(text)} is not a size: it must be at least one byte and at most {LARGEST_SIZE // 10**12:,} TB")
+    return int(exact)
+
+
+def _short(text: str) -> str:
+    return repr(text) if len(text) <= 40 else f"{text[:37]!r}..."
 
 
 def size(count: float) -> str:

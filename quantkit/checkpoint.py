@@ -20,7 +20,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from quantkit.errors import AlreadyQuantizedError, CheckpointError, UnsupportedModelError
-from quantkit.hub import download_file, download_snapshot, is_repository_id
+from quantkit.hub import download_file, download_snapshot, is_carried, is_repository_id
 from quantkit.llama4 import FLOAT_DTYPES, Llama4Config, Unit, WeightMatrix, inventory, parse_config
 from quantkit.strict_json import parse_object
 from quantkit.tensor_files import CHUNK_BYTES, TensorFiles, TensorLocation, list_directory, listing, read_small_file
@@ -30,13 +30,6 @@ __all__ = ["Checkpoint", "TensorFiles", "TensorLocation", "load_config"]
 
 CONFIG_NAME = "config.json"
 _CONFIG_LIMIT = 16 << 20  # bytes
-
-_CARRIED = re.compile(
-    r"tokenizer.*|.*\.jinja|special_tokens_map\.json|added_tokens\.json|vocab\.json|merges\.txt|chat_template\.json"
-    r"|generation_config\.json|.*processor_config\.json"
-    r"|(licen[cs]e|use_policy|notice|copying)([._-].*)?",
-    re.IGNORECASE,
-)
 
 # What the last part of a tensor's name, or its dtype, says about how a checkpoint was quantized.
 _QUANTIZED_NAMES = {
@@ -58,7 +51,7 @@ def load_config(source: str | Path, revision: str | None = None) -> tuple[str, L
 
     Returns (exact text, parsed config, the directory when weights lie in it too, else None).  Raises CheckpointError.
     """
-    path = Path(source)
+    path = Path(os.path.expanduser(source))
     if path.suffix == ".json" and os.path.isfile(path):
         _no_revision(path, revision)
     elif (directory := _local_directory(source, revision)) is not None:
@@ -83,6 +76,7 @@ class Checkpoint:
         self.config_text, self.config = _read_config(directory / CONFIG_NAME)
         self._origin = origin or {}
         _refuse_other_formats(directory)
+        self._carried = _carried_files(directory)
         self._files = TensorFiles.open(directory)
         self.tensors = self._files.tensors
         _refuse_quantized(directory, self.tensors)
@@ -155,8 +149,7 @@ class Checkpoint:
 
     def carried_files(self) -> list[Path]:
         """What an artifact keeps: tokenizer, chat template, generation and preprocessor settings, licence, use policy, notice."""
-        carried = [self.directory / name for name in list_directory(self.directory) if _CARRIED.fullmatch(name)]
-        return [path for path in carried if path.is_file()]
+        return list(self._carried)
 
     def close(self) -> None:
         """Close the shards."""
@@ -181,7 +174,7 @@ def _logical(matrix: WeightMatrix, stored: torch.Tensor) -> torch.Tensor:
 
 def _local_directory(source: str | Path, revision: str | None) -> Path | None:
     """The directory that ``source`` names, None when it must be a hub repository id.  Raises CheckpointError for anything else."""
-    path = Path(source)
+    path = Path(os.path.expanduser(source))
     if os.path.isdir(path):
         _no_revision(path, revision)
         return path
@@ -191,7 +184,25 @@ def _local_directory(source: str | Path, revision: str | None) -> Path | None:
         raise CheckpointError(f"{path} is a file. Give the directory that holds {CONFIG_NAME} and the safetensors shards.")
     if not is_repository_id(str(source)):
         raise CheckpointError(f"there is no directory {source}. Give a local directory or a hub repository id such as owner/name.")
+    # Far more often a misspelt path than a repository of an owner who happens to be called like a directory here.
+    if os.path.lexists(first := str(source).partition("/")[0]):
+        raise CheckpointError(
+            f"there is no directory {source}, though there is {first}. Check the spelling; if you mean the repository {source} on "
+            "the hub, run the command in another directory."
+        )
     return None
+
+
+def _carried_files(directory: Path) -> tuple[Path, ...]:
+    """The files to carry along.  Raises CheckpointError for one that could not be: an artifact would silently lack it."""
+    carried = [directory / name for name in list_directory(directory) if is_carried(name)]
+    for path in carried:
+        if not os.path.exists(path):
+            target = f"a link to {os.readlink(path)}, which does not exist" if path.is_symlink() else "gone"
+            raise CheckpointError(f"{path} is {target}. Artifacts carry it along: restore it, or remove it from the source.")
+        if not os.path.isdir(path) and not (os.path.isfile(path) and os.access(path, os.R_OK)):
+            raise CheckpointError(f"{path} is no file to read. Artifacts carry it along: restore it, or remove it from the source.")
+    return tuple(path for path in carried if os.path.isfile(path))
 
 
 def _no_revision(path: Path, revision: str | None) -> None:

@@ -9,6 +9,7 @@ beside weights and KV cache.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
@@ -66,7 +67,7 @@ class GpuFit:
 
 def unit_memory(unit: Unit, artifacts: Sequence[ArtifactPlan], config: Llama4Config) -> int:
     """Bytes one worker holds for this unit: its source slice, one byte per code, and the encoded tensors of one artifact at a
-    time.
+    time.  The slice is taken to have the dtype that the config states; weights stored in F32 under a BF16 config take twice that.
     """
     if unit.copies:
         return COPY_CHUNK_BYTES
@@ -107,7 +108,8 @@ def estimate_cost(plan: Plan, output: Path, *, workers: int | None = None, sampl
     """Estimate the run of ``plan`` into ``output``.
 
     sample: a source shard to measure reading with; without it reading is taken to be as fast as writing.  The probe writes 64 MB
-    beside the output and removes it.
+    beside the output and removes it.  What cannot be measured is left out of ``rates``; without a rate of writing there is no
+    estimate of the time.  The source is taken to have the dtype that the config states.
     """
     count = workers or default_workers(plan)
     largest = sorted((unit_memory(unit, plan.artifacts, plan.config) for unit in plan.units), reverse=True)[:count]
@@ -148,22 +150,14 @@ def _probe(plan: Plan, output: Path, sample: Path | None) -> dict[str, float]:
     hashlib.sha256(block).digest()
     rates["hash"] = len(block) / (time.perf_counter() - started)
     parent = output
-    while not parent.is_dir() and parent != parent.parent:
+    while not os.path.isdir(parent) and parent != parent.parent:
         parent = parent.parent
-    if os.access(parent, os.W_OK):
-        with tempfile.TemporaryFile(dir=parent) as file:
-            started = time.perf_counter()
-            for _ in range(4):
-                file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-            rates["write"] = 4 * len(block) / (time.perf_counter() - started)
-    if sample is not None and sample.is_file():
-        with sample.open("rb", buffering=0) as shard:
-            started, size = time.perf_counter(), 0
-            while size < 256 << 20 and (got := shard.read(16 << 20)):
-                size += len(got)
-            rates["read"] = max(size, 1) / (time.perf_counter() - started)
+    # Whatever is wrong with a disk is no reason to withhold the rest of the plan.
+    with contextlib.suppress(OSError):
+        rates["write"] = _write_rate(parent, block)
+    if sample is not None:
+        with contextlib.suppress(OSError):
+            rates["read"] = _read_rate(sample)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(1024, 1024, generator=generator, dtype=torch.float32).to(torch.bfloat16).T
     for artifact in plan.artifacts:
@@ -176,6 +170,26 @@ def _probe(plan: Plan, output: Path, sample: Path | None) -> dict[str, float]:
                 form.encode("probe", quantized, workspace)
                 rates[name] = max(rates.get(name, 0.0), weight.numel() / (time.perf_counter() - started))
     return rates
+
+
+def _write_rate(directory: Path, block: bytes) -> float:
+    """Bytes per second onto the disk of ``directory``.  Raises OSError."""
+    with tempfile.TemporaryFile(dir=directory) as file:
+        started = time.perf_counter()
+        for _ in range(4):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        return 4 * len(block) / (time.perf_counter() - started)
+
+
+def _read_rate(sample: Path) -> float:
+    """Bytes per second from a file.  Raises OSError."""
+    with sample.open("rb", buffering=0) as shard:
+        started, size = time.perf_counter(), 0
+        while size < 256 << 20 and (got := shard.read(16 << 20)):
+            size += len(got)
+        return max(size, 1) / (time.perf_counter() - started)
 
 
 def kv_cache_bytes_per_token(config: Llama4Config) -> int:

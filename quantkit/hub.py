@@ -7,6 +7,7 @@ for it.
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,21 +16,33 @@ from quantkit.errors import CheckpointError
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
-# Weights, and what ``Checkpoint.carried_files`` carries along; not the copy in Meta's own layout that releases keep in original/.
+# What an artifact keeps of its source beside the weights: names in lower case, any case matches.
+_CARRIED = (
+    "tokenizer*",
+    "*.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.json",
+    "generation_config.json",
+    "*processor_config.json",
+    *(word + ending for word in ("license", "licence", "use_policy", "notice", "copying") for ending in ("", "[._-]*")),
+)
+# The same for the hub, whose patterns heed case, and weights, index and configs; not the copy in Meta's own layout that releases
+# keep in original/.
 NEEDED = (
     "*.safetensors",
     "*.json",
-    "tokenizer*",
-    "*.jinja",
-    "*.txt",
-    "*.model",
-    "LICENSE*",
-    "LICENCE*",
-    "USE_POLICY*",
-    "NOTICE*",
     "README.md",
+    *(re.sub("[a-z]", lambda letter: f"[{letter[0]}{letter[0].upper()}]", pattern) for pattern in _CARRIED),
 )
 NOT_NEEDED = ("*/*",)
+
+
+def is_carried(name: str) -> bool:
+    """Whether a file of that name is carried along: tokenizer, chat template, generation and processor settings, licence."""
+    return any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in _CARRIED)
 
 
 def is_repository_id(source: str) -> bool:

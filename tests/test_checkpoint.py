@@ -284,6 +284,18 @@ def test_carried_files(scout: Path) -> None:
         ]
 
 
+def test_carried_files_that_cannot_be_read(scout: Path) -> None:
+    tokenizer = scout / "tokenizer.json"
+    tokenizer.unlink()
+    tokenizer.symlink_to("../blobs/gone")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is a link to \.\./blobs/gone, which does not exist"):
+        Checkpoint.open(scout)
+    tokenizer.unlink()
+    os.mkfifo(tokenizer)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is no file to read"):
+        Checkpoint.open(scout)
+
+
 def identity(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     with Checkpoint.open(directory) as checkpoint:
         return json.loads(json.dumps(checkpoint.fingerprint())), json.loads(json.dumps(checkpoint.provenance()))

@@ -65,10 +65,11 @@ def test_sizes_that_people_write(written: str, size: int) -> None:
     assert text.parse_size(written) == size
 
 
-@pytest.mark.parametrize("written", ["", "GB", "-5GB", "5XB", "0", "5ib", "1e9", "5 G B", "nan", "0.1b"])
+@pytest.mark.parametrize("written", ["", "GB", "-5GB", "5XB", "0", "5ib", "1e9", "5 G B", "nan", "0.1b", "9" * 400])
 def test_sizes_that_are_none(written: str) -> None:
-    with pytest.raises(ValueError, match="is not a size"):
+    with pytest.raises(ValueError, match="is not a size") as caught:
         text.parse_size(written)
+    assert len(str(caught.value)) < 160
 
 
 @given(st.integers(min_value=1, max_value=10**15))
@@ -253,6 +254,19 @@ def test_an_interrupted_run_is_resumed_by_the_command_it_names(
     assert artifact["units_resumed"] >= 4
 
 
+def test_an_interruption_that_leaves_nothing_does_not_promise_any(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("quantkit.convert", interrupt)
+    command = ("convert", source, "--to", "w4a16-rtn", "-o", tmp_path)
+    assert f"nothing unfinished is left in {tmp_path}" in run(*command).stderr
+    (tmp_path / "w4a16-rtn.partial").mkdir()
+    assert "finished work is kept" in run(*command).stderr
+
+
 def test_interruption_as_json(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*arguments: Any, **options: Any) -> Any:
         raise KeyboardInterrupt
@@ -300,6 +314,13 @@ def test_plan_prints_roles_files_gpus_and_cost(source: Path, tmp_path: Path) -> 
     ):
         assert words in result.stdout
     assert list(tmp_path.iterdir()) == []
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+def test_plan_where_nothing_can_be_written(source: Path) -> None:
+    answer = run_json("plan", source, "--to", "w4a16-rtn", "-o", "/proc/x")
+    assert answer["cost"]["seconds"] is None and "write" not in answer["cost"]["rates"]
+    assert "unknown: the output cannot be written to" in run("plan", source, "--to", "w4a16-rtn", "-o", "/proc/x").stdout
 
 
 def test_plan_says_which_clients_load_the_artifact(source: Path, tmp_path: Path) -> None:
@@ -321,6 +342,7 @@ def test_inspect_source_and_artifact(source: Path, artifacts: tuple[Path, dict[s
     assert schemes["routed_expert"] == ["int4-g128"] and schemes["attention"] == ["BF16"]
     printed = run("inspect", artifacts[0] / "w4a16-rtn").stdout
     assert "int4-g128" in printed and "routed expert" in printed
+    assert max(len(line) for line in printed.splitlines()[1:]) <= 80  # the first line is the path
 
 
 def test_verify_passes_and_fails(source: Path, artifacts: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -376,8 +398,44 @@ def test_the_script_s_version_completion_and_usage_errors() -> None:
     assert completion.stdout.split() == ["fp8-dynamic", "fp8-block"]
     wrong = start("convert", "--too", "x", "--json")
     assert wrong.returncode == 2 and "--too" in wrong.stderr
-    assert json.loads(wrong.stdout)["error"] == {
-        "type": "UsageError",
-        "message": "wrong usage; the message on stderr says what is wrong",
-        "exit_code": 2,
-    }
+    error = json.loads(wrong.stdout)["error"]
+    assert (error["type"], error["exit_code"]) == ("UsageError", 2)
+    assert "No such option" in error["message"] and "--too" in error["message"]
+    assert start("presets", "--json").returncode == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_signal_amid_the_imports_ends_the_command_without_a_traceback(
+    tmp_path: Path, number: signal.Signals, options: list[str]
+) -> None:
+    """A stand-in for torch sends the signal while it is being imported, and turns any exception into another one."""
+    (tmp_path / "torch.py").write_text(
+        f"import os\ntry:\n    os.kill(os.getpid(), {int(number)})\n    for _ in range(1000): pass\n"
+        "except BaseException as error:\n    raise ImportError('no torch') from error\n"
+    )
+    command = [sys.executable, "-m", "quantkit_cli", "plan", "nowhere", "--to", "w4a16-rtn", *options]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert ended.returncode == 130, ended.stderr
+    message = json.loads(ended.stdout)["error"]["message"] if options else ended.stderr
+    assert "before it began any work" in message and "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_every_command_ends_by_both_signals(source: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
+    monkeypatch.setattr("quantkit.inspect", lambda *_: os.kill(os.getpid(), number))
+    ended = run("inspect", source, "--json")
+    assert ended.exit_code == 130
+    assert json.loads(ended.stdout)["error"]["message"] == "the command was stopped"
+
+
+def test_an_unexpected_error_is_an_object_too(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError("by nought")
+
+    monkeypatch.setattr("quantkit.inspect", fail)
+    ended = run("inspect", source, "--json")
+    assert ended.exit_code == 1 and "Traceback" in ended.stderr
+    error = json.loads(ended.stdout)["error"]
+    assert error == {"type": "InternalError", "message": "ZeroDivisionError: by nought", "exit_code": 1}
+    assert isinstance(run("inspect", source).exception, ZeroDivisionError)  # without --json the traceback is all there is

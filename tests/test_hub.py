@@ -16,6 +16,7 @@ from huggingface_hub import errors as hub_errors
 
 from quantkit.checkpoint import Checkpoint, load_config
 from quantkit.errors import AlreadyQuantizedError, CheckpointError
+from quantkit.hub import NEEDED, is_carried
 
 
 @pytest.fixture
@@ -92,6 +93,24 @@ def test_what_is_asked_of_the_hub(cache: Path, monkeypatch: pytest.MonkeyPatch) 
     others = ["original/consolidated.00.pth", "original/params.json", "original/tokenizer.model", "pytorch_model.bin", "a.png"]
     kept = list(huggingface_hub.utils.filter_repo_objects([*files, *others], **patterns))
     assert sorted(kept) == sorted(files)
+
+
+def test_every_carried_file_is_downloaded() -> None:
+    names = ["tokenizer.json", "Tokenizer.model", "chat_template.JINJA", "merges.txt", "vocab.json", "COPYING", "Copying.md"]
+    names += ["license", "LICENCE-MIT.txt", "Use_Policy.md", "NOTICE", "preprocessor_config.json", "generation_config.json"]
+    assert all(is_carried(name) for name in names)
+    assert list(huggingface_hub.utils.filter_repo_objects(names, allow_patterns=list(NEEDED))) == names
+    assert not any(is_carried(name) for name in ("README.md", "config.json", "model.safetensors.index.json", "licenses", "x.txt"))
+
+
+def test_a_misspelt_path_is_not_asked_of_the_hub(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    for misspelt in ("scout/tini", "./scot", "../scot", "~/scot", "a/b/c"):
+        with pytest.raises(CheckpointError, match="there is no directory"):
+            Checkpoint.open(misspelt)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with Checkpoint.open("~/scout") as checkpoint:
+        assert checkpoint.directory == tmp_path / "scout"
 
 
 def test_a_quantized_repository_is_refused_before_its_weights_are_downloaded(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
