@@ -154,7 +154,8 @@ def plan(
     ``config.json`` or a directory that holds only that, no weights are fetched and tensor files, config and index are exact.
     """
     recipes = _resolve(to)
-    if os.path.isdir(source) and any(Path(source).glob("*.safetensors")):
+    path = Path(source).expanduser()
+    if os.path.isdir(path) and any(path.glob("*.safetensors")):
         with Checkpoint.open(source, revision) as checkpoint:
             return plan_checkpoint(checkpoint, recipes, max_shard_bytes)
     text, config, _ = load_config(source, revision)
