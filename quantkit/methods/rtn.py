@@ -186,6 +186,9 @@ def _assemble(
 
 
 def _extremes(scale: torch.Tensor) -> torch.Tensor:
-    """Smallest and largest scale ``[2]``, found by their codes, which order like the positive numbers they stand for."""
-    codes = scale.view(torch.int16) if scale.dtype == torch.bfloat16 else scale.view(torch.uint8)
-    return torch.stack([codes.min(), codes.max()]).view(scale.dtype)
+    """Smallest and largest scale ``[2]``, found by their codes, which order like the positive numbers they stand for.
+
+    By numpy, because torch would start threads of its own inside every worker.
+    """
+    codes = scale.view(torch.int16 if scale.dtype == torch.bfloat16 else torch.uint8).numpy()
+    return torch.from_numpy(np.array([codes.min(), codes.max()])).view(scale.dtype)
