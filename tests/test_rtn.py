@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -20,6 +21,17 @@ from quantkit.scheme import KEEP, Scheme, parse_scheme, scheme_names
 from quantkit.workspace import Workspace
 
 SCHEMES = [scheme for name in scheme_names() if name != KEEP and (scheme := parse_scheme(name))]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors are small here: threads of torch would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 by_name = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
 searching = pytest.mark.parametrize("clip_search", [False, True], ids=["fitted", "searched"])
 
