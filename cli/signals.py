@@ -52,9 +52,10 @@ def raising_on_signals() -> Iterator[None]:
 
 @contextmanager
 def stopping_on_signals(stop: threading.Event, announce: bool) -> Iterator[None]:
-    """Within the block, Ctrl-C and SIGTERM set ``stop`` and raise KeyboardInterrupt in the main thread.
+    """Within the block, Ctrl-C and SIGTERM set ``stop`` and, the first time, raise KeyboardInterrupt in the main thread.
 
-    The engine turns the interrupt into an orderly end: units in flight are finished and journalled.
+    The engine turns the interrupt into an orderly end: units in flight are finished and journalled.  Pressing again changes nothing
+    of that, and must not raise amid it.
     """
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -62,7 +63,8 @@ def stopping_on_signals(stop: threading.Event, announce: bool) -> Iterator[None]
         stop.set()
         if announce and first:
             os.write(STDERR, f"\n{STOPPING}\n".encode())  # no lock: the main thread may be amid a print
-        raise KeyboardInterrupt
+        if first:
+            raise KeyboardInterrupt
 
     with _handling(handle):
         yield

@@ -7,8 +7,12 @@ lets every worker keep its scratch memory (:class:`Workspace`) warm.  A unit is 
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import TypeVar
 
 from quantkit.errors import Interrupted
@@ -60,15 +64,45 @@ def run_units(
             if not running:
                 idle.set()
 
-    for number in range(running):
-        threading.Thread(target=run, name=f"quantkit-unit-{number}").start()
-    while running:
-        try:
-            idle.wait()  # not Thread.join: interrupted, it takes a running thread for finished (Python before 3.13)
-            break
-        except KeyboardInterrupt:
-            halted = True
+    def halt() -> None:
+        nonlocal halted
+        halted = True
+
+    with _noting_interrupts(halt):
+        for number in range(running):
+            threading.Thread(target=run, name=f"quantkit-unit-{number}").start()
+        while running:
+            try:
+                idle.wait()  # not Thread.join: interrupted, it takes a running thread for finished (Python before 3.13)
+                break
+            except KeyboardInterrupt:  # of another signal than Ctrl-C
+                halt()
     if failures:
         raise failures[min(failures)]
     if halted or left:
         raise Interrupted(INTERRUPTED)
+
+
+@contextmanager
+def _noting_interrupts(note: Callable[[], None]) -> Iterator[None]:
+    """Within the block Ctrl-C calls ``note`` and raises nothing.
+
+    An exception could come at any instruction, and a second one amid the handling of the first would leave units running whose
+    files are about to be closed.  A handler that the program has installed is called too.
+    """
+    former = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(former):
+        yield
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        note()
+        if former is not signal.default_int_handler:
+            with contextlib.suppress(KeyboardInterrupt):
+                former(number, frame)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former)
