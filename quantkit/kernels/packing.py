@@ -12,18 +12,20 @@ hold the interpreter lock.
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
+
+from quantkit.kernels.jit import kernel
 
 Bytes = npt.NDArray[np.uint8]
 
 _SIGN_OF_NIBBLES = 0x0808080808080808  # bit 3 of each of eight codes
 
 
-@njit(nogil=True, cache=True)
-def _fold(codes, flip, out):  # type: ignore[no-untyped-def]
+@kernel
+def _fold(codes: Any, flip: Any, out: Any) -> None:
     """codes uint64 [n], one code per byte -> out uint32 [n], one code per nibble, the first in the lowest."""
     for index in range(out.size):
         word = (codes[index] & np.uint64(0x0F0F0F0F0F0F0F0F)) ^ flip
