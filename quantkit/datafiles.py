@@ -11,8 +11,10 @@ import ctypes
 import errno
 import hashlib
 import os
+import queue
 import threading
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +50,39 @@ class FileCheck:
     sha256: str
     wrong: tuple[str, ...]
     stamp: tuple[int, int, int]
+
+
+class BackgroundChecks:
+    """Runs checks one after the other in a daemon thread.
+
+    A check waits for tensors that are yet to be written.  Python waits for the threads of a ThreadPoolExecutor when it ends, so a
+    writer that nobody closed, say because a second Ctrl-C hit the closing, would keep the whole program from ending.
+    """
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[tuple[Future[FileCheck], Callable[[], FileCheck]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="quantkit-check", daemon=True)
+        self._thread.start()
+
+    def submit(self, check: Callable[[], FileCheck]) -> Future[FileCheck]:
+        """Queue a check; its future can be cancelled until it begins."""
+        future: Future[FileCheck] = Future()
+        self._queue.put((future, check))
+        return future
+
+    def close(self) -> None:
+        """Wait for what is queued, which has to end by itself.  Harmless when repeated."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            future, check = item
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(check())
+                except Exception as error:  # raised to whoever asks for the result
+                    future.set_exception(error)
 
 
 class DataFiles:

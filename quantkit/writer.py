@@ -26,6 +26,7 @@ renames, the next run moves it back.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -39,7 +40,7 @@ from typing import Any
 
 import xxhash
 
-from quantkit.datafiles import STOPPED, DataFiles, FileCheck
+from quantkit.datafiles import STOPPED, BackgroundChecks, DataFiles, FileCheck
 from quantkit.errors import CheckpointError, Interrupted, OutputError, ResumeError
 from quantkit.formats.base import OutputFile
 from quantkit.journal import GroupCommit, Journal, Record, output_errors, sync_directory, write_all
@@ -80,7 +81,7 @@ class ArtifactWriter:
         self._data = DataFiles(self.partial, files)
         self._journal: Journal | None = None
         self._commits: GroupCommit | None = None
-        self._checker: ThreadPoolExecutor | None = None
+        self._checker: BackgroundChecks | None = None
         self._created: list[Path] = []  # directories, innermost first
         self._force = force
         self._owned = False  # the partial directory is this run's to remove
@@ -150,7 +151,7 @@ class ArtifactWriter:
         for directory in {self.partial.parent, *(path.parent for path in self._created)}:
             sync_directory(directory)
         self._commits = GroupCommit(journal, self._data.sync)
-        self._checker = ThreadPoolExecutor(1, "quantkit-check")
+        self._checker = BackgroundChecks()
         for record in self.completed.values():
             self._note_written(record)
 
@@ -246,7 +247,7 @@ class ArtifactWriter:
             for file in sorted(touched):
                 self._unwritten[file].difference_update(record["tensors"])
                 if file not in self._checks:
-                    self._checks[file] = self._checker.submit(self._check, file)
+                    self._checks[file] = self._checker.submit(functools.partial(self._check, file))
             self._turn.notify_all()
 
     def _await_digest(self, tensor: str) -> str:
@@ -380,7 +381,7 @@ class ArtifactWriter:
         """
         self._halt_checks()
         if self._checker is not None:
-            self._checker.shutdown(cancel_futures=True)
+            self._checker.close()
         if self._commits is not None:
             self._commits.close()
         self._data.close()

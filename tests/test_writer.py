@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -150,11 +151,10 @@ def test_any_crashes_then_a_rerun_give_the_same_bytes(artifact: Artifact, choice
         final, partial = Path(directory) / "x", Path(directory) / "x.partial"
         claimed: list[str] = []
         for _ in range(choice.draw(st.integers(1, 3), "crashes")):
-            writer = begin(final, artifact)
-            assert sorted(writer.completed) == sorted(claimed)
-            todo = choice.draw(st.permutations([key for key in UNITS if key not in claimed]), "order")
-            write_units(writer, artifact, todo[: choice.draw(st.integers(0, len(todo)), "units done")])
-            writer.close()
+            with contextlib.closing(begin(final, artifact)) as writer:  # a draw may end the example by an exception
+                assert sorted(writer.completed) == sorted(claimed)
+                todo = choice.draw(st.permutations([key for key in UNITS if key not in claimed]), "order")
+                write_units(writer, artifact, todo[: choice.draw(st.integers(0, len(todo)), "units done")])
             if not partial.exists():
                 continue
             journal = (partial / JOURNAL).read_bytes()
@@ -171,6 +171,21 @@ def test_any_crashes_then_a_rerun_give_the_same_bytes(artifact: Artifact, choice
         assert sorted(finish(final, artifact)) == sorted(set(UNITS) - set(claimed))
         assert contents(final) == artifact.expected
         assert names(Path(directory)) == ["x"]
+
+
+def test_a_writer_that_nobody_closed_does_not_keep_the_program_from_ending(tmp_path: Path) -> None:
+    script = """
+import pathlib, sys
+sys.path.insert(0, sys.argv[2])
+from tests.synthetic_artifact import *
+artifact = make_artifact(pathlib.Path(sys.argv[1]))
+writer = begin(pathlib.Path(sys.argv[1]) / "x", artifact)
+write_units(writer, artifact, UNITS[:2])
+"""
+    root = str(Path(__file__).parent.parent)
+    subprocess.run([sys.executable, "-c", script, str(tmp_path), root], check=True, timeout=60)  # it would wait for ever
+    assert set(finish(tmp_path / "x", artifact := make_artifact(tmp_path))) <= set(UNITS)
+    assert contents(tmp_path / "x") == artifact.expected
 
 
 def test_several_artifacts_are_published_together(artifact: Artifact, tmp_path: Path) -> None:
