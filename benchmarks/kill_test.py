@@ -173,7 +173,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     generator = random.Random(options.seed)
-    load = common.load_average()
+    # Now, not at the end: what is imported by now is what is tested, whatever is committed meanwhile.
+    text = common.header("Kill -9 at random points of a two-target conversion", options.directory, common.load_average())
     work = options.directory / "kill-test"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
@@ -213,7 +214,6 @@ def main() -> None:
             in_a_row[len(effective)] += 1
     shutil.rmtree(work)
 
-    text = common.header("Kill -9 at random points of a two-target conversion", options.directory, load)
     made = f"`{options.source.name}` to {' and '.join(TARGETS)}"
     text += f"""- run: {made}, {unit_count} units, {WORKERS} workers, shards of {SHARD_BYTES / 1e6:g} MB
 - seed: {options.seed}; an uninterrupted run takes {duration:.2f} s; the campaign took {time.monotonic() - began:.0f} s
