@@ -1,0 +1,25 @@
+"""Evidence: what calibration saw at the input of one unit, as the methods receive it.
+
+Matrices of a unit (gate and up; q, k and v) share their input, so they share one Evidence.  A Llama 4 expert's input already
+carries the router's score, so weighting by it is built in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Statistics over the rows (tokens) x that reached one unit.
+
+    tokens: rows that the router sent here.  mean_square: mean of x^2, float32 ``[in]``.  peak: largest magnitude, float32 ``[in]``.
+    hessian: mean of x x^T, float32 ``[in, in]``, with what a cold expert was given; None where no method asks for it.
+    """
+
+    tokens: int
+    mean_square: torch.Tensor
+    peak: torch.Tensor
+    hessian: torch.Tensor | None = None
