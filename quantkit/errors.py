@@ -10,6 +10,7 @@
     │   └── ResumeError            a partial output belongs to another source, recipe or version
     ├── LedgerError                what was done differs from what was asked, or an error bound was passed
     ├── ArtifactError              a finished artifact fails verification
+    ├── CorpusError                the calibration text cannot be read, rendered or tokenized
     └── Interrupted                the run was stopped by the user; it can be resumed
 
 Each message says what happened, where (file, tensor, expert) and what to do about it.  ``exit_code`` is what the command line
@@ -22,6 +23,7 @@ __all__ = [
     "AlreadyQuantizedError",
     "ArtifactError",
     "CheckpointError",
+    "CorpusError",
     "Interrupted",
     "LedgerError",
     "OutputError",
@@ -83,6 +85,12 @@ class ArtifactError(QuantkitError):
     """A finished artifact fails verification."""
 
     exit_code = 7
+
+
+class CorpusError(QuantkitError):
+    """The calibration text, or the tokenizer to read it with, is missing, damaged or unfit."""
+
+    exit_code = 8
 
 
 class Interrupted(QuantkitError):

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from quantkit.errors import CheckpointError
+from quantkit.errors import CheckpointError, CorpusError, QuantkitError
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -38,6 +38,8 @@ NEEDED = (
     *(re.sub("[a-z]", lambda letter: f"[{letter[0]}{letter[0].upper()}]", pattern) for pattern in _CARRIED),
 )
 NOT_NEEDED = ("*/*",)
+# Of a dataset: what can be read without a library for tables.
+DATASET_FILES = ("*.jsonl", "*.json", "*.txt")
 
 
 def is_carried(name: str) -> bool:
@@ -68,7 +70,26 @@ def download_snapshot(repository: str, revision: str | None) -> Path:
     )
 
 
-def _download(repository: str, revision: str | None, load: Callable[[], str]) -> Path:
+def download_dataset(repository: str, revision: str | None) -> Path:
+    """Local directory with the text files of a dataset repository; holds nothing when there are none.  Raises CorpusError."""
+    from huggingface_hub import snapshot_download
+
+    return _download(
+        repository,
+        revision,
+        lambda: snapshot_download(repository, repo_type="dataset", revision=revision, allow_patterns=list(DATASET_FILES)),
+        CorpusError,
+        "dataset",
+    )
+
+
+def _download(
+    repository: str,
+    revision: str | None,
+    load: Callable[[], str],
+    failure: type[QuantkitError] = CheckpointError,
+    noun: str = "model",
+) -> Path:
     from huggingface_hub import errors
 
     # The hub's own errors have no common base, and connection errors are those of the HTTP library it happens to use.
@@ -78,25 +99,25 @@ def _download(repository: str, revision: str | None, load: Callable[[], str]) ->
     try:
         return Path(load())
     except errors.GatedRepoError as error:
-        raise CheckpointError(
-            f"{at} is gated: accept its licence on the hub's page of the model, then log in with `hf auth login`."
+        raise failure(
+            f"{at} is gated: accept its licence on the hub's page of the {noun}, then log in with `hf auth login`."
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise CheckpointError(f"{repository} has no revision {revision}. Look up its branches and commits on the hub.") from error
+        raise failure(f"{repository} has no revision {revision}. Look up its branches and commits on the hub.") from error
     except errors.RepositoryNotFoundError as error:
-        raise CheckpointError(
+        raise failure(
             f"{repository} is neither a local directory nor a repository that the hub shows you. Check the name; if it is private, "
             "log in with `hf auth login`."
         ) from error
     except errors.LocalEntryNotFoundError as error:
-        raise CheckpointError(
+        raise failure(
             f"{at} is neither a local directory nor complete in the local cache, and the hub cannot be reached: "
             f"{_first_line(error)}. Check the name, or go online."
         ) from error
     except errors.EntryNotFoundError as error:
-        raise CheckpointError(f"{at} lacks a file that every Llama 4 checkpoint has: {_first_line(error)}") from error
+        raise failure(f"{at} lacks a file that every Llama 4 checkpoint has: {_first_line(error)}") from error
     except expected as error:
-        raise CheckpointError(
+        raise failure(
             f"{at} cannot be downloaded: {_first_line(error)}. Run the same command again; finished parts are not downloaded twice."
         ) from error
 

@@ -49,6 +49,7 @@ PUBLIC = {
     # what is raised
     "QuantkitError",
     "CheckpointError",
+    "CorpusError",
     "UnsupportedModelError",
     "AlreadyQuantizedError",
     "WeightError",
