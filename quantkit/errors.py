@@ -11,6 +11,7 @@
     ├── LedgerError                what was done differs from what was asked, or an error bound was passed
     ├── ArtifactError              a finished artifact fails verification
     ├── CorpusError                the calibration text cannot be read, rendered or tokenized
+    ├── CalibrationError           calibration met NaN, too little data, or statistics that do not belong to this model
     └── Interrupted                the run was stopped by the user; it can be resumed
 
 Each message says what happened, where (file, tensor, expert) and what to do about it.  ``exit_code`` is what the command line
@@ -22,6 +23,7 @@ from __future__ import annotations
 __all__ = [
     "AlreadyQuantizedError",
     "ArtifactError",
+    "CalibrationError",
     "CheckpointError",
     "CorpusError",
     "Interrupted",
@@ -91,6 +93,12 @@ class CorpusError(QuantkitError):
     """The calibration text, or the tokenizer to read it with, is missing, damaged or unfit."""
 
     exit_code = 8
+
+
+class CalibrationError(QuantkitError):
+    """Calibration met values that are not finite, too little data, or statistics that do not belong to this model."""
+
+    exit_code = 9
 
 
 class Interrupted(QuantkitError):

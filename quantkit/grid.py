@@ -11,6 +11,7 @@ Rules, the same as compressed-tensors uses, computed in float32:
 * asymmetric   scale = (max - min) / 15 with zero inside the range; zero point = -8 - min / scale, before that scale is rounded
 * fp8          scale = absmax / 448
 * mxfp4        scale = 2^e with e from absmax rounded to the next power of two from mantissa 1.75 on, less 2
+* activations  scale = peak / 448, rounded up, so that the largest value that was seen is not clipped
 * nvfp4        global scale = 448 * 6 / (absmax of all matrices that share it); scale = fp8(global scale * absmax / 6)
 
 Scales are rounded to their stored dtype before codes are computed.  They are positive, also for groups of zeros and for weights so
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 
 import torch
 
+from quantkit.errors import WeightError
 from quantkit.scheme import BLOCK_SIZE, Scheme
 
 INT_RANGE = {"int4": (-8, 7), "int8": (-128, 127)}
@@ -45,6 +47,7 @@ E8M0_BIAS = 127
 E8M0_CODES = (0, E8M0_BIAS + 125)
 FP8_SCALE_CODES = (1, 126)  # 2^-9 .. 448, as bits of a float8_e4m3fn
 GLOBAL_SCALE_MAXIMUM = 2.0**126
+FLOAT32_MAXIMUM = float(torch.finfo(torch.float32).max)
 # Codes of the scale of a group of zeros: 2^-7, 2^-3 and 2^-7.  Any number would do; a denormal one would be slow to divide by.
 SCALE_OF_ZEROS = {"bf16": 0x3C00, "fp8": 0x20, "e8m0": E8M0_BIAS - 7}
 
@@ -58,6 +61,7 @@ class QuantizedTensor:
     scale: ``scheme.scale_shape``; bfloat16, or float8_e4m3fn (nvfp4), or uint8 exponent + 127 (mxfp4).
     zero_point: int8, shape of scale, only when the scheme is not symmetric.
     global_scale: float32 ``[1]``, a divisor, only when the scheme has one.
+    input_scale: bfloat16 ``[1]``, what one step of an activation is worth, only when the scheme has static activations.
     """
 
     scheme: Scheme
@@ -65,6 +69,7 @@ class QuantizedTensor:
     scale: torch.Tensor
     zero_point: torch.Tensor | None = None
     global_scale: torch.Tensor | None = None
+    input_scale: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,8 @@ class QuantizationStatistics:
 
     squared_error: sum of (weight - stored value)^2.  squared_weight: sum of weight^2.  clipped: number of weights beyond the
     largest stored value of their scale.  scale_minimum, scale_maximum: over effective scales (global scale applied).
+    output_error: relative L2 error of the outputs for the inputs seen in calibration.  damping: what a method added to the diagonal
+    of the Hessian, relative to its mean.  Both are 0 where calibration played no part.
     """
 
     squared_error: float
@@ -80,6 +87,8 @@ class QuantizationStatistics:
     clipped: int
     scale_minimum: float
     scale_maximum: float
+    output_error: float = 0.0
+    damping: float = 0.0
 
     @property
     def relative_error(self) -> float:
@@ -121,10 +130,26 @@ def fit_global_scale(largest: float) -> torch.Tensor:
     return (FP8_MAX * FP4_MAX / torch.tensor([largest])).clamp(max=GLOBAL_SCALE_MAXIMUM)
 
 
+def cover_peak(peak: float) -> torch.Tensor:
+    """The least BF16 scale ``[1]`` with which FP8 numbers reach ``peak``, finite and not negative: of activations, keys or values.
+
+    Where nothing but zeros was seen it is ``SCALE_OF_ZEROS``: positive, and as good as any other.  Raises WeightError when what was
+    seen is not a finite number.
+    """
+    if not 0 <= peak <= FLOAT32_MAXIMUM:
+        raise WeightError(f"the largest magnitude seen in calibration is {peak}, not a finite number; the source is damaged")
+    if not peak:
+        return torch.tensor([SCALE_OF_ZEROS["bf16"]], dtype=torch.int16).view(torch.bfloat16)
+    code = torch.tensor([peak / FP8_MAX], dtype=torch.float32).view(torch.int32) >> 16  # the scale rounded down
+    scale = code.clamp(min=1).to(torch.int16).view(torch.bfloat16)
+    return scale if float(scale) * FP8_MAX >= peak else (scale.view(torch.int16) + 1).view(torch.bfloat16)
+
+
 def fit(weight: torch.Tensor, scheme: Scheme, global_scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Stored scale and zero point that just reach the largest weight of each group (no clip search).
 
-    weight: finite, ``[out, in]``, any floating dtype.  Returns (scale, zero point or None) as ``QuantizedTensor`` holds them.
+    weight: finite, ``[out, in]``, any floating dtype; for a scale per tensor all matrices that share it, one below the other.
+    Returns (scale, zero point or None) as ``QuantizedTensor`` holds them.
     """
     grouped = _grouped(scheme, weight.to(torch.float32))
     zeros = SCALE_OF_ZEROS[scheme.scale_number]

@@ -1,0 +1,121 @@
+"""Llama 4, text side: the arithmetic of one layer in float32, on any device, free of where weights come from.
+
+Follows transformers' ``modeling_llama4`` operation by operation.  What is easily got wrong:
+
+* RMSNorm divides in float32.  QK normalization has no weight and comes *after* the rotation, on rotary layers only.
+* The rotation is complex: elements 2i and 2i+1 are one number.  With ``low_freq_factor == high_freq_factor`` the llama3 scaling has
+  no smooth band: it is a step.
+* Rotary layers attend inside chunks of ``attention_chunk_size`` positions; the others to all earlier positions, with queries that
+  grow with the logarithm of their position (temperature tuning).
+* The router's sigmoid score multiplies the *input* of an expert.
+
+Tensors of one sample are ``[length, features]``; samples never see each other, so a caller may take them in any portions.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as functional
+
+from quantkit.config import Llama4Config
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where tokens go.  experts: int64 ``[tokens, k]``.  scores: float32 ``[tokens, k]``.  logits: float32 ``[tokens, experts]``."""
+
+    experts: torch.Tensor
+    scores: torch.Tensor
+    logits: torch.Tensor
+
+
+def rms_norm(values: torch.Tensor, epsilon: float, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """``values`` divided by the root of the mean of their squares (plus epsilon) along the last dimension, times ``weight``."""
+    normal = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + epsilon)
+    return normal if weight is None else normal * weight
+
+
+def rotary_frequencies(config: Llama4Config) -> torch.Tensor:
+    """Radians per position of each complex pair, float32 ``[head_dim / 2]``, llama3 scaling applied."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequencies = 1.0 / (config.rope_theta**exponent)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    wavelength = 2 * math.pi / frequencies
+    longest = scaling.original_max_position_embeddings / scaling.low_freq_factor
+    shortest = scaling.original_max_position_embeddings / scaling.high_freq_factor
+    scaled = torch.where(wavelength > longest, frequencies / scaling.factor, frequencies)
+    width = scaling.high_freq_factor - scaling.low_freq_factor
+    if not width:
+        return scaled
+    smooth = (scaling.original_max_position_embeddings / wavelength - scaling.low_freq_factor) / width
+    between = (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
+    return torch.where((wavelength <= longest) & (wavelength >= shortest), between, scaled)
+
+
+def rotate(values: torch.Tensor, frequencies: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Turn each pair of ``values [length, heads, head_dim]`` by its frequency times the position of its row."""
+    angles = positions.to(torch.float32)[:, None] * frequencies
+    turn = torch.polar(torch.ones_like(angles), angles)[:, None, :]  # [length, 1, head_dim / 2]
+    pairs = torch.view_as_complex(values.reshape(*values.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * turn).flatten(-2)
+
+
+def attend(config: Llama4Config, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """What attention gathers for one sample, before the output projection: float32 ``[length, heads * head_dim]``.
+
+    query: ``[length, heads * head_dim]``; key, value: ``[length, key_value_heads * head_dim]``, as projected.  The values that a
+    quantized KV cache would hold are those of :func:`cached_keys` and ``value``.
+    """
+    length = query.shape[0]
+    query = query.view(length, config.num_heads, config.head_dim)
+    value = value.view(length, config.num_key_value_heads, config.head_dim)
+    positions = torch.arange(length, device=query.device)
+    query = _turned(config, layer, query, positions)
+    key = cached_keys(config, layer, key)
+    if not config.rope_layers[layer] and config.temperature_tuning:
+        growth = torch.log(torch.floor((positions.to(torch.float32) + 1.0) / config.floor_scale) + 1.0)
+        query = query * (growth * config.attn_scale + 1.0)[:, None, None]
+    span = config.attention_chunk_size if config.rope_layers[layer] else length
+    parts = []
+    for start in range(0, length, span):
+        chunk = slice(start, start + span)
+        parts.append(
+            functional.scaled_dot_product_attention(
+                query[chunk].transpose(0, 1)[None],
+                key[chunk].transpose(0, 1)[None],
+                value[chunk].transpose(0, 1)[None],
+                is_causal=True,
+                enable_gqa=True,
+            )[0].transpose(0, 1)
+        )
+    return torch.cat(parts).reshape(length, -1)
+
+
+def cached_keys(config: Llama4Config, layer: int, key: torch.Tensor) -> torch.Tensor:
+    """Keys as a cache holds them, rotated and normalized where the layer does so: ``[length, key_value_heads, head_dim]``."""
+    positions = torch.arange(key.shape[0], device=key.device)
+    return _turned(config, layer, key.view(key.shape[0], config.num_key_value_heads, config.head_dim), positions)
+
+
+def _turned(config: Llama4Config, layer: int, heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    if not config.rope_layers[layer]:
+        return heads
+    heads = rotate(heads, rotary_frequencies(config).to(heads.device), positions)
+    return rms_norm(heads, config.rms_norm_eps) if config.use_qk_norm else heads
+
+
+def route(config: Llama4Config, rows: torch.Tensor, router: torch.Tensor) -> Routing:
+    """The ``experts_per_token`` experts with the largest logits for each row ``[tokens, hidden]``; router: ``[experts, hidden]``."""
+    logits = rows @ router.t()
+    largest, experts = torch.topk(logits, config.experts_per_token, dim=-1)
+    return Routing(experts, torch.sigmoid(largest), logits)
+
+
+def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, the input of a down projection; overwrites ``gate``."""
+    return functional.silu(gate, inplace=True).mul_(up)

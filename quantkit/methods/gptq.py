@@ -1,0 +1,234 @@
+"""GPTQ: round one input after the other and let the inputs that are still to come make up for the error.
+
+Frantar et al. 2022 (arXiv 2210.17323), in the form that QuIP (arXiv 2307.13304, theorem 6) shows to be the same: with the Hessian
+H = U D U^T, U upper triangular with ones on its diagonal, input k of every row is rounded to
+
+    code_k = nearest(w_k + sum over j < k of (w_j - stored_j) U_jk)
+
+which minimizes, one input at a time, the error of the outputs tr(E H E^T) = sum over k of D_k (rounding error at k)^2, where
+E = weight - stored value.  Only original weights and their errors appear, so U is needed but no inverse: one Cholesky
+factorization, from the last row to the first, where the usual form takes a factorization, an inversion and a second
+factorization.  Matrices that share their input (gate and up; q, k and v) share H and U, and are quantized side by side.
+
+Choices:
+
+* Inputs are taken in order of falling H_kk ("activation order"): the most important ones are rounded while all others can still make up
+  for it.  Scales belong to groups of neighbouring inputs in the original order and are fixed beforehand, so nothing but the codes
+  changes and no ``g_idx`` is stored.
+* Scales, and zero points, are those of round to nearest, clip search included.
+* Damping: 1 % of the mean of the diagonal is added to it.  If H is still not positive definite in float32 the damping grows step
+  by step, and the ledger says to what.
+* An input that was never active has H_kk = 0; damping alone is left of it, and it is rounded to nearest.  It is not set to zero:
+  calibration that is silent about an input is no proof that it is useless.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from quantkit import grid
+from quantkit.errors import CalibrationError
+from quantkit.evidence import Evidence
+from quantkit.grid import QuantizationStatistics, QuantizedTensor
+from quantkit.kernels.gptq import BLOCK, STRIP, quantize_block
+from quantkit.methods import rtn
+from quantkit.scheme import Scheme
+from quantkit.team import TILE, Team, factor_upper, spans
+from quantkit.workspace import Workspace
+
+DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # tried one after the other, relative to the mean of the diagonal
+PANEL = 4 * BLOCK  # inputs for which the errors of all earlier ones are fed forward in one product
+
+
+def quantize(
+    weights: Sequence[torch.Tensor],
+    scheme: Scheme,
+    *,
+    clip_search: bool,
+    workspace: Workspace,
+    evidence: Evidence,
+    team: Team,
+) -> list[tuple[QuantizedTensor, QuantizationStatistics]]:
+    """Quantize matrices that share their input to an integer scheme.
+
+    weights: ``[out, in]``, BF16, F16 or F32, of either stride order.  evidence.hessian: float32 ``[in, in]``; only the upper triangle is
+    read.  Results live in ``workspace`` and are valid until the next call that uses it.
+
+    Raises WeightError for a weight that is NaN or infinite, CalibrationError when the Hessian cannot be factored.
+    """
+    assert evidence.hessian is not None and scheme.number in grid.INT_RANGE
+    rounded = rtn.quantize(weights, scheme, clip_search=clip_search, workspace=workspace)  # for its scales
+    order, factor, variances, mean, damping = _factor(evidence.hessian, workspace, team)
+    inputs = weights[0].shape[1]
+    heights = [weight.shape[0] + -weight.shape[0] % STRIP for weight in weights]  # zeros as padding
+    first = [sum(heights[:index]) for index in range(len(weights))]
+    rows = sum(heights)
+
+    errors = _take(workspace, "gptq errors", torch.float32, inputs, rows)
+    scales = _take(workspace, "gptq scales", torch.float32, rounded[0][0].scale.shape[1], rows).fill_(1.0)
+    zero_points = _take(workspace, "gptq zero points", torch.float32, *scales.shape).zero_()
+    for weight, (quantized, _), start, height in zip(weights, rounded, first, heights, strict=True):
+        columns = slice(start, start + weight.shape[0])
+        _load(team, weight, order, errors[:, columns])
+        errors[:, columns.stop : start + height] = 0.0
+        scales[:, columns] = quantized.scale.t()
+        if quantized.zero_point is not None:
+            zero_points[:, columns] = quantized.zero_point.t()
+    codes = _take(workspace, "gptq codes", torch.int8, inputs, rows)
+    parts = [
+        slice(start + part.start, start + part.stop) for start, height in zip(first, heights, strict=True) for part in spans(height)
+    ]
+    sums = _round_all(team, workspace, scheme, order, factor, variances, errors, scales, zero_points, codes, parts)
+    results = []
+    for index, (weight, (quantized, statistics), start) in enumerate(zip(weights, rounded, first, strict=True)):
+        columns = slice(start, start + weight.shape[0])
+        out = _take(workspace, f"rtn codes {index}", torch.int8, weight.shape[0], inputs)
+        _transpose(team, codes[:, columns], out)
+        mine = [sums[at] for at, part in enumerate(parts) if start <= part.start < start + heights[index]]
+        loss, squared, clipped = (float(total) for total in np.sum(mine, axis=0))
+        signal = _output_power(weight, evidence.hessian)
+        noise = max(0.0, loss - damping * squared) * mean / weight.shape[0]  # of the outputs alone, per row
+        results.append(
+            (
+                QuantizedTensor(scheme, out, quantized.scale, quantized.zero_point),
+                QuantizationStatistics(
+                    squared_error=squared,
+                    squared_weight=statistics.squared_weight,
+                    clipped=int(clipped),
+                    scale_minimum=statistics.scale_minimum,
+                    scale_maximum=statistics.scale_maximum,
+                    output_error=(noise / signal) ** 0.5 if signal else 0.0,
+                    damping=damping,
+                ),
+            )
+        )
+    return results
+
+
+def _factor(
+    hessian: torch.Tensor, workspace: Workspace, team: Team
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, float]:
+    """Factor the damped Hessian, inputs in order of falling diagonal and scaled so that the diagonal has mean 1.
+
+    Returns (order int64 ``[in]``, U with its diagonal not yet divided out, D float64 ``[in]``, the mean, the damping).  Raises
+    CalibrationError.
+    """
+    inputs = hessian.shape[0]
+    diagonal = hessian.diagonal().to(torch.float64)
+    mean = float(diagonal.mean())
+    if not 0 < mean < float("inf") or not bool(diagonal.isfinite().all()):
+        raise CalibrationError(f"the mean square of the inputs is {mean}; GPTQ needs inputs that are finite and not all zero")
+    order = torch.argsort(diagonal, descending=True, stable=True)
+    factor = _take(workspace, "gptq factor", torch.float32, inputs, inputs)
+    for damping in DAMPING:
+        _permute(team, hessian, order, 1.0 / mean, factor)
+        factor.diagonal().add_(damping)
+        if factor_upper(team, factor):
+            pivots = factor.diagonal().clone()
+            team.run([lambda rows=rows: factor[rows].div_(pivots) for rows in spans(inputs, TILE // 2)])
+            return order, factor, pivots.to(torch.float64).square(), mean, damping
+    raise CalibrationError(f"the Hessian of {inputs} inputs is not positive definite even with damping {DAMPING[-1]:g}")
+
+
+def _permute(team: Team, hessian: torch.Tensor, order: torch.Tensor, factor: float, out: torch.Tensor) -> None:
+    """``out = factor * hessian[order][:, order]`` of a symmetric matrix of which only the upper triangle is given."""
+
+    def part(rows: slice) -> None:
+        chosen = order[rows, None]
+        torch.mul(hessian[torch.minimum(chosen, order), torch.maximum(chosen, order)], factor, out=out[rows])
+
+    team.run([lambda rows=rows: part(rows) for rows in spans(len(order), TILE // 4)])
+
+
+def _round_all(
+    team: Team,
+    workspace: Workspace,
+    scheme: Scheme,
+    order: torch.Tensor,
+    factor: torch.Tensor,
+    variances: torch.Tensor,
+    errors: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor,
+    codes: torch.Tensor,
+    parts: Sequence[slice],
+) -> NDArray[np.float64]:
+    """Quantize all inputs, panel by panel and block by block.  ``errors`` holds the weights ``[in, rows]`` in order of work.
+
+    parts: the rows that threads take.  Returns float64 ``[parts, 3]``, the sums that ``quantize_block`` gives.
+    """
+    inputs, rows = errors.shape
+    lowest, highest = grid.INT_RANGE[scheme.number]
+    groups = order // (inputs // scales.shape[0])
+    corrections = _take(workspace, "gptq corrections", torch.float32, min(PANEL, inputs), rows)
+    flat_scales, flat_zero_points, flat_codes = (values.numpy().reshape(-1) for values in (scales, zero_points, codes))
+    sums = np.zeros((len(parts), 3))
+
+    def work(panel: slice, part: slice, total: NDArray[np.float64]) -> None:
+        wanted = corrections[: panel.stop - panel.start, part]
+        if panel.start:
+            torch.mm(factor[: panel.start, panel].t(), errors[: panel.start, part], out=wanted)
+        else:
+            wanted.zero_()
+        for block in spans(panel.stop - panel.start, BLOCK):
+            inside = slice(panel.start + block.start, panel.start + block.stop)
+            done = slice(panel.start, inside.start)
+            if block.start:
+                wanted[block].addmm_(factor[done, inside].t(), errors[done, part])
+            total += quantize_block(
+                errors[inside].numpy().reshape(-1),
+                corrections[block].numpy().reshape(-1),
+                factor[inside, inside].contiguous().numpy().reshape(-1),
+                variances[inside].numpy(),
+                flat_scales,
+                flat_zero_points,
+                groups[inside].numpy(),
+                order[inside].numpy(),
+                float(lowest),
+                float(highest),
+                flat_codes,
+                rows,
+                part.start,
+                part.stop,
+            )
+
+    for panel in spans(inputs, PANEL):
+        team.run([lambda part=part, at=at, panel=panel: work(panel, part, sums[at]) for at, part in enumerate(parts)])
+    return sums
+
+
+def _load(team: Team, weight: torch.Tensor, order: torch.Tensor, out: torch.Tensor) -> None:
+    """``out[k] = weight[:, order[k]]`` in float32."""
+    by_input = weight.t()
+
+    def part(rows: slice) -> None:
+        out[rows] = by_input[order[rows]]
+
+    team.run([lambda rows=rows: part(rows) for rows in spans(len(order), TILE // 4)])
+
+
+def _transpose(team: Team, codes: torch.Tensor, out: torch.Tensor) -> None:
+    """``out[row, input] = codes[input, row]``."""
+
+    def part(rows: slice) -> None:
+        out[rows] = codes[:, rows].t()
+
+    team.run([lambda rows=rows: part(rows) for rows in spans(out.shape[0], TILE // 4)])
+
+
+def _output_power(weight: torch.Tensor, hessian: torch.Tensor) -> float:
+    """Mean over (a sample of) the rows w of w H w^T, the mean square of the outputs.  H: upper triangle."""
+    rows = weight[:: max(1, weight.shape[0] // 128)].to(torch.float32)
+    upper = torch.mm(rows, hessian.triu())
+    double = 2 * torch.sum(upper * rows, dtype=torch.float64) - torch.sum(rows.square() * hessian.diagonal(), dtype=torch.float64)
+    return float(double) / rows.shape[0]
+
+
+def _take(workspace: Workspace, name: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    """A buffer of the workspace as a tensor, uninitialised."""
+    count = int(np.prod(shape))
+    return torch.from_numpy(workspace.take(name, count * dtype.itemsize)).view(dtype).view(*shape)

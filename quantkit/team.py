@@ -1,0 +1,107 @@
+"""Threads that work on the tiles of one computation, and the few dense routines that calibration spends its time in.
+
+BLAS libraries choose how to split a product by the number of threads, so their results differ from one machine load to the next.
+Here every routine is cut into tiles of fixed size, each of which is computed by one thread that has BLAS to itself: the bytes do not
+depend on how many threads there are, so a resumed run and a run on more cores give the same artifact.
+
+All matrices are float32 on the CPU; products accumulate in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Self
+
+import torch
+
+TILE = 1024  # rows and columns of the tiles that threads take
+FACTOR_BLOCK = 256  # columns that are factored at once
+
+
+class Team:
+    """``threads`` threads, each with a single-threaded BLAS while the team exists.  A context manager."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._torch_threads = torch.get_num_threads()
+        self._executor: ThreadPoolExecutor | None = None
+
+    def __enter__(self) -> Self:
+        torch.set_num_threads(1)
+        if self.threads > 1:
+            self._executor = ThreadPoolExecutor(self.threads, thread_name_prefix="quantkit-team")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._executor is not None:
+            self._executor.shutdown()
+            self._executor = None
+        torch.set_num_threads(self._torch_threads)
+
+    def run(self, tasks: Iterable[Callable[[], object]]) -> None:
+        """Call every task; they must not depend on each other.  Raises what the first failing one raised."""
+        if self._executor is None:
+            for task in tasks:
+                task()
+            return
+        for future in [self._executor.submit(task) for task in tasks]:
+            future.result()
+
+
+def spans(count: int, size: int = TILE) -> list[slice]:
+    """``range(count)`` cut into slices of ``size``, the last one shorter."""
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def multiply(team: Team, left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """``out = left @ right``, cut along the rows of ``left``."""
+    team.run([lambda rows=rows: torch.mm(left[rows], right, out=out[rows]) for rows in spans(left.shape[0], TILE // 2)])
+    return out
+
+
+def add_gram(team: Team, rows: torch.Tensor, total: torch.Tensor) -> None:
+    """Add ``rows^T rows`` to the upper triangle of ``total [in, in]``; see :func:`mirror`.  rows: ``[count, in]``."""
+    tiles = spans(rows.shape[1])
+
+    def add(one: slice, other: slice) -> None:
+        total[one, other].addmm_(rows[:, one].t(), rows[:, other])
+
+    team.run([lambda one=one, other=other: add(one, other) for at, one in enumerate(tiles) for other in tiles[at:]])
+
+
+def mirror(total: torch.Tensor) -> torch.Tensor:
+    """Copy the upper triangle of a square matrix to the lower one, in place."""
+    for columns in spans(total.shape[0]):
+        corner = total[columns, columns]
+        corner.copy_(torch.triu(corner) + torch.triu(corner, 1).t())
+        total[columns.stop :, columns] = total[columns, columns.stop :].t()
+    return total
+
+
+def factor_upper(team: Team, matrix: torch.Tensor) -> bool:
+    """Replace a symmetric matrix by upper triangular U with ``matrix = U U^T``; False when it is not positive definite.
+
+    This is the Cholesky factorization from the last row to the first.  Only the upper triangle is read; the lower one is left as it
+    is.  After a failure the contents are worthless.
+    """
+    for block in reversed(spans(matrix.shape[0], FACTOR_BLOCK)):
+        corner = torch.flip(matrix[block, block], (0, 1))  # turned over, the upper triangle is the lower one
+        lower, info = torch.linalg.cholesky_ex(corner.contiguous())
+        if int(info):
+            return False
+        corner = torch.flip(lower, (0, 1)).contiguous()
+        matrix[block, block] = corner
+        above = spans(block.start, TILE // 2)
+
+        def solve(rows: slice, block: slice = block, corner: torch.Tensor = corner) -> None:
+            # X U^T = B, with U the corner: the panel above it
+            matrix[rows, block] = torch.linalg.solve_triangular(corner.t(), matrix[rows, block], upper=False, left=False)
+
+        def update(one: slice, other: slice, block: slice = block) -> None:
+            matrix[one, other].addmm_(matrix[one, block], matrix[other, block].t(), alpha=-1)
+
+        team.run([lambda rows=rows: solve(rows) for rows in above])
+        team.run([lambda one=one, other=other: update(one, other) for at, one in enumerate(above) for other in above[at:]])
+    return True
