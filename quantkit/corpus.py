@@ -67,7 +67,7 @@ class _Window:
 
 def load_corpus(
     source: str | Path | None,
-    tokenizer_directory: Path,
+    tokenizer_directory: str | Path,
     *,
     samples: int | None = None,
     sequence_length: int = 2048,
@@ -90,12 +90,13 @@ def load_corpus(
         raise CorpusError(f"A sequence length of {sequence_length} holds no context. Ask for 2 or more; 2048 is usual.")
     if packing not in get_args(Packing):
         raise CorpusError(f"There is no packing {packing!r}. Choose one of: {', '.join(get_args(Packing))}.")
+    directory = Path(tokenizer_directory)
     read = read_documents(source, held_out=held_out, revision=revision)
-    tokenizer, tokenizer_digest = _load_tokenizer(tokenizer_directory)
+    tokenizer, tokenizer_digest = _load_tokenizer(directory)
     chat = None
     if any(document.messages for document in read.documents):
-        chat = load_chat_format(tokenizer_directory, lambda token: tokenizer.token_to_id(token) is not None)
-    begin = _begin_token(tokenizer_directory, tokenizer)
+        chat = load_chat_format(directory, lambda token: tokenizer.token_to_id(token) is not None)
+    begin = _begin_token(directory, tokenizer)
     by_kind = _tokenize(tokenizer, read.documents, chat, begin, vocab_size)
     cut = _packed_windows if packing == "packed" else _document_windows
     available = {kind: cut(documents, sequence_length) for kind, documents in by_kind.items()}
@@ -129,7 +130,7 @@ def _load_tokenizer(directory: Path) -> tuple[Tokenizer, str]:
     """The tokenizer and the digest of its file."""
     from tokenizers import Tokenizer
 
-    path = Path(directory) / "tokenizer.json"
+    path = directory / "tokenizer.json"
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:
@@ -206,8 +207,10 @@ def _text(document: Document, chat: ChatFormat | None) -> str:
             text = chat.render(list(document.messages), list(document.tools) or None)
         except CorpusError as error:
             raise CorpusError(f"{document.where}: {error}") from error
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise CorpusError(f"{document.where} holds half of a surrogate pair, which is no text. Repair its \\u escapes.")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise CorpusError(f"{document.where} holds half of a surrogate pair, which is no text. Repair its \\u escapes.") from error
     return text
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("quantkit", "cli", "tests", "demo/tiny-scout/config.json")
+SOURCES = ("quantkit", "cli", "calibration_data", "tests", "demo/tiny-scout/config.json")
 BUILD = "import sys, setuptools.build_meta as backend; print(backend.{function}(sys.argv[1]))"
 
 
@@ -52,14 +52,18 @@ def wheel_names(wheel: Path) -> set[str]:
         return set(archive.namelist())
 
 
-def test_wheel_holds_the_two_packages_and_nothing_else(distributions: tuple[Path, Path]) -> None:
+def test_wheel_holds_the_packages_and_nothing_else(distributions: tuple[Path, Path]) -> None:
     names = wheel_names(distributions[0])
     tops = {name.split("/")[0] for name in names}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"quantkit", "quantkit_cli"}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"quantkit", "quantkit_calibration_data", "quantkit_cli"}
     code = {name for name in names if name.startswith(("quantkit/", "quantkit_cli/"))}
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "quantkit").rglob("*.py")} | {"quantkit/py.typed"}
     expected |= {f"quantkit_cli/{path.relative_to(ROOT / 'cli')}" for path in (ROOT / "cli").rglob("*.py")}
     assert code == expected
+    data = {name.removeprefix("quantkit_calibration_data/") for name in names if name.startswith("quantkit_calibration_data/")}
+    corpus = {path.relative_to(ROOT / "calibration_data").as_posix() for path in (ROOT / "calibration_data").rglob("*.jsonl")}
+    assert corpus, "no calibration data"
+    assert data == corpus | {"__init__.py", "README.md"}
 
 
 def test_wheel_metadata(distributions: tuple[Path, Path]) -> None:
@@ -107,10 +111,17 @@ def test_an_unpacked_wheel_runs_outside_the_checkout(distributions: tuple[Path, 
         archive.extractall(site)
     code = (
         f"import sys; sys.path.insert(0, {str(site)!r}); import quantkit, quantkit_cli.app; "
-        "print(quantkit.__file__); print(quantkit_cli.__file__); print(callable(quantkit.convert))"
+        "print(quantkit.__file__); print(quantkit_cli.__file__); print(callable(quantkit.convert)); "
+        "from quantkit.documents import read_documents; import quantkit_calibration_data; "
+        "print(quantkit_calibration_data.__file__); "
+        "print(*(len(read_documents(None, held_out=part).documents) for part in (False, True)))"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    library, command_line, usable = result.stdout.splitlines()
+    library, command_line, usable, data, documents = result.stdout.splitlines()
     assert Path(library).is_relative_to(site)
     assert Path(command_line).is_relative_to(site)
     assert usable == "True"
+    assert Path(data).is_relative_to(site), "the bundled corpus comes from the wheel, not from a checkout"
+    parts = [(ROOT / "calibration_data" / part).glob("*.jsonl") for part in ("calibration", "held_out")]
+    lines = [sum(path.read_bytes().count(b"\n") for path in paths) for paths in parts]
+    assert documents.split() == [str(number) for number in lines]
