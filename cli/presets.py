@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 LINES = {
     "fp8-dynamic": "FP8, a scale per row, FP8 activations per token; half the size, for GPUs with FP8",
     "fp8-block": "FP8, a scale per 128 x 128 block, FP8 activations per 128 inputs",
+    "fp8-static": "FP8, a scale per matrix, FP8 activations with a calibrated scale; the fastest FP8",
     "w8a16": "INT8 weights, groups of 128; nearest to the source",
     "w8a16-channel": "INT8 weights, a scale per row",
     "w8a8": "INT8, a scale per row, INT8 activations per token; for GPUs without FP8",
@@ -53,6 +54,6 @@ def preset_rows() -> list[PresetRow]:
 def _bits(scheme: Scheme) -> float:
     from quantkit.scheme import BLOCK_SIZE
 
-    weights_per_scale = {"group": scheme.group_size, "block": BLOCK_SIZE * BLOCK_SIZE, "channel": _ROW}[scheme.granularity]
+    weights_per_scale = {"group": scheme.group_size, "block": BLOCK_SIZE**2, "channel": _ROW, "tensor": _ROW**2}[scheme.granularity]
     zero_point = 0 if scheme.symmetric else scheme.bits
     return scheme.bits + (_SCALE_BITS[scheme.scale_number] + zero_point) / weights_per_scale

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from quantkit.evidence import Evidence
 from quantkit.formats import FORMATS
 from quantkit.formats.base import DTYPE_BYTES
 from quantkit.llama4 import Llama4Config, Unit
@@ -160,13 +161,14 @@ def _probe(plan: Plan, output: Path, sample: Path | None) -> dict[str, float]:
             rates["read"] = _read_rate(sample)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(1024, 1024, generator=generator, dtype=torch.float32).to(torch.bfloat16).T
+    evidence = Evidence(1, torch.ones(1024), torch.ones(1024))  # for schemes that ask; rates do not depend on it
     for artifact in plan.artifacts:
         form = FORMATS[artifact.recipe.format]
         for name, (scheme, method, search) in _schemes(artifact).items():
             workspace = Workspace()
             for _ in range(4):  # the first call may compile, others may be disturbed: the best counts
                 started = time.perf_counter()
-                [(quantized, _)] = METHODS[method]([weight], scheme, clip_search=search, workspace=workspace)
+                [(quantized, _)] = METHODS[method]([weight], scheme, clip_search=search, workspace=workspace, evidence=evidence)
                 form.encode("probe", quantized, workspace)
                 rates[name] = max(rates.get(name, 0.0), weight.numel() / (time.perf_counter() - started))
     return rates

@@ -41,6 +41,7 @@ _ROLE_PATTERNS: tuple[tuple[str, Role], ...] = (
 _PARTS = re.compile(
     r"\.(weight_packed|weight_scale|weight_shape|weight_zero_point|weight_global_scale|input_global_scale|input_scale|qweight|qzeros|scales|g_idx|weight|bias)$"
 )
+_KV_CACHE = (".self_attn.k_scale", ".self_attn.v_scale")  # belong to a layer's cache, not to a module that has a scheme
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def _rows(
             unknown.append(name)
             continue
         module = _PARTS.sub("", name)
-        if module not in seen:
+        if module not in seen and not name.endswith(_KV_CACHE):
             seen[module] = _scheme_name(module, tensor.dtype, quantization, notes)
             schemes.setdefault(role, set()).add(seen[module])
         tensors, elements, size = counts.get(role, (0, 0, 0))

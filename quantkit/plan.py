@@ -135,17 +135,22 @@ def _plan_artifact(
     schemes: dict[Any, Scheme | None] = {matrix: assignments[matrix.name].scheme for unit in work for matrix in unit.matrices}
     if not any(schemes.values()):
         raise RecipeError(f"recipe {recipe.name!r} quantizes nothing: every rule says keep")
-    notes = form.client_notes(schemes, config)
+    notes = form.client_notes(schemes, config, recipe.kv_cache)
     outputs: dict[str, tuple[OutputTensor, ...]] = {}
+    weights: list[OutputTensor] = []
+    caches: list[OutputTensor] = []  # behind all weights: two bytes each, they would shift whatever follows off its alignment
     for unit in work:
         tensors: list[OutputTensor] = []
         for copy in unit.copies:
             tensors.append(OutputTensor(copy.name, _dtype(dtypes, copy.name, config), copy.shape))
         for matrix in unit.matrices:
             tensors.extend(form.output_tensors(matrix, schemes[matrix], _dtype(dtypes, matrix.tensor, config)))
-        outputs[unit.key] = tuple(tensors)
-    files = tuple(form.place([tensor for tensors in outputs.values() for tensor in tensors], max_shard_bytes))
-    sidecars = {"config.json": form.config_text(config_text, form.quantization_config(schemes)).encode()}
+        cache = form.kv_cache_tensors(unit, recipe.kv_cache)
+        outputs[unit.key] = (*tensors, *cache)
+        weights += tensors
+        caches += cache
+    files = tuple(form.place(weights + caches, max_shard_bytes))
+    sidecars = {"config.json": form.config_text(config_text, form.quantization_config(schemes, recipe.kv_cache)).encode()}
     index = form.index_text(files)
     if index is not None:
         sidecars["model.safetensors.index.json"] = index.encode()

@@ -5,6 +5,7 @@ so exceptions stand above the general rule.  A rule matches by role, by layer an
 
     name = "int4-with-int8-start"            # the artifact's directory name
     format = "compressed-tensors"
+    kv_cache = "fp8"                         # optional: store the scales that a KV cache in FP8 needs
     maximum_error = 0.2                      # optional: relative L2 error of one matrix that ends the run
 
     [[rules]]
@@ -39,7 +40,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from quantkit.errors import RecipeError
 from quantkit.llama4 import ROLES, Role, Unit
@@ -48,6 +49,8 @@ from quantkit.scheme import KEEP, Scheme, parse_scheme, scheme_names
 QUANTIZABLE_ROLES: tuple[Role, ...] = ("routed_expert", "shared_expert", "dense_mlp", "attention")
 FEED_FORWARD_ROLES: tuple[Role, ...] = ("routed_expert", "shared_expert", "dense_mlp")
 METHOD_NAMES = ("rtn",)
+METHODS_WITH_EVIDENCE: frozenset[str] = frozenset()  # methods that look at what calibration saw
+KV_CACHES = ("fp8",)
 WORKING_SUFFIXES = (".partial", ".replaced")  # of directories in which the writer works
 
 # Relative L2 error of one matrix above which a run fails, by number family.  Round-to-nearest stays below these for weights
@@ -97,12 +100,16 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """An ordered list of rules for one artifact.  ``name`` is its directory name.  Raises RecipeError for wrong values."""
+    """An ordered list of rules for one artifact.  ``name`` is its directory name.  Raises RecipeError for wrong values.
+
+    kv_cache: ``fp8`` stores the scales with which clients keep keys and values in FP8; None leaves that to them.
+    """
 
     name: str
     rules: tuple[Rule, ...]
     format: str = "compressed-tensors"
     maximum_error: float | None = None
+    kv_cache: Literal["fp8"] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", self.name):
@@ -114,6 +121,16 @@ class Recipe:
         if not isinstance(self.format, str):
             raise RecipeError(f"format is {self.format!r}; expected a string")
         _check_bound(self.maximum_error)
+        if self.kv_cache is not None and self.kv_cache not in KV_CACHES:
+            raise RecipeError(f"kv_cache is {self.kv_cache!r}; expected one of {', '.join(KV_CACHES)}, or nothing")
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether something here can only be known from what the model does with text."""
+        quantizing = [(scheme, rule.method) for rule in self.rules if (scheme := parse_scheme(rule.scheme)) is not None]
+        return self.kv_cache is not None or any(
+            scheme.static_activations or method in METHODS_WITH_EVIDENCE for scheme, method in quantizing
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, the one that fingerprints and manifests hold."""
@@ -148,6 +165,7 @@ PRESETS: dict[str, Recipe] = {
     for name, scheme in {
         "fp8-dynamic": "fp8-channel-dynamic",
         "fp8-block": "fp8-block-dynamic",
+        "fp8-static": "fp8-tensor-static",
         "w8a16": "int8-g128",
         "w8a16-channel": "int8-channel",
         "w8a8": "int8-channel-dynamic",
@@ -195,7 +213,7 @@ def parse_recipe(text: str, where: str, default_name: str = "recipe") -> Recipe:
         data = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise RecipeError(f"recipe {where}: not valid TOML: {error}") from error
-    _known_keys(data, ("name", "format", "maximum_error", "rules"), f"recipe {where}")
+    _known_keys(data, ("name", "format", "maximum_error", "kv_cache", "rules"), f"recipe {where}")
     rules = data.get("rules")
     if not isinstance(rules, list) or not rules:
         raise RecipeError(f"recipe {where}: needs at least one [[rules]] table")

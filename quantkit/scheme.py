@@ -5,8 +5,9 @@ stored, and what the client is asked to do with activations.  It says nothing of
 bytes are laid out (a *format*).
 
 Names are canonical and parse back: ``int4-g128``, ``int4-g32-asym``, ``int8-channel``, ``int8-channel-dynamic`` (activations
-quantized per token), ``fp8-channel-dynamic``, ``fp8-block-dynamic`` (128 x 128 blocks), ``nvfp4``, ``mxfp4`` and ``keep`` (stored
-as in the source).  In every scheme the stored value of a weight is
+quantized per token), ``fp8-channel-dynamic``, ``fp8-block-dynamic`` (128 x 128 blocks), ``fp8-tensor-static`` (one scale for
+the matrices of a unit, activations quantized with a stored scale), ``nvfp4``, ``mxfp4`` and ``keep`` (stored as in the
+source).  In every scheme the stored value of a weight is
 
     value = (code - zero_point) * scale                          int4, int8, fp8, mxfp4
     value = code * scale / global_scale                          nvfp4 (scale is itself FP8)
@@ -23,7 +24,7 @@ from typing import Literal
 from quantkit.errors import RecipeError
 
 Number = Literal["int4", "int8", "fp8", "fp4"]
-Granularity = Literal["channel", "group", "block"]
+Granularity = Literal["tensor", "channel", "group", "block"]
 ScaleNumber = Literal["bf16", "fp8", "e8m0"]
 
 BLOCK_SIZE = 128  # rows and columns that share one scale in fp8-block; what every client's kernels expect
@@ -35,13 +36,14 @@ class Scheme:
     """The numbers stored for one weight matrix ``[out, in]``.
 
     number: family of the stored codes.
-    granularity: ``channel`` one scale per output row; ``group`` one per ``group_size`` neighbouring inputs of a row; ``block`` one
-        per ``BLOCK_SIZE`` x ``BLOCK_SIZE`` block.
+    granularity: ``tensor`` one scale per matrix, the same for matrices that a client fuses; ``channel`` one per output row;
+        ``group`` one per ``group_size`` neighbouring inputs of a row; ``block`` one per ``BLOCK_SIZE`` x ``BLOCK_SIZE`` block.
     group_size: inputs per scale for ``group``, else 0.
     symmetric: False adds a zero point per scale (int4 only).
     scale_number: dtype of the stored scale; ``e8m0`` is a power of two kept as exponent + 127.
     global_scale: a second FP32 scale per matrix, a divisor (nvfp4), shared by matrices that a client fuses.
     dynamic_activations: the client quantizes activations at run time, per token (per 128 inputs of a token for ``block``).
+    static_activations: the client quantizes activations with one stored scale per matrix, which only calibration can tell.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Scheme:
     scale_number: ScaleNumber = "bf16"
     global_scale: bool = False
     dynamic_activations: bool = False
+    static_activations: bool = False
 
     @property
     def bits(self) -> int:
@@ -60,6 +63,8 @@ class Scheme:
 
     def scale_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
         """Shape of the scale tensor for a weight ``[out, in]``.  Dimensions must fit; see :meth:`misfit`."""
+        if self.granularity == "tensor":
+            return (1, 1)
         if self.granularity == "channel":
             return (out_features, 1)
         if self.granularity == "block":
@@ -87,9 +92,10 @@ NVFP4 = Scheme("nvfp4", "fp4", "group", 16, scale_number="fp8", global_scale=Tru
 MXFP4 = Scheme("mxfp4", "fp4", "group", 32, scale_number="e8m0")
 FP8_CHANNEL = Scheme("fp8-channel-dynamic", "fp8", "channel", dynamic_activations=True)
 FP8_BLOCK = Scheme("fp8-block-dynamic", "fp8", "block", dynamic_activations=True)
+FP8_TENSOR = Scheme("fp8-tensor-static", "fp8", "tensor", static_activations=True)
 INT8_DYNAMIC = Scheme("int8-channel-dynamic", "int8", "channel", dynamic_activations=True)
 
-_FIXED = {scheme.name: scheme for scheme in (NVFP4, MXFP4, FP8_CHANNEL, FP8_BLOCK, INT8_DYNAMIC)}
+_FIXED = {scheme.name: scheme for scheme in (NVFP4, MXFP4, FP8_CHANNEL, FP8_BLOCK, FP8_TENSOR, INT8_DYNAMIC)}
 _INTEGER = re.compile(r"(int4|int8)-(?:g(\d+)|channel)(-asym)?")
 
 

@@ -141,6 +141,7 @@ class _Artifact:
         self.config: Llama4Config
         self.units: list[Unit] = []
         self.schemes: dict[WeightMatrix, Scheme | None] = {}
+        self.kv_cache: str | None = None
 
     def load(self) -> None:
         config = _read_json(self.path / CONFIG)
@@ -148,6 +149,7 @@ class _Artifact:
         if not isinstance(quantization, Mapping):
             raise ArtifactError("config.json has no quantization_config: this is not a quantized artifact")
         self.config = parse_config(config)
+        self.kv_cache = compressed_tensors.kv_cache_of(quantization)
         self.units = units(self.config)
         self.schemes = {
             matrix: compressed_tensors.scheme_of(quantization, matrix.name) for unit in self.units for matrix in unit.matrices
@@ -230,6 +232,7 @@ def _check_tensors(artifact: _Artifact) -> str:
                 matrix, artifact.schemes[matrix], stored.dtype if stored else artifact.config.dtype
             ):
                 expected[tensor.name] = tensor
+        expected |= {tensor.name: tensor for tensor in compressed_tensors.kv_cache_tensors(unit, artifact.kv_cache)}
     found = artifact.files.tensors
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is not expected" for name in found if name not in expected]

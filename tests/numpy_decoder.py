@@ -36,6 +36,9 @@ def numpy_weight(stored: Mapping[str, np.ndarray], arguments: Mapping[str, Any])
         scale = np.exp2(stored["weight_scale"].astype(np.float32) - 127)
     else:
         scale = (stored["weight_scale"].astype(np.uint32) << 16).view(np.float32)
+    if arguments["strategy"] == "tensor":
+        assert scale.shape == stored["input_scale"].shape == (1,)
+        return values * scale
 
     def spread(per_scale: np.ndarray) -> np.ndarray:
         tall = np.repeat(per_scale, rows // per_scale.shape[0], axis=0)

@@ -58,7 +58,8 @@ def random_quantized(scheme: Scheme, shape: tuple[int, int], seed: int = 0) -> Q
         scale = torch.rand(scale_shape, generator=random) + 0.01
         scale = (scale * 400).to(torch.float8_e4m3fn) if scheme.scale_number == "fp8" else scale.to(torch.bfloat16)
     zero_point = None if scheme.symmetric else torch.randint(-8, 8, scale_shape, generator=random, dtype=torch.int8)
-    return QuantizedTensor(scheme, codes, scale, zero_point, torch.tensor([137.25]) if scheme.global_scale else None)
+    input_scale = torch.tensor([0.4375]).bfloat16() if scheme.static_activations else None
+    return QuantizedTensor(scheme, codes, scale, zero_point, torch.tensor([137.25]) if scheme.global_scale else None, input_scale)
 
 
 def raw(tensor: torch.Tensor) -> torch.Tensor:
@@ -91,7 +92,7 @@ def test_decode_is_the_reverse_of_encode(scheme: Scheme, rows: int, columns: int
     found = form.decode(NAME, form.encode(NAME, quantized), scheme)
     assert torch.equal(raw(found.codes), raw(quantized.codes)) and found.codes.dtype == quantized.codes.dtype
     assert torch.equal(raw(found.scale), raw(quantized.scale))
-    for field in ("zero_point", "global_scale"):
+    for field in ("zero_point", "global_scale", "input_scale"):
         wanted, got = getattr(quantized, field), getattr(found, field)
         assert (wanted is None) == (got is None) and (wanted is None or torch.equal(wanted, got))
 
@@ -104,7 +105,7 @@ def test_encode_writes_what_was_planned(scheme: Scheme, shape: tuple[int, int]) 
     assert encoded.keys() == planned.keys()
     for name, tensor in encoded.items():
         assert (tensor.dtype, tuple(tensor.shape)) == (form.TORCH_DTYPES[planned[name].dtype], planned[name].shape)
-        assert tensor.is_contiguous() and tensor.nbytes == planned[name].nbytes and name.startswith(f"{NAME}.weight")
+        assert tensor.is_contiguous() and tensor.nbytes == planned[name].nbytes and re.match(rf"{re.escape(NAME)}\.(weight|input_scale)", name)
 
 
 @pytest.mark.parametrize("name", ["int4-g128", "int8-channel", "nvfp4"])
@@ -136,6 +137,8 @@ def test_layouts_are_those_of_the_public_releases() -> None:
     assert layout("int8-g128") == {**packed, "weight_packed": ("I32", (256, 128))}
     assert layout("fp8-channel-dynamic") == {"weight": ("F8_E4M3", (256, 512)), "weight_scale": ("BF16", (256, 1))}
     assert layout("fp8-block-dynamic") == {"weight": ("F8_E4M3", (256, 512)), "weight_scale": ("BF16", (2, 4))}
+    static = {"weight": ("F8_E4M3", (256, 512)), "weight_scale": ("BF16", (1,)), "input_scale": ("BF16", (1,))}
+    assert layout("fp8-tensor-static") == static
     assert layout("int8-channel-dynamic") == {"weight": ("I8", (256, 512)), "weight_scale": ("BF16", (256, 1))}
     fp4 = {"weight_packed": ("U8", (256, 256)), "weight_scale": ("F8_E4M3", (256, 32)), "weight_global_scale": ("F32", (1,))}
     assert layout("nvfp4") == fp4
@@ -187,14 +190,14 @@ def test_the_library_packs_the_same_bits(scheme: Scheme) -> None:
         quantized.codes[quantized.codes == 8] = 0  # on a CPU the library turns minus zero into zero
     ours = {name.rpartition(".")[2]: tensor for name, tensor in form.encode(NAME, quantized).items()}
     scale = torch.exp2(quantized.scale.float() - 127) if scheme.scale_number == "e8m0" else quantized.scale.float()
-    state = {"weight": dequantize(quantized), "weight_scale": scale}
+    state = {"weight": dequantize(quantized), "weight_scale": scale.reshape(ours["weight_scale"].shape)}
     if quantized.zero_point is not None:
         state["weight_zero_point"] = quantized.zero_point
     if quantized.global_scale is not None:
         state["weight_global_scale"] = quantized.global_scale
     compressor, arguments = library(scheme)
     theirs = compressor.compress(state, arguments)
-    for name in ours.keys() - {"weight_scale"}:
+    for name in ours.keys() - {"weight_scale", "input_scale"}:
         assert torch.equal(raw(theirs[name]), raw(ours[name])), name
     assert torch.equal(theirs["weight_scale"].float(), ours["weight_scale"].float())
 
@@ -297,6 +300,7 @@ GROUPS: dict[str, tuple[str, int, str, dict[str, Any], dict[str, Any] | None]] =
     "int8-channel-dynamic": ("int-quantized", 8, "int", {"strategy": "channel"}, {"strategy": "token"}),
     "fp8-channel-dynamic": ("float-quantized", 8, "float", {"strategy": "channel"}, {"strategy": "token"}),
     "fp8-block-dynamic": ("float-quantized", 8, "float", BLOCK, {"strategy": "group", "group_size": 128}),
+    "fp8-tensor-static": ("float-quantized", 8, "float", {"strategy": "tensor"}, {"strategy": "tensor", "dynamic": False}),
     "nvfp4": ("nvfp4-pack-quantized", 4, "float", {"strategy": "tensor_group", "group_size": 16}, None),
     "mxfp4": ("mxfp4-pack-quantized", 4, "float", {"strategy": "group", "group_size": 32}, None),
 }
@@ -308,7 +312,7 @@ def test_config_is_the_minimal_one(name: str) -> None:
     number = {"num_bits": bits, "type": kind, "symmetric": True}
     group: dict[str, Any] = {"targets": ["Linear"], "weights": {**number, **weights, "dynamic": False}}
     if inputs:
-        group["input_activations"] = {**number, **inputs, "dynamic": True}
+        group["input_activations"] = {**number, "dynamic": True, **inputs}
     assert form.quantization_config({matrix(SHAPE): parse_scheme(name)}) == {
         "quant_method": "compressed-tensors",
         "format": format_text,

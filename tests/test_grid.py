@@ -132,7 +132,7 @@ def test_measure_is_the_plain_definition(scheme: Scheme) -> None:
     scale = grid.effective_scale(scheme, quantized.scale, quantized.global_scale)
     assert (statistics.scale_minimum, statistics.scale_maximum) == (float(scale.min()), float(scale.max()))
     group = weight.numel() // scale.numel() if scheme.granularity != "block" else 128
-    spread = scale.double().repeat_interleave(group, 1)
+    spread = scale.double().repeat_interleave(min(group, weight.shape[1]), 1)
     lowest, highest = grid.INT_RANGE.get(scheme.number, (-grid.HALF_RANGE[scheme.number], grid.HALF_RANGE[scheme.number]))
     shift = 0 if quantized.zero_point is None else quantized.zero_point.double().repeat_interleave(group, 1)
     clipped = (weight.double() > (highest - shift) * spread) | (weight.double() < (lowest - shift) * spread)

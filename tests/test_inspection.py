@@ -89,8 +89,7 @@ def group(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fp8_static(config: dict[str, Any]) -> None:
-    """As FP8 checkpoints with one static scale per tensor state it."""
-    group(config)["weights"]["strategy"] = "tensor"
+    """As FP8 checkpoints with static activations, but a scale for each row, state it."""
     group(config)["input_activations"] |= {"strategy": "tensor", "dynamic": False}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 from library_rtn import library_quantize
 
 from quantkit import grid
-from quantkit.errors import WeightError
+from quantkit.errors import RecipeError, WeightError
+from quantkit.evidence import Evidence
 from quantkit.grid import QuantizationStatistics, QuantizedTensor
 from quantkit.methods import METHODS
 from quantkit.methods.rtn import quantize
@@ -39,20 +41,37 @@ searching = pytest.mark.parametrize("clip_search", [False, True], ids=["fitted",
 SHAPES = [(1, 128), (8, 256), (24, 96), (72, 384), (176, 640), (16, 1024)]
 
 
+SEEN = Evidence(
+    tokens=1, mean_square=torch.tensor([4.0]), peak=torch.tensor([3.0])
+)  # only schemes with static activations look at it
+
+
+def quantize_all(
+    weights: list[torch.Tensor], scheme: Scheme, clip_search: bool, workspace: Workspace
+) -> list[tuple[QuantizedTensor, QuantizationStatistics]]:
+    return quantize(weights, scheme, clip_search=clip_search, workspace=workspace, evidence=SEEN)
+
+
 def one(weight: torch.Tensor, scheme: Scheme, clip_search: bool) -> tuple[QuantizedTensor, QuantizationStatistics]:
-    ((quantized, statistics),) = quantize([weight], scheme, clip_search=clip_search, workspace=Workspace())
+    ((quantized, statistics),) = quantize_all([weight], scheme, clip_search, Workspace())
     return quantized, statistics
 
 
 def fitted_by_oracle(weight: torch.Tensor, scheme: Scheme) -> QuantizedTensor:
     global_scale = grid.fit_global_scale(float(weight.abs().max())) if scheme.global_scale else None
     scale, zero_point = grid.fit(weight, scheme, global_scale)
-    return grid.snap(weight, scheme, scale, zero_point, global_scale)
+    return snapped(weight, scheme, scale, zero_point, global_scale)
+
+
+def snapped(weight: torch.Tensor, scheme: Scheme, *scales: torch.Tensor | None) -> QuantizedTensor:
+    quantized = grid.snap(weight, scheme, *scales)
+    input_scale = torch.tensor([3.0 / 448]).bfloat16() + 2.0**-15 if scheme.static_activations else None  # 3 / 448 is rounded down
+    return replace(quantized, input_scale=input_scale)
 
 
 def assert_same(left: QuantizedTensor, right: QuantizedTensor) -> None:
     assert left.scheme == right.scheme
-    for name in ("scale", "zero_point", "global_scale", "codes"):
+    for name in ("scale", "zero_point", "global_scale", "input_scale", "codes"):
         mine, other = getattr(left, name), getattr(right, name)
         assert (mine is None) == (other is None), name
         if mine is not None:
@@ -86,7 +105,7 @@ def test_kernels_equal_the_oracle(scheme: Scheme, clip_search: bool, order: str)
             fitted = fitted_by_oracle(weight, scheme)
             if clip_search:
                 scales = quantized.scale, quantized.zero_point, quantized.global_scale
-                assert_same(quantized, grid.snap(weight, scheme, *scales))
+                assert_same(quantized, snapped(weight, scheme, *scales))
             else:
                 assert_same(quantized, fitted)
             expected = grid.measure(weight, quantized)
@@ -104,7 +123,7 @@ def test_error_is_never_above_the_librarys(scheme: Scheme, kind: str) -> None:
     weight = weights_of(kind, (256, 1024)).bfloat16()
     fitted, searched = one(weight, scheme, False), one(weight, scheme, True)
     exact = library_quantize(weight.float(), scheme)
-    assert_same(fitted[0], exact)
+    assert_same(fitted[0], replace(exact, input_scale=fitted[0].input_scale))
     error = grid.measure(weight, searched[0]).relative_error
     assert error < grid.measure(weight, exact).relative_error
     rounded = grid.measure(weight, library_quantize(weight, scheme)).relative_error
@@ -139,17 +158,17 @@ def test_clip_search_gets_close_to_the_best_scale_there_is() -> None:
 @searching
 def test_result_does_not_depend_on_orders_threads_or_earlier_work(scheme: Scheme, clip_search: bool) -> None:
     weights = [weights_of("student", (256, 384), seed).bfloat16() for seed in range(2)]
-    expected = quantize(weights, scheme, clip_search=clip_search, workspace=Workspace())
+    expected = quantize_all(weights, scheme, clip_search, Workspace())
 
     def again(_: int) -> bool:
         workspace = Workspace()
         dirt = np.random.default_rng(0)
-        quantize([weights_of("laplace", (384, 640)) * 1e30], scheme, clip_search=True, workspace=workspace)
+        quantize_all([weights_of("laplace", (384, 640)) * 1e30], scheme, True, workspace)
         for name, buffer in workspace._buffers.items():
             assert name
             buffer[:] = dirt.integers(0, 256, buffer.size)
         swapped = [weights[1].t().contiguous().t(), weights[0]]
-        results = quantize(swapped, scheme, clip_search=clip_search, workspace=workspace)[::-1]
+        results = quantize_all(swapped, scheme, clip_search, workspace)[::-1]
         for (mine, statistics), (other, others) in zip(results, expected, strict=True):
             assert_same(mine, other)
             assert statistics.clipped == others.clipped
@@ -165,9 +184,53 @@ def test_nvfp4_shares_its_global_scale(clip_search: bool) -> None:
     scheme = parse_scheme("nvfp4")
     assert scheme is not None
     small, large = weights_of("gaussian", (64, 128)), weights_of("gaussian", (32, 128), 1) * 8
-    results = quantize([small, large], scheme, clip_search=clip_search, workspace=Workspace())
+    results = quantize_all([small, large], scheme, clip_search, Workspace())
     divisor = 448 * 6 / large.abs().max()
     assert all(torch.equal(quantized.global_scale, divisor.reshape(1)) for quantized, _ in results)
+
+
+@searching
+def test_one_scale_for_a_unit(clip_search: bool) -> None:
+    """Codes and scale are those of all matrices one below the other, and the search finds nearly the best scale of the unit."""
+    scheme = parse_scheme("fp8-tensor-static")
+    assert scheme is not None
+    weights = [weights_of("student", (200, 384)).bfloat16(), weights_of("gaussian", (128, 384), 1).bfloat16() * 3]
+    results = [quantized for quantized, _ in quantize_all(weights, scheme, clip_search, Workspace())]
+    whole = torch.cat(weights)
+    errors = {}
+    fitted, _ = grid.fit(whole, scheme)
+    for offset in range(-70, 70):
+        scale = (fitted.view(torch.int16) + offset).view(torch.bfloat16)
+        errors[float(scale)] = grid.measure(whole, grid.snap(whole, scheme, scale)).squared_error
+    found = float(results[0].scale)
+    if clip_search:
+        assert errors[found] <= 1.02 * min(errors.values()) and errors[found] < errors[float(fitted)]
+    else:
+        assert_same(replace(library_quantize(whole.float(), scheme), input_scale=None), grid.snap(whole, scheme, fitted))
+        assert found == float(fitted)
+    together = snapped(whole, scheme, results[0].scale)
+    for quantized, codes in zip(results, together.codes.split([200, 128]), strict=True):
+        assert_same(quantized, replace(together, codes=codes.contiguous()))
+
+
+@pytest.mark.parametrize("clip_search", [False, True])
+def test_static_activations_need_evidence(clip_search: bool) -> None:
+    scheme = parse_scheme("fp8-tensor-static")
+    assert scheme is not None
+    with pytest.raises(RecipeError, match=r"fp8-tensor-static .* needs calibration"):
+        quantize([torch.ones(16, 128)], scheme, clip_search=clip_search, workspace=Workspace())
+    peak = torch.tensor([1.0, float("nan")])
+    with pytest.raises(WeightError, match="seen in calibration is nan"):
+        quantize([torch.ones(16, 128)], scheme, clip_search=False, workspace=Workspace(), evidence=Evidence(1, peak, peak))
+
+
+@given(peak=st.floats(0.0, 2.0**127, width=32))
+def test_the_scale_of_activations_is_the_least_that_covers_their_peak(peak: float) -> None:
+    scale = grid.cover_peak(peak)
+    assert (scale.dtype, scale.shape) == (torch.bfloat16, (1,))
+    assert float(scale) > 0 and float(scale) * 448 >= peak
+    smaller = (scale.view(torch.int16) - 1).view(torch.bfloat16)
+    assert not peak or float(smaller) * 448 < peak or float(smaller) == 0
 
 
 @by_name
@@ -181,7 +244,7 @@ def test_a_weight_that_is_not_finite_is_named(scheme: Scheme, value: float, dtyp
             if transposed:
                 weights[1] = weights[1].t().contiguous().t()
             with pytest.raises(WeightError, match=f"matrix 1, row {row}, column {column}: weight is {value}"):
-                quantize(weights, scheme, clip_search=True, workspace=Workspace())
+                quantize_all(weights, scheme, True, Workspace())
 
 
 @by_name
@@ -236,7 +299,7 @@ def test_any_finite_weights(weight: torch.Tensor, scheme: Scheme, transposed: bo
     source = weight.t().contiguous().t() if transposed else weight
     fitted, searched = one(source, scheme, False), one(source, scheme, True)
     assert_same(fitted[0], fitted_by_torch)
-    assert_same(searched[0], grid.snap(weight, scheme, searched[0].scale, searched[0].zero_point, searched[0].global_scale))
+    assert_same(searched[0], snapped(weight, scheme, searched[0].scale, searched[0].zero_point, searched[0].global_scale))
     for quantized, statistics in (fitted, searched):
         scale = grid.effective_scale(scheme, quantized.scale, quantized.global_scale)
         assert bool(((scale > 0) & torch.isfinite(scale)).all())

@@ -8,14 +8,17 @@ A weight ``[out, in]`` of module M is stored as (E = encoding, chosen by the sch
             int4-*-asym             the same                                the same                 M.weight_zero_point I32
                                                                                                      [out*bits/32, groups]
     plain   fp8, int8-*-dynamic     M.weight F8_E4M3 or I8 [out, in]        BF16 [out, 1] or blocks
+            fp8-tensor-static       M.weight F8_E4M3 [out, in]              BF16 [1]                 M.input_scale BF16 [1]
     fp4     nvfp4                   M.weight_packed U8 [out, in/2]          F8_E4M3 [out, in/16]     M.weight_global_scale F32 [1]
             mxfp4                   M.weight_packed U8 [out, in/2]          U8 [out, in/32]
             (kept)                  M.weight as in the source, [out, in]
 
 Packing: element i of a row sits in bits ``bits * (i mod (32 / bits))`` of word ``i // (32 / bits)``, with half the range added;
 zero points likewise, but along the output dimension.  fp4: two codes per byte, the even column in the low nibble.  mxfp4 scales
-are the exponent + 127.  Experts are always written one by one, also when a layer is kept: clients refuse a mixture of fused and
-per-expert names.  Encode and decode stand side by side; ``encode`` never holds more than one buffer of the output's size.
+are the exponent + 127.  A quantized KV cache adds ``self_attn.k_scale`` and ``self_attn.v_scale``, BF16 [1], to every layer of the
+language model; the unit of q, k and v writes them.  The vision tower has no cache, and vLLM refuses such scales there.  Experts
+are always written one by one, also when a layer is kept: clients refuse a mixture of fused and per-expert names.  Encode and
+decode stand side by side; ``encode`` never holds more than one buffer of the output's size.
 
 The other halves of the format: ``compressed_tensors_config`` builds and reads the ``quantization_config`` from which clients make
 their modules, and ``compressed_tensors_clients`` says which client loads what.
@@ -33,10 +36,10 @@ import torch
 from quantkit.errors import ArtifactError
 from quantkit.formats.base import OutputFile, OutputTensor
 from quantkit.formats.compressed_tensors_clients import client_notes
-from quantkit.formats.compressed_tensors_config import config_text, encoding, quantization_config, scheme_of
-from quantkit.grid import QuantizedTensor
+from quantkit.formats.compressed_tensors_config import config_text, encoding, kv_cache_of, quantization_config, scheme_of
+from quantkit.grid import QuantizedTensor, cover_peak
 from quantkit.kernels.packing import flip_sign, pack_nibbles, unpack_nibbles
-from quantkit.llama4 import WeightMatrix
+from quantkit.llama4 import Unit, WeightMatrix
 from quantkit.safetensors_header import build_header
 from quantkit.scheme import Scheme
 from quantkit.workspace import Workspace
@@ -46,7 +49,10 @@ __all__ = [
     "config_text",
     "decode",
     "encode",
+    "encode_kv_cache",
     "index_text",
+    "kv_cache_of",
+    "kv_cache_tensors",
     "output_tensors",
     "place",
     "quantization_config",
@@ -84,10 +90,14 @@ def output_tensors(matrix: WeightMatrix, scheme: Scheme | None, dtype: str) -> l
 def _tensors(name: str, shape: tuple[int, int], scheme: Scheme) -> list[OutputTensor]:
     out_features, in_features = shape
     scale_shape = scheme.scale_shape(out_features, in_features)
-    scale = OutputTensor(f"{name}.weight_scale", SCALE_DTYPES[scheme.scale_number], scale_shape)
+    stored_shape = (1,) if scheme.granularity == "tensor" else scale_shape
+    scale = OutputTensor(f"{name}.weight_scale", SCALE_DTYPES[scheme.scale_number], stored_shape)
     kind = encoding(scheme)
     if kind == "plain":
-        return [OutputTensor(f"{name}.weight", "F8_E4M3" if scheme.number == "fp8" else "I8", shape), scale]
+        tensors = [OutputTensor(f"{name}.weight", "F8_E4M3" if scheme.number == "fp8" else "I8", shape), scale]
+        if scheme.static_activations:
+            tensors.append(OutputTensor(f"{name}.input_scale", "BF16", (1,)))
+        return tensors
     if kind == "fp4":
         tensors = [OutputTensor(f"{name}.weight_packed", "U8", (out_features, in_features // 2)), scale]
         if scheme.global_scale:
@@ -108,8 +118,11 @@ def encode(name: str, quantized: QuantizedTensor, workspace: Workspace | None = 
     """
     scheme, codes = quantized.scheme, quantized.codes.contiguous()
     shape = (codes.shape[0], codes.shape[1])
-    tensors = {f"{name}.weight_scale": quantized.scale.contiguous()}
+    scale = quantized.scale.reshape(1) if scheme.granularity == "tensor" else quantized.scale.contiguous()
+    tensors = {f"{name}.weight_scale": scale}
     if encoding(scheme) == "plain":
+        if quantized.input_scale is not None:
+            tensors[f"{name}.input_scale"] = quantized.input_scale.reshape(1)
         return {f"{name}.weight": codes, **tensors}
     nbytes = codes.numel() * scheme.bits // 8
     out = np.empty(nbytes, np.uint8) if workspace is None else workspace.take(f"packed {name.rpartition('.')[2]}", nbytes)
@@ -146,7 +159,8 @@ def decode(name: str, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> Qu
             )
     scale = found["weight_scale"]
     if encoding(scheme) == "plain":
-        return QuantizedTensor(scheme, found["weight"], scale)
+        scale = scale.reshape(scheme.scale_shape(*shape))
+        return QuantizedTensor(scheme, found["weight"], scale, input_scale=found.get("input_scale"))
     codes = _unpack(found["weight_packed"], scheme).view(shape)
     if scheme.number == "fp4":
         return QuantizedTensor(scheme, codes, scale, global_scale=found.get("weight_global_scale"))
@@ -190,6 +204,28 @@ def _unpack(packed: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     else:
         codes = unpack_nibbles(source, signed=scheme.number == "int4")
     return torch.from_numpy(codes if scheme.number == "fp4" else codes.view(np.int8))
+
+
+# -------------------------------------------------------------------------------------------------------------- KV cache
+
+QUERY_KEY_VALUE = ".qkv"  # end of the key of the units that a quantized KV cache adds tensors to
+
+
+def kv_cache_tensors(unit: Unit, kv_cache: str | None) -> list[OutputTensor]:
+    """The tensors that ``unit`` writes besides its weights: the scales of its layer's keys and values, or none."""
+    if kv_cache is None or unit.role != "attention" or not unit.key.endswith(QUERY_KEY_VALUE):
+        return []
+    base = unit.key.removesuffix(QUERY_KEY_VALUE)
+    return [OutputTensor(f"{base}.k_scale", "BF16", (1,)), OutputTensor(f"{base}.v_scale", "BF16", (1,))]
+
+
+def encode_kv_cache(unit: Unit, key_peak: float, value_peak: float) -> dict[str, torch.Tensor]:
+    """Full tensor name -> scale, of those that ``kv_cache_tensors`` names: FP8 numbers reach the largest key and value seen.
+
+    The key is that which goes to the cache: rotated and normalized.  Raises WeightError for a peak that is not finite.
+    """
+    base = unit.key.removesuffix(QUERY_KEY_VALUE)
+    return {f"{base}.k_scale": cover_peak(key_peak), f"{base}.v_scale": cover_peak(value_peak)}
 
 
 # ----------------------------------------------------------------------------------------------------------------- files

@@ -31,9 +31,10 @@ class _Contents:
 
     schemes: frozenset[Scheme]
     by_role: dict[Role, frozenset[Scheme]]
-    query_key: frozenset[Scheme]  # schemes of q_proj and k_proj, whose rows vLLM and SGLang reorder at load
+    query_key: frozenset[Scheme]  # schemes of q_proj and k_proj, whose rows vLLM and SGLang reorder at load, scales with them
     mixed: bool  # the groups need different encodings
     ranks: int | None  # tensor-parallel ranks among which whole groups or blocks of an expert can be shared out
+    kv_cache: bool  # scales of keys and values are stored
     single_block: bool  # a matrix of a block scheme is only one block high or wide
 
     @property
@@ -49,13 +50,13 @@ class _Contents:
         return any(format_name(scheme) == "mxfp4-pack-quantized" for scheme in self.schemes)
 
 
-def client_notes(schemes: Schemes, config: Llama4Config) -> list[ClientNote]:
+def client_notes(schemes: Schemes, config: Llama4Config, kv_cache: str | None = None) -> list[ClientNote]:
     """What each client makes of an artifact of these schemes; None as scheme means kept as in the source.
 
     Raises RecipeError, with all problems in one message, for what no client could load from this format.
     """
     check(schemes)
-    contents = _contents(schemes, config)
+    contents = _contents(schemes, config, kv_cache)
     notes = []
     for client, rules in _RULES.items():
         refused, remarks = rules(contents)
@@ -63,24 +64,26 @@ def client_notes(schemes: Schemes, config: Llama4Config) -> list[ClientNote]:
     return notes
 
 
-def _contents(schemes: Schemes, config: Llama4Config) -> _Contents:
+def _contents(schemes: Schemes, config: Llama4Config, kv_cache: str | None) -> _Contents:
     by_role: dict[Role, set[Scheme]] = {}
     query_key = set()
     single_block = False
     for matrix, scheme in schemes.items():
         if scheme is not None:
             by_role.setdefault(matrix.role, set()).add(scheme)
-            if matrix.projection in ("q_proj", "k_proj"):
+            if matrix.projection in ("q_proj", "k_proj") and scheme.granularity != "tensor":
                 query_key.add(scheme)
             single_block |= scheme.granularity == "block" and BLOCK_SIZE in matrix.shape
     used = frozenset(scheme for found in by_role.values() for scheme in found)
-    spans = [scheme.group_size or BLOCK_SIZE for scheme in by_role.get("routed_expert", ()) if scheme.granularity != "channel"]
+    cut = [scheme for scheme in by_role.get("routed_expert", ()) if scheme.granularity in ("group", "block")]
+    spans = [scheme.group_size or BLOCK_SIZE for scheme in cut]
     return _Contents(
         schemes=used,
         by_role={role: frozenset(found) for role, found in by_role.items()},
         query_key=frozenset(query_key),
         mixed=len({format_name(scheme) for scheme in used}) > 1,
         ranks=config.expert_width // max(spans) if spans else None,
+        kv_cache=kv_cache is not None,
         single_block=single_block,
     )
 
@@ -100,6 +103,12 @@ def _vllm(contents: _Contents) -> Verdict:
         remarks.append("experts with zero points need a recent release")
     if contents.mxfp4:
         remarks.append("on GPUs with FP4 units it rounds activations to MXFP4 as well")
+    if any(scheme.static_activations for scheme in contents.experts):
+        remarks.append("experts of a layer all quantize activations with the largest of their scales")
+    if contents.kv_cache:
+        remarks.append(
+            "it keeps keys and values in FP8 whatever --kv-cache-dtype says; releases before 2026 need --kv-cache-dtype fp8"
+        )
     if contents.ranks is not None and contents.ranks < 8:
         remarks.append(f"tensor parallelism over at most {contents.ranks} GPUs, so that scales are not cut apart")
     return refused, remarks
@@ -129,6 +138,10 @@ def _sglang(contents: _Contents) -> Verdict:
             "start it with --moe-runner-backend triton (its own choice on Blackwell): its Marlin kernels multiply the router score "
             "onto the output of an expert, and Llama 4 needs it on the input"
         )
+    if any(scheme.static_activations for scheme in contents.experts):
+        remarks.append("experts of a layer all quantize activations with the largest of their scales")
+    if contents.kv_cache:
+        remarks.append("it does not use the stored scales of keys and values for Llama 4: leave --kv-cache-dtype at auto")
     return refused, remarks
 
 
@@ -136,12 +149,19 @@ def _tgi(contents: _Contents) -> Verdict:
     return ["its last releases run Llama 4 through transformers 4.51, which cannot load quantized experts of this format"], []
 
 
+_FORWARD_WITHOUT_CACHE = (
+    "with quantized keys and values it generates, but a forward pass without a cache fails; and it says that such scales are "
+    "missing in the vision tower, which has no use for them"
+)
+
+
 def _transformers_5_23(contents: _Contents) -> Verdict:
-    return (["it expects zero points unpacked, a size mismatch"] if contents.asymmetric else []), []
+    remarks = [_FORWARD_WITHOUT_CACHE] if contents.kv_cache else []
+    return (["it expects zero points unpacked, a size mismatch"] if contents.asymmetric else []), remarks
 
 
 def _transformers_5_17(contents: _Contents) -> Verdict:
-    return [], []
+    return [], [_FORWARD_WITHOUT_CACHE] if contents.kv_cache else []
 
 
 def _transformers_4_57(contents: _Contents) -> Verdict:
@@ -154,6 +174,8 @@ def _transformers_4_57(contents: _Contents) -> Verdict:
         refused.append("it does not know the format mixed-precision")
     if contents.single_block:
         refused.append(f"it misreads the scales of a weight that is only one block of {BLOCK_SIZE} high or wide")
+    if contents.kv_cache:
+        remarks.append("it leaves keys and values as they are")
     if any(scheme.global_scale for scheme in contents.schemes):
         remarks.append("it rounds weight_global_scale to bfloat16, so weights are off by up to 0.2 %")
     return refused, remarks

@@ -40,6 +40,7 @@ _FUSED = {
     **dict.fromkeys(("gate_proj", "up_proj"), "(?:gate|up|gate_up)_proj"),
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "(?:q|k|v|qkv)_proj"),
 }
+KV_CACHE_SCHEMES = {"fp8": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}}
 _ARGUMENTS = ("weights", "input_activations", "output_activations")
 _NOT_LINEAR = re.compile(r"(?:^|\.)(?:\w*norm\w*|\w*embed\w*|experts|\w*layernorm_(?:pre|post))$")
 
@@ -69,19 +70,24 @@ def _arguments(scheme: Scheme) -> dict[str, dict[str, Any]]:
     elif scheme.granularity == "block":
         weights |= {"strategy": "block", "block_structure": [BLOCK_SIZE, BLOCK_SIZE]}
     else:
-        weights |= {"strategy": "channel"}
+        weights |= {"strategy": scheme.granularity}
     result = {"weights": weights | {"dynamic": False}}
     if scheme.dynamic_activations:
         per = {"strategy": "group", "group_size": BLOCK_SIZE} if scheme.granularity == "block" else {"strategy": "token"}
         result["input_activations"] = {"num_bits": scheme.bits, "type": kind, "symmetric": True, **per, "dynamic": True}
+    if scheme.static_activations:
+        inputs = {"num_bits": scheme.bits, "type": kind, "symmetric": True, "strategy": "tensor", "dynamic": False}
+        result["input_activations"] = inputs
     return result
 
 
 # -------------------------------------------------------------------------------------------------------------- building
 
 
-def quantization_config(schemes: Schemes) -> dict[str, Any]:
+def quantization_config(schemes: Schemes, kv_cache: str | None = None) -> dict[str, Any]:
     """The ``quantization_config`` section for these matrices; None as scheme means kept as in the source.
+
+    kv_cache: ``fp8`` when the scales of keys and values are stored as well.
 
     Raises RecipeError for what the format cannot hold, see :func:`check`, and when no matrix is quantized.
     """
@@ -104,13 +110,14 @@ def quantization_config(schemes: Schemes) -> dict[str, Any]:
     attention_kept = not any(scheme is not None and matrix.role == "attention" for matrix, scheme in schemes.items())
     ignore = [pattern for pattern in IGNORE if attention_kept or pattern != ATTENTION_IGNORE]
     ignore += [pattern for pattern in _patterns(layers, None) if not (attention_kept and r"\.self_attn" in pattern)]
-    return {
+    section = {
         "quant_method": QUANT_METHOD,
         "format": formats.pop() if len(formats) == 1 else MIXED,
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": ignore,
     }
+    return section if kv_cache is None else section | {"kv_cache_scheme": KV_CACHE_SCHEMES[kv_cache]}
 
 
 Path = tuple[str, ...]  # of a module below its layer: ("feed_forward", "experts", "3", "gate_proj")
@@ -289,6 +296,20 @@ def scheme_of(quantization_config: Mapping[str, Any], module_name: str) -> Schem
         if name_or_class:
             return _scheme_of_group(name_or_class[0])
     return None
+
+
+def kv_cache_of(quantization_config: Mapping[str, Any]) -> str | None:
+    """The ``kv_cache`` of the recipe that this section was made for, None when the KV cache is not quantized.
+
+    Raises ArtifactError when the section asks for something that quantkit does not write.
+    """
+    stated = quantization_config.get("kv_cache_scheme")
+    if stated is None:
+        return None
+    for name, arguments in KV_CACHE_SCHEMES.items():
+        if isinstance(stated, Mapping) and _stated(stated) == _stated(arguments):
+            return name
+    raise ArtifactError(f"quantization_config, kv_cache_scheme: {brief(stated)} is nothing that quantkit writes")
 
 
 def _matches(name: str, targets: Iterable[str]) -> bool:

@@ -1,6 +1,7 @@
 """One scale for each row: a strip of rows is read once for its scales, once for each round of a search, and once for its codes.
 
-Only the first read goes to memory; a strip is small enough to come from cache afterwards.
+Only the first read goes to memory; a strip is small enough to come from cache afterwards.  A scale for all rows of several matrices
+needs to see all of them first: it is found before (``tiles.largest_bits``, ``candidate_errors``) and given.
 """
 
 from __future__ import annotations
@@ -103,16 +104,47 @@ def search_strip(numbers: Numbers, source: Source, strip: int, vectors: int, scr
         store(scratch.scale_codes, lane, chosen)
 
 
+@compiled
+def use_scale(scratch: Scratch, code: int) -> None:
+    """Leave one symmetric scale for all rows where ``fit_strip`` leaves those that it finds."""
+    for lane in range(0, STRIP_ROWS, 16):
+        store(scratch.scale_codes, lane, ints(code))
+        store(scratch.low, lane, floats(0.0))
+
+
+@kernel
+def candidate_errors(numbers: Numbers, source: Source, scratch: Scratch, codes: Any, errors: Any) -> None:
+    """Add to ``errors``, float64, the squared error of a matrix under each of the scale ``codes``, int64, used for all its rows."""
+    height = strip_rows(source)
+    for strip in range(0, source.rows, height):
+        vectors = min(height, source.rows - strip) // 16
+        for chunk in range(0, source.columns, TILE_INPUTS):
+            load_tile(source, strip, chunk, vectors, scratch.tile)
+            for index in range(codes.size):
+                scale, total = decode_scale(numbers, ints(codes[index]), 1.0), doubles(0.0)
+                for lane in range(0, vectors * 16, 16):
+                    total = total + doubles(
+                        squared_error(numbers, scratch.tile, lane * TILE_INPUTS, TILE_INPUTS, scale, floats(0.0))
+                    )
+                errors[index] += lane_sum(total * doubles(scale) * doubles(scale))
+
+
 @kernel
 def quantize_rows(
-    numbers: Numbers, source: Source, target: Target, scratch: Scratch, search: Search
+    numbers: Numbers, source: Source, target: Target, scratch: Scratch, search: Search, given: int
 ) -> tuple[float, float, int, int]:
-    """Quantize a matrix; arguments and results as of ``quantize_groups``."""
+    """Quantize a matrix; arguments and results as of ``quantize_groups``.
+
+    given: a scale code for all rows, which is not searched, and then no largest magnitude is returned; 0 for a scale of each row.
+    """
     errors, weights, clipped, peak = doubles(0.0), doubles(0.0), ints(0), ints(0)
     height = strip_rows(source)
     for strip in range(0, source.rows, height):
         vectors = min(height, source.rows - strip) // 16
-        peak = maximum(peak, fit_strip(numbers, source, strip, vectors, scratch))
+        if given:
+            use_scale(scratch, given)
+        else:
+            peak = maximum(peak, fit_strip(numbers, source, strip, vectors, scratch))
         first = 0
         for end in search.ends:
             search_strip(numbers, source, strip, vectors, scratch, search.offsets[first:end])

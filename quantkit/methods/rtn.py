@@ -17,10 +17,11 @@ import torch
 from numpy.typing import NDArray
 
 from quantkit import grid
-from quantkit.errors import WeightError
+from quantkit.errors import RecipeError, WeightError
+from quantkit.evidence import Evidence
 from quantkit.grid import QuantizationStatistics, QuantizedTensor
 from quantkit.kernels import blocks, groups, rows, tiles
-from quantkit.kernels.numbers import SCALE_BF16, SCALE_E8M0, SCALE_FP8, Numbers
+from quantkit.kernels.numbers import SCALE_BF16, SCALE_E8M0, SCALE_FP8, SMALLEST_SEARCHED, Numbers
 from quantkit.kernels.tiles import Scratch, Search, Source, Target
 from quantkit.scheme import Scheme
 from quantkit.workspace import Workspace
@@ -32,24 +33,35 @@ SEARCH: dict[tuple[str, str], tuple[tuple[int, ...], ...]] = {
     ("int8", "group"): ((-2, -1, 1, 2, 3, 4, 5, 6, 7, 8),),
     ("int8", "channel"): ((-6, -5, -4, -3, -2, -1),),
     ("fp8", "channel"): ((-48, -36, -24, -12, 12, 24, 36, 48), (-6, 6), (-3, 3)),
+    ("fp8", "tensor"): ((-48, -36, -24, -12, 12, 24, 36, 48), (-6, 6), (-3, 3)),
     ("fp8", "block"): ((-48, -36, -24, -12, 12, 24, 36, 48), (-6, 6), (-3, 3)),
     ("nvfp4", "group"): ((-2, -1, 1, 3, 4, 5, 6),),
     ("mxfp4", "group"): ((-1,),),
 }
 _MOST_CANDIDATES = max(len(offsets) for rounds in SEARCH.values() for offsets in rounds)
+_NO_SEARCH = Search(np.empty(0, np.int64), np.empty(0, np.int64))
 
 _STORED = {torch.bfloat16: tiles.BFLOAT16, torch.float16: tiles.FLOAT16, torch.float32: tiles.FLOAT32}
 _FINITE_BITS = 0x7F800000  # float32 bits from here on are infinity and NaN
 
 
 def quantize(
-    weights: Sequence[torch.Tensor], scheme: Scheme, *, clip_search: bool, workspace: Workspace
+    weights: Sequence[torch.Tensor],
+    scheme: Scheme,
+    *,
+    clip_search: bool,
+    workspace: Workspace,
+    evidence: Evidence | None = None,
 ) -> list[tuple[QuantizedTensor, QuantizationStatistics]]:
     """Quantize matrices that share their input (gate and up; q, k and v).
 
     weights: ``[out, in]``, BF16, F16 or F32, of either stride order.  Results live in ``workspace`` and are valid until the next
-    call that uses it.  Raises WeightError, which says matrix, row, column and value, for a weight that is NaN or infinite.
+    call that uses it.  evidence: only looked at for a scheme with static activations, whose scale must reach its peak.
+
+    Raises WeightError, which says matrix, row, column and value, for a weight that is NaN or infinite; RecipeError for static
+    activations without evidence.
     """
+    input_scale = _input_scale(scheme, evidence)
     scratch = _scratch(workspace)
     sources = [_source(weight, scheme) for weight in weights]
     global_scale = None
@@ -57,24 +69,64 @@ def quantize(
         peaks = (tiles.largest_bits(source, scratch) for source in sources)
         global_scale = grid.fit_global_scale(max(_checked(peak, weights[index], index) for index, peak in enumerate(peaks)))
     numbers = _numbers(scheme)
-    search = _search(scheme) if clip_search else Search(np.empty(0, np.int64), np.empty(0, np.int64))
+    search = _search(scheme) if clip_search else _NO_SEARCH
+    shared = _shared_scale(numbers, scheme, weights, sources, scratch, search) if scheme.granularity == "tensor" else 0
     results = []
     for index, (weight, source) in enumerate(zip(weights, sources, strict=True)):
         target = _target(scheme, source, workspace, index)
         if scheme.granularity == "group":
             divisor = 1.0 if global_scale is None else float(global_scale)
             sums = groups.quantize_groups(numbers, source, target, scratch, scheme.group_size, divisor, search)
+        elif scheme.granularity == "tensor":
+            sums = rows.quantize_rows(numbers, source, target, scratch, _NO_SEARCH, shared)
         elif scheme.granularity == "channel":
-            sums = rows.quantize_rows(numbers, source, target, scratch, search)
+            sums = rows.quantize_rows(numbers, source, target, scratch, search, 0)
         else:
             sums = blocks.quantize_blocks(numbers, source, target, scratch, search)
         squared_error, squared_weight, clipped, peak = sums
         _checked(peak, weight, index)
-        quantized = _assemble(weight.shape, scheme, source, target, global_scale)
+        quantized = _assemble(weight.shape, scheme, source, target, global_scale, input_scale)
         scale = grid.effective_scale(scheme, _extremes(quantized.scale), global_scale)
         statistics = QuantizationStatistics(squared_error, squared_weight, clipped, float(scale[0]), float(scale[1]))
         results.append((quantized, statistics))
     return results
+
+
+def _input_scale(scheme: Scheme, evidence: Evidence | None) -> torch.Tensor | None:
+    if not scheme.static_activations:
+        return None
+    if evidence is None:
+        raise RecipeError(
+            f"{scheme.name} stores the range of activations and needs calibration to know it; calibrate, or take a scheme with "
+            "dynamic activations"
+        )
+    return grid.cover_peak(float(evidence.peak.max()))
+
+
+def _shared_scale(
+    numbers: Numbers, scheme: Scheme, weights: Sequence[torch.Tensor], sources: Sequence[Source], scratch: Scratch, search: Search
+) -> int:
+    """The code of the one scale that matrices share: just reaching the largest weight, or searched around that, as in blocks."""
+    peaks = (tiles.largest_bits(source, scratch) for source in sources)
+    largest = max(_checked(peak, weights[index], index) for index, peak in enumerate(peaks))
+    scale, _ = grid.fit(torch.tensor([[largest]]), scheme)
+    code = int(scale.view(torch.int16))
+    if float(scale) <= SMALLEST_SEARCHED:
+        return code
+
+    def squared_errors(codes: NDArray[np.int64]) -> NDArray[np.float64]:
+        errors = np.zeros(codes.size)
+        for source in sources:
+            rows.candidate_errors(numbers, source, scratch, codes, errors)
+        return errors
+
+    first = 0
+    for end in search.ends:
+        # The scale that is to be improved comes first, so it stays where nothing is better.
+        codes = np.append(0, search.offsets[first:end]) + code
+        codes = codes.clip(numbers.scale_lowest, numbers.scale_highest)
+        code, first = int(codes[squared_errors(codes).argmin()]), int(end)
+    return code
 
 
 def _checked(peak: int, weight: torch.Tensor, index: int) -> float:
@@ -156,7 +208,7 @@ def _scratch(workspace: Workspace) -> Scratch:
 
 def _target(scheme: Scheme, source: Source, workspace: Workspace, index: int) -> Target:
     scale_rows, scale_columns = scheme.scale_shape(source.rows, source.columns)
-    scales = scale_rows * scale_columns
+    scales = source.rows if scheme.granularity == "tensor" else scale_rows * scale_columns  # the shared one, repeated
     return Target(
         codes=workspace.take(f"rtn codes {index}", source.rows * source.columns),
         scales=workspace.take(f"rtn scales {index}", scales * (2 if scheme.scale_number == "bf16" else 1)),
@@ -165,13 +217,18 @@ def _target(scheme: Scheme, source: Source, workspace: Workspace, index: int) ->
 
 
 def _assemble(
-    shape: torch.Size, scheme: Scheme, source: Source, target: Target, global_scale: torch.Tensor | None
+    shape: torch.Size,
+    scheme: Scheme,
+    source: Source,
+    target: Target,
+    global_scale: torch.Tensor | None,
+    input_scale: torch.Tensor | None,
 ) -> QuantizedTensor:
     """Results as tensors, without the padding."""
     codes_dtype = {"fp8": torch.float8_e4m3fn, "fp4": torch.uint8}.get(scheme.number, torch.int8)
     scale_dtype = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "e8m0": torch.uint8}[scheme.scale_number]
     scale_rows, scale_columns = scheme.scale_shape(*shape)
-    padded = scheme.scale_shape(source.rows, source.columns)
+    padded = (source.rows, 1) if scheme.granularity == "tensor" else scheme.scale_shape(source.rows, source.columns)
 
     def tensor(data: NDArray[np.uint8], dtype: torch.dtype, padded: tuple[int, int], rows: int, columns: int) -> torch.Tensor:
         return torch.from_numpy(data).view(dtype).reshape(padded)[:rows, :columns].contiguous()
@@ -182,6 +239,7 @@ def _assemble(
         scale=tensor(target.scales, scale_dtype, padded, scale_rows, scale_columns),
         zero_point=None if scheme.symmetric else tensor(target.zero_points, torch.int8, padded, scale_rows, scale_columns),
         global_scale=global_scale,
+        input_scale=input_scale,
     )
 
 
