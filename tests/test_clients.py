@@ -28,6 +28,7 @@ from quantkit.grid import dequantize
 from quantkit.llama4 import WeightMatrix, parse_config, units
 from quantkit.recipe import FEED_FORWARD_ROLES, PRESETS, Recipe, Rule
 from quantkit.scheme import Scheme
+from tests.calibrated_artifact import write_calibrated
 from tests.numpy_decoder import as_numpy, numpy_weight
 from tests.tiny_models import write_tiny_model
 
@@ -42,6 +43,7 @@ MIXED = {
     "int8-shared": Recipe("int8-shared", (Rule("int8-g128", ("shared_expert",)), INT4, KEEP_REST)),
     "int8-down": Recipe("int8-down", (Rule("int8-g128", ("shared_expert", "dense_mlp"), name=r"down_proj$"), INT4, KEEP_REST)),
     "attention": Recipe("attention", (Rule("fp8-channel-dynamic", (*FEED_FORWARD_ROLES, "attention")), KEEP_REST)),
+    "static-attention": Recipe("static-attention", (Rule("fp8-tensor-static", (*FEED_FORWARD_ROLES, "attention")), KEEP_REST)),
     "output-only": Recipe("output-only", (Rule("int8-g128", ("attention",), name="o_proj"), INT4, KEEP_REST)),
 }
 RECIPES = {**PRESETS, **MIXED}
@@ -66,7 +68,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Models]:
     write_tiny_model(output / "maverick-source", "maverick", seed=3)
     made = Models({"scout": DEMO, "maverick": output / "maverick-source"}, output)
     for model, source in made.sources.items():
-        convert(source, [RECIPES[name] for name in NAMES[model]], output / model, max_shard_bytes=4_000_000)
+        recipes = [RECIPES[name] for name in NAMES[model]]
+        convert(source, [recipe for recipe in recipes if not recipe.needs_calibration], output / model, max_shard_bytes=4_000_000)
+        for recipe in (recipe for recipe in recipes if recipe.needs_calibration):
+            write_calibrated(source, recipe, output / model)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the weights are tiny
     yield made
@@ -158,6 +163,7 @@ LAYOUTS = {  # parts of a module and their dtypes: what the loaders of both clie
     "packed": {"weight_packed": "I32", "weight_scale": "BF16", "weight_shape": "I64"},
     "asymmetric": {"weight_packed": "I32", "weight_scale": "BF16", "weight_shape": "I64", "weight_zero_point": "I32"},
     "fp8": {"weight": "F8_E4M3", "weight_scale": "BF16"},
+    "fp8-static": {"weight": "F8_E4M3", "weight_scale": "BF16", "input_scale": "BF16"},
     "int8": {"weight": "I8", "weight_scale": "BF16"},
     "nvfp4": {"weight_packed": "U8", "weight_scale": "F8_E4M3", "weight_global_scale": "F32"},
     "mxfp4": {"weight_packed": "U8", "weight_scale": "U8"},
@@ -244,13 +250,17 @@ def common_faults(stored: Stored) -> Iterator[str]:
                 divisors = {float(stored.values[f"{part}.weight_global_scale"]) for part in fused if stored.layout(part) == "nvfp4"}
                 if len(divisors) > 1:
                     yield f"{module} and its neighbours have different global scales"
+                static = [part for part in fused if stored.layout(part) == "fp8-static"]
+                if len({float(stored.values[f"{part}.weight_scale"]) for part in static}) > 1:
+                    yield f"{module} and its neighbours have different scales, and one is used for all"
         if stored.layout(module).startswith("unknown") and module.endswith("_proj") and "vision_model" not in module:
             yield f"{module} has the layout {stored.layout(module)}"
 
 
 def query_key_layouts(stored: Stored) -> set[str]:
     modules = {name.rpartition(".")[0] for name in stored.tensors if not name.startswith("vision_model.")}
-    return {stored.layout(module) for module in modules if module.endswith((".q_proj", ".k_proj"))} - {"plain"}
+    # One scale for all rows needs no reordering.
+    return {stored.layout(module) for module in modules if module.endswith((".q_proj", ".k_proj"))} - {"plain", "fp8-static"}
 
 
 def vllm_faults(stored: Stored) -> Iterator[str]:
@@ -268,6 +278,7 @@ def vllm_faults(stored: Stored) -> Iterator[str]:
             ("int", 8, "channel"): ("token", True) if inputs else None,
             ("float", 8, "channel"): ("token", True),
             ("float", 8, "block"): ("group", True),
+            ("float", 8, "tensor"): ("tensor", False),
             ("float", 4, "tensor_group"): None,
             ("float", 4, "group"): None,
         }
@@ -317,7 +328,7 @@ def test_rules_of_vllm_and_sglang_hold_on_the_files_as_the_notes_say(model: str,
 
 
 def test_the_rules_see_a_fault(models: Models) -> None:
-    stored = read(models.artifact("maverick", "nvfp4a16"))
+    stored, static = read(models.artifact("maverick", "nvfp4a16")), read(models.artifact("maverick", "fp8-static"))
     expert = "language_model.model.layers.1.feed_forward.experts"
     router = expert.replace("experts", "router.weight")
     cases: dict[str, dict[str, Any]] = {
@@ -326,6 +337,10 @@ def test_the_rules_see_a_fault(models: Models) -> None:
         "lacks experts": {"tensors": {key: value for key, value in stored.tensors.items() if not key.startswith(f"{expert}.5.")}},
         "global scales": {"values": {**stored.values, f"{expert}.2.up_proj.weight_global_scale": torch.tensor([3.0])}},
         "no packing": {"tensors": {**stored.tensors, f"{expert}.2.up_proj.weight_packed": ("U8", (128, 128))}},
+        "one is used for all": {
+            "values": {**static.values, f"{expert}.2.up_proj.weight_scale": torch.tensor([3.0])},
+            "tensors": static.tensors,
+        },
         "positive and finite": {"values": {**stored.values, f"{expert}.2.up_proj.weight_scale": torch.tensor([0.0])}},
     }
     for fault, change in cases.items():
@@ -340,6 +355,8 @@ def test_the_rules_see_a_fault(models: Models) -> None:
     ("name", "refusing", "reason"),
     [
         ("fp8-dynamic", set(), ""),
+        ("fp8-static", set(), ""),
+        ("static-attention", set(), ""),
         ("w4a16-rtn", set(), ""),
         ("w4a16-rtn-asym", {SGLANG, TRANSFORMERS_5_23, TRANSFORMERS_4_57}, "zero points"),
         ("mxfp4a16", {SGLANG, TRANSFORMERS_4_57}, "(?i)mxfp4"),
