@@ -56,8 +56,13 @@ def spans(count: int, size: int = TILE) -> list[slice]:
 
 
 def multiply(team: Team, left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """``out = left @ right``, cut along the rows of ``left``."""
-    team.run([lambda rows=rows: torch.mm(left[rows], right, out=out[rows]) for rows in spans(left.shape[0], TILE // 2)])
+    """``out = left @ right``, in tiles of fixed size."""
+    tiles = [(rows, columns) for rows in spans(left.shape[0], TILE // 2) for columns in spans(right.shape[1], 2 * TILE)]
+
+    def tile(rows: slice, columns: slice) -> None:
+        torch.mm(left[rows], right[:, columns], out=out[rows, columns])
+
+    team.run([lambda rows=rows, columns=columns: tile(rows, columns) for rows, columns in tiles])
     return out
 
 
