@@ -155,7 +155,7 @@ class LayerPass:
             self._observer.cached(self._layer, forward.cached_keys(config, self._layer, keys), values, sample)
             context[tokens] = forward.attend(config, self._layer, queries, keys, values)
 
-        self._team.run([lambda sample=sample: attend(sample) for sample in range(samples.count)])
+        self._team.run(attend, range(samples.count))
         for tokens in self._portions(samples.tokens):
             self._observer.shown(out, context[tokens], tokens, 1.0)
         (weight,) = self._ready(out, self._readers[0])
@@ -188,9 +188,10 @@ class LayerPass:
 
         scores = torch.zeros(output.shape[0])  # of the expert at work, by token
         for gate_up, down in zip(self._experts[::2], self._experts[1::2], strict=True):
-            assert gate_up.expert == down.expert is not None
-            places, slots = (routing.experts == gate_up.expert).nonzero(as_tuple=True)
-            scores[tokens] = torch.sigmoid(routing.logits[:, gate_up.expert])
+            expert = gate_up.expert
+            assert expert is not None and expert == down.expert
+            places, slots = torch.eq(routing.experts, expert).nonzero(as_tuple=True)
+            scores[tokens] = torch.sigmoid(routing.logits[:, expert])
 
             def scaled(part: torch.Tensor) -> torch.Tensor:
                 return rows_of(part) * scores[part, None]
@@ -240,7 +241,7 @@ class LayerPass:
     # ------------------------------------------------------------------------------------------------------------- parts
 
     def _portions(self, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
-        return iter(tokens.split(PORTION)) if len(tokens) else iter(())
+        return (tokens[portion] for portion in spans(len(tokens), PORTION))
 
     def _read(self, unit: Unit, reader: Workspace) -> tuple[list[torch.Tensor], list[str]]:
         return self._checkpoint.read_unit(unit, reader)
@@ -253,15 +254,18 @@ class LayerPass:
 
     def _floats(self, name: str, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Float32 copies, each with the strides of its source, in reused memory."""
-        copies = []
-        for number, weight in enumerate(weights):
-            transposed = weight.stride(0) == 1
-            stored = weight.t() if transposed else weight
-            buffer = self._workspace.take(f"{name} {number}", 4 * stored.numel())
-            copy = torch.from_numpy(buffer).view(torch.float32).view(stored.shape)
-            self._team.run([lambda rows=rows: copy[rows].copy_(stored[rows]) for rows in spans(stored.shape[0], 512)])
-            copies.append(copy.t() if transposed else copy)
-        return copies
+        return [self._float(f"{name} {number}", weight) for number, weight in enumerate(weights)]
+
+    def _float(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        transposed = weight.stride(0) == 1
+        stored = weight.t() if transposed else weight
+        copy = torch.from_numpy(self._workspace.take(name, 4 * stored.numel())).view(torch.float32).view(stored.shape)
+
+        def convert(rows: slice) -> None:
+            copy[rows] = stored[rows]
+
+        self._team.run(convert, spans(stored.shape[0], 512))
+        return copy.t() if transposed else copy
 
     def _product(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return multiply(self._team, rows, weight, torch.empty(rows.shape[0], weight.shape[1]))

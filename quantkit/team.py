@@ -10,11 +10,13 @@ All matrices are float32 on the CPU; products accumulate in float32.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 TILE = 1024  # rows and columns of the tiles that threads take
 FACTOR_BLOCK = 256  # columns that are factored at once
@@ -40,13 +42,15 @@ class Team:
             self._executor = None
         torch.set_num_threads(self._torch_threads)
 
-    def run(self, tasks: Iterable[Callable[[], object]]) -> None:
-        """Call every task; they must not depend on each other.  Raises what the first failing one raised."""
+    def run(self, work: Callable[[T], object], items: Iterable[T]) -> None:
+        """Call ``work`` for every item; the calls must not depend on each other.  Raises what the first failing one raised."""
         if self._executor is None:
-            for task in tasks:
-                task()
+            for item in items:
+                work(item)
             return
-        for future in [self._executor.submit(task) for task in tasks]:
+        futures = [self._executor.submit(work, item) for item in items]
+        wait(futures)
+        for future in futures:
             future.result()
 
 
@@ -59,10 +63,11 @@ def multiply(team: Team, left: torch.Tensor, right: torch.Tensor, out: torch.Ten
     """``out = left @ right``, in tiles of fixed size."""
     tiles = [(rows, columns) for rows in spans(left.shape[0], TILE // 2) for columns in spans(right.shape[1], 2 * TILE)]
 
-    def tile(rows: slice, columns: slice) -> None:
+    def tile(at: tuple[slice, slice]) -> None:
+        rows, columns = at
         torch.mm(left[rows], right[:, columns], out=out[rows, columns])
 
-    team.run([lambda rows=rows, columns=columns: tile(rows, columns) for rows, columns in tiles])
+    team.run(tile, tiles)
     return out
 
 
@@ -70,10 +75,11 @@ def add_gram(team: Team, rows: torch.Tensor, total: torch.Tensor) -> None:
     """Add ``rows^T rows`` to the upper triangle of ``total [in, in]``; see :func:`mirror`.  rows: ``[count, in]``."""
     tiles = spans(rows.shape[1])
 
-    def add(one: slice, other: slice) -> None:
-        total[one, other].addmm_(rows[:, one].t(), rows[:, other])
+    def add(at: tuple[slice, slice]) -> None:
+        one, other = at
+        total[at].addmm_(rows[:, one].t(), rows[:, other])
 
-    team.run([lambda one=one, other=other: add(one, other) for at, one in enumerate(tiles) for other in tiles[at:]])
+    team.run(add, [(one, other) for number, one in enumerate(tiles) for other in tiles[number:]])
 
 
 def mirror(total: torch.Tensor) -> torch.Tensor:
@@ -104,9 +110,10 @@ def factor_upper(team: Team, matrix: torch.Tensor) -> bool:
             # X U^T = B, with U the corner: the panel above it
             matrix[rows, block] = torch.linalg.solve_triangular(corner.t(), matrix[rows, block], upper=False, left=False)
 
-        def update(one: slice, other: slice, block: slice = block) -> None:
-            matrix[one, other].addmm_(matrix[one, block], matrix[other, block].t(), alpha=-1)
+        def update(at: tuple[slice, slice], block: slice = block) -> None:
+            one, other = at
+            matrix[at].addmm_(matrix[one, block], matrix[other, block].t(), alpha=-1)
 
-        team.run([lambda rows=rows: solve(rows) for rows in above])
-        team.run([lambda one=one, other=other: update(one, other) for at, one in enumerate(above) for other in above[at:]])
+        team.run(solve, above)
+        team.run(update, [(one, other) for number, one in enumerate(above) for other in above[number:]])
     return True

@@ -24,6 +24,7 @@ Choices:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -129,7 +130,7 @@ def _factor(
         factor.diagonal().add_(damping)
         if factor_upper(team, factor):
             pivots = factor.diagonal().clone()
-            team.run([lambda rows=rows: factor[rows].div_(pivots) for rows in spans(inputs, TILE // 2)])
+            factor.div_(pivots)
             return order, factor, pivots.to(torch.float64).square(), mean, damping
     raise CalibrationError(f"the Hessian of {inputs} inputs is not positive definite even with damping {DAMPING[-1]:g}")
 
@@ -141,7 +142,7 @@ def _permute(team: Team, hessian: torch.Tensor, order: torch.Tensor, factor: flo
         chosen = order[rows, None]
         torch.mul(hessian[torch.minimum(chosen, order), torch.maximum(chosen, order)], factor, out=out[rows])
 
-    team.run([lambda rows=rows: part(rows) for rows in spans(len(order), TILE // 4)])
+    team.run(part, spans(len(order), TILE // 4))
 
 
 def _round_all(
@@ -168,7 +169,8 @@ def _round_all(
     flat_scales, flat_zero_points, flat_codes = (values.numpy().reshape(-1) for values in (scales, zero_points, codes))
     sums = np.zeros((len(parts), 3))
 
-    def work(panel: slice, part: slice, total: NDArray[np.float64]) -> None:
+    def work(panel: slice, number: int) -> None:
+        part = parts[number]
         wanted = corrections[: panel.stop - panel.start, part]
         if panel.start:
             torch.mm(factor[: panel.start, panel].t(), errors[: panel.start, part], out=wanted)
@@ -179,7 +181,7 @@ def _round_all(
             done = slice(panel.start, inside.start)
             if block.start:
                 wanted[block].addmm_(factor[done, inside].t(), errors[done, part])
-            total += quantize_block(
+            sums[number] += quantize_block(
                 errors[inside].numpy().reshape(-1),
                 corrections[block].numpy().reshape(-1),
                 factor[inside, inside].contiguous().numpy().reshape(-1),
@@ -197,7 +199,7 @@ def _round_all(
             )
 
     for panel in spans(inputs, PANEL):
-        team.run([lambda part=part, at=at, panel=panel: work(panel, part, sums[at]) for at, part in enumerate(parts)])
+        team.run(functools.partial(work, panel), range(len(parts)))
     return sums
 
 
@@ -208,7 +210,7 @@ def _load(team: Team, weight: torch.Tensor, order: torch.Tensor, out: torch.Tens
     def part(rows: slice) -> None:
         out[rows] = by_input[order[rows]]
 
-    team.run([lambda rows=rows: part(rows) for rows in spans(len(order), TILE // 4)])
+    team.run(part, spans(len(order), TILE // 4))
 
 
 def _transpose(team: Team, codes: torch.Tensor, out: torch.Tensor) -> None:
@@ -217,7 +219,7 @@ def _transpose(team: Team, codes: torch.Tensor, out: torch.Tensor) -> None:
     def part(rows: slice) -> None:
         out[rows] = codes[:, rows].t()
 
-    team.run([lambda rows=rows: part(rows) for rows in spans(out.shape[0], TILE // 4)])
+    team.run(part, spans(out.shape[0], TILE // 4))
 
 
 def _output_power(weight: torch.Tensor, hessian: torch.Tensor) -> float:
