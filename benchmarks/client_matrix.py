@@ -3,8 +3,9 @@
     python benchmarks/client_matrix.py --directory DIR [--environment 4.57.6+0.12.2 ENV ...] [--preset NAME ...]
 
 Every preset, and recipes that mix schemes, keep a layer or quantize attention, is made from the bundled tiny Scout and from a
-random tiny Maverick.  Each client loads each artifact and is held against the same model with plain, dequantized weights; see
-``client_check.py`` for what is compared.  Environments that are not given are made under DIR with venv and pip.
+random tiny Maverick; what needs calibration is given random activation ranges.  Each client loads each artifact and is held
+against the same model with plain, dequantized weights; see ``client_check.py`` for what is compared.  Environments that are not
+given are made under DIR with venv and pip.
 
 The notes that quantkit gives out with a plan (``client_notes``) must announce whatever is found here: a failure that they do not
 announce, or one that they announce and that does not happen, is printed and makes the exit status 1.  What the notes say of vLLM,
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import venv
@@ -33,6 +35,9 @@ from quantkit.llama4 import Role
 from quantkit.recipe import FEED_FORWARD_ROLES, PRESETS, Recipe, Rule
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from tests.calibrated_artifact import write_calibrated  # noqa: E402
+
 TORCH = "2.13.0"
 CLIENTS = {  # client as the notes call it -> versions of transformers + compressed-tensors
     TRANSFORMERS_4_57: "4.57.6+0.12.2",
@@ -65,10 +70,16 @@ def main() -> int:
     jobs = []
     for model, source in models.items():
         notes |= {(model, artifact.name): artifact.notes for artifact in plan(source, recipes).artifacts}
-        for made in convert(source, recipes, arguments.directory / "artifacts" / model, force=True).artifacts:
-            reference = arguments.directory / "references" / model / made.name
-            client_reference.write_reference(made.directory, source, reference)
-            jobs.append({"model": model, "name": made.name, "artifact": str(made.directory), "reference": str(reference)})
+        output = arguments.directory / "artifacts" / model
+        data_free = [recipe for recipe in recipes if not recipe.needs_calibration]
+        made = [result.directory for result in convert(source, data_free, output, force=True).artifacts] if data_free else []
+        for recipe in (recipe for recipe in recipes if recipe.needs_calibration):
+            shutil.rmtree(output / recipe.name, ignore_errors=True)
+            made.append(write_calibrated(source, recipe, output))
+        for artifact in made:
+            reference = arguments.directory / "references" / model / artifact.name
+            client_reference.write_reference(artifact, source, reference)
+            jobs.append({"model": model, "name": artifact.name, "artifact": str(artifact), "reference": str(reference)})
     load = common.load_average()
     found, versions = {}, {}
     for client, key in CLIENTS.items():
