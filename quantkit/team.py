@@ -73,7 +73,7 @@ def multiply(team: Team, left: torch.Tensor, right: torch.Tensor, out: torch.Ten
 
 def add_gram(team: Team, rows: torch.Tensor, total: torch.Tensor) -> None:
     """Add ``rows^T rows`` to the upper triangle of ``total [in, in]``; see :func:`mirror`.  rows: ``[count, in]``."""
-    tiles = spans(rows.shape[1])
+    tiles = spans(rows.shape[1], TILE)
 
     def add(at: tuple[slice, slice]) -> None:
         one, other = at
@@ -84,7 +84,7 @@ def add_gram(team: Team, rows: torch.Tensor, total: torch.Tensor) -> None:
 
 def mirror(total: torch.Tensor) -> torch.Tensor:
     """Copy the upper triangle of a square matrix to the lower one, in place."""
-    for columns in spans(total.shape[0]):
+    for columns in spans(total.shape[0], TILE):
         corner = total[columns, columns]
         corner.copy_(torch.triu(corner) + torch.triu(corner, 1).t())
         total[columns.stop :, columns] = total[columns, columns.stop :].t()
