@@ -1,8 +1,8 @@
 """Threads that work on the tiles of one computation, and the few dense routines that calibration spends its time in.
 
 BLAS libraries choose how to split a product by the number of threads, so their results differ from one machine load to the next.
-Here every routine is cut into tiles of fixed size, each of which is computed by one thread that has BLAS to itself: the bytes do not
-depend on how many threads there are, so a resumed run and a run on more cores give the same artifact.
+Here every routine is cut into tiles of fixed size, each of which is computed by one thread that has BLAS to itself: the bytes do
+not depend on how many threads there are, so a resumed run and a run on more cores give the same artifact.
 
 All matrices are float32 on the CPU; products accumulate in float32.
 """
