@@ -160,6 +160,12 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 # ------------------------------------------------------------------------------------------------------------------ load
 
 
+def is_statistics(directory: Path) -> bool:
+    """Whether statistics, perhaps damaged ones, are what this directory is for: it holds one of the files and is no model."""
+    present = any(os.path.lexists(directory / name) for name in (DESCRIPTION_NAME, TENSORS_NAME))
+    return present and not os.path.lexists(directory / "config.json")
+
+
 def load_statistics(directory: Path) -> Statistics:
     """Read what :func:`save_statistics` wrote.  Raises CalibrationError when files are missing, damaged or not a pair."""
     missing = [name for name in (DESCRIPTION_NAME, TENSORS_NAME) if not os.path.isfile(directory / name)]
