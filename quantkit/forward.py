@@ -25,7 +25,7 @@ from quantkit.config import Llama4Config
 
 @dataclass(frozen=True)
 class Routing:
-    """Where tokens go.  experts: int64 ``[tokens, k]``.  scores: float32 ``[tokens, k]``.  logits: float32 ``[tokens, experts]``."""
+    """Where tokens go: experts int64 ``[tokens, k]``, scores float32 ``[tokens, k]``, logits float32 ``[tokens, experts]``."""
 
     experts: torch.Tensor
     scores: torch.Tensor
@@ -110,7 +110,7 @@ def _turned(config: Llama4Config, layer: int, heads: torch.Tensor, positions: to
 
 
 def route(config: Llama4Config, rows: torch.Tensor, router: torch.Tensor) -> Routing:
-    """The ``experts_per_token`` experts with the largest logits for each row ``[tokens, hidden]``; router: ``[experts, hidden]``."""
+    """The ``experts_per_token`` experts of largest logits for each row ``[tokens, hidden]``; router: ``[experts, hidden]``."""
     logits = rows @ router.t()
     largest, experts = torch.topk(logits, config.experts_per_token, dim=-1)
     return Routing(experts, torch.sigmoid(largest), logits)

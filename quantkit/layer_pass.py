@@ -1,15 +1,15 @@
 """One decoder layer over all samples, with someone watching what every unit receives.
 
-The layer's units are visited in the order of the model: q/k/v, o, then the dense MLP, or the router, the shared expert and the routed
-experts one after the other.  Of the weights only one unit pair is in memory at a time (gate and up with down), of the hidden states
-only portions: they live in arrays that may be memory-mapped files.
+The layer's units are visited in the order of the model: q/k/v, o, then the dense MLP, or the router, the shared expert and the
+routed experts one after the other.  Of the weights only one unit pair is in memory at a time (gate and up with down), of the hidden
+states only portions: they live in arrays that may be memory-mapped files.
 
 An observer is shown each unit's inputs in portions and is told when all have been shown; that is when it may quantize the unit.
 What later units see is then
 
 * the reference: what the original weights give (``sequential=False``).  Inputs are shown while they are used, in one sweep.
-* or what the replacement gives that the observer returns (``sequential=True``).  Inputs of a down projection then depend on how gate and
-  up were quantized, so each unit needs a sweep of its own.
+* or what the replacement gives that the observer returns (``sequential=True``).  Inputs of a down projection then depend on how
+  gate and up were quantized, so each unit needs a sweep of its own.
 
 Sums are cut into tiles of fixed size (see :mod:`quantkit.team`), so the result does not depend on the number of threads.
 """
@@ -33,7 +33,7 @@ PORTION = 4096  # tokens at a time
 
 @dataclass(frozen=True)
 class Borrowed:
-    """Tokens lent to an expert that received too few: their indices, int64 ``[count]``, and what each counts beside a routed one."""
+    """Tokens lent to an expert that received too few: their rows, int64 ``[count]``, and what each counts beside a routed one."""
 
     tokens: torch.Tensor
     weight: float
@@ -52,7 +52,10 @@ class Observer(Protocol):
         """A portion of the inputs of ``unit``: float32 ``[count, in]``, of these tokens; each row counts ``weight``."""
 
     def cached(self, layer: int, keys: torch.Tensor, values: torch.Tensor, sample: int) -> None:
-        """Keys and values of one sample as a cache would hold them."""
+        """Keys and values of one sample as a cache would hold them; called by several threads at once.
+
+        keys: ``[length, key_value_heads, head_dim]``.  values: ``[length, key_value_heads * head_dim]``.
+        """
 
     def complete(self, unit: Unit, weights: Sequence[torch.Tensor], digests: Sequence[str]) -> list[torch.Tensor] | None:
         """All inputs of ``unit`` were shown.  weights: its matrices ``[out, in]`` with the digests of their source bytes.
@@ -169,7 +172,7 @@ class LayerPass:
     def _experts_and_router(
         self, rows_of: Callable[[torch.Tensor], torch.Tensor], output: torch.Tensor, scratch: torch.Tensor
     ) -> None:
-        """Shared expert and routed experts; ``output`` holds what attention left, and what is added to it gathers in ``scratch``."""
+        """Shared expert and routed experts.  ``output`` holds what attention left; what is added to it gathers in ``scratch``."""
         config, tokens = self._config, self._samples.tokens
         added = scratch[:, : config.hidden_size]
         router = self._checkpoint.read_slice(f"{self._base}feed_forward.router.weight").to(torch.float32)
@@ -210,7 +213,7 @@ class LayerPass:
         emit: Callable[[torch.Tensor, torch.Tensor], None],
         borrowed: Borrowed | None = None,
     ) -> None:
-        """A gated MLP on ``rows_of(tokens)``; ``emit`` gets tokens and results.  Borrowed tokens are shown, but nothing comes of them."""
+        """A gated MLP on ``rows_of(tokens)``; ``emit`` gets tokens and results.  Borrowed tokens are shown and nothing more."""
         shows = [(part, 1.0) for part in self._portions(tokens)]
         emitting = len(shows)
         if borrowed is not None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from quantkit import forward, language_model, layer_pass
 from quantkit import team as team_module
@@ -68,6 +69,13 @@ def some_tokens(samples: int = 3, length: int = 100, vocabulary: int = 256, seed
     return torch.randint(0, vocabulary, (samples, length), generator=torch.Generator().manual_seed(seed))
 
 
+def scale_embedding(directory: Path, factor: float) -> None:
+    for path in directory.glob("*.safetensors"):
+        tensors = load_file(path)
+        scaled = {name: tensor * factor if "embed_tokens" in name else tensor for name, tensor in tensors.items()}
+        save_file(scaled, path, metadata={"format": "pt"})
+
+
 def difference(one: torch.Tensor, other: torch.Tensor) -> float:
     assert one.shape == other.shape
     return float((one - other).abs().max())
@@ -89,6 +97,8 @@ def test_logits(case: str, tmp_path: Path) -> None:
     for seed in SEEDS:
         directory = tmp_path / str(seed)
         write_tiny_model(directory, kind, seed, **overrides)
+        if overrides.get("tie_word_embeddings"):  # else the logits are ten times as large as those of the other models
+            scale_embedding(directory, 0.1)
         tokens = some_tokens(vocabulary=overrides.get("vocab_size", 256), seed=seed)
         with Checkpoint.open(directory) as checkpoint:
             ours = logits(checkpoint, tokens, threads=2)
@@ -318,12 +328,9 @@ def test_an_id_outside_the_vocabulary_is_refused(wrong: int, tmp_path: Path) -> 
     tokens = some_tokens(1, 9)[0]
     tokens[5] = tokens[7] = wrong
     out = torch.full((9, 128), 3.0)
-    with (
-        Checkpoint.open(tmp_path) as checkpoint,
-        pytest.raises(CalibrationError, match="token 5 has id .* 256 ids .2 of 9") as error,
-    ):
+    with Checkpoint.open(tmp_path) as checkpoint, pytest.raises(CalibrationError) as error:
         embed(checkpoint, tokens, out)
-    assert f" {wrong}," in str(error.value)
+    assert f"token 5 has id {wrong}, but the model's vocabulary has 256 ids (2 of 9 tokens" in str(error.value)
     assert (out == 3.0).all()
 
 
