@@ -162,14 +162,20 @@ def test_a_llama4_template_renders_as_transformers_does(
     assert load_chat_format(directory, lambda _: False).name == file
 
 
-def test_the_bundled_model_renders_as_transformers_does(oracle: PreTrainedTokenizerFast) -> None:
-    template = (DEMO / "chat_template.jinja").read_text()
-    conversations = [document for document in read_documents(None, held_out=True).documents if document.messages]
-    assert conversations
+@pytest.mark.parametrize("style", ["bundled model", "Llama 4"])
+def test_the_bundled_conversations_render_as_transformers_does(style: str, tmp_path: Path, oracle: PreTrainedTokenizerFast) -> None:
+    directory = DEMO if style == "bundled model" else tokenizer_files(tmp_path / "t", LLAMA4_STYLE)
+    chat = load_chat_format(directory, lambda _: True)
+    template = (directory / "chat_template.jinja").read_text()
+    parts = [read_documents(None, held_out=held_out).documents for held_out in (False, True)]
+    conversations = [document for documents in parts for document in documents if document.messages]
+    assert any(document.tools for document in conversations)
     for document in conversations:
         messages, tools = list(document.messages), list(document.tools) or None
-        expected = oracle.apply_chat_template(messages, tools=tools, chat_template=template, tokenize=False)
-        assert render(DEMO, messages, tools) == expected
+        expected = oracle.apply_chat_template(
+            messages, tools=tools, chat_template=template, tokenize=False, date_string=DATE_STRING
+        )
+        assert chat.render(messages, tools) == expected
 
 
 def test_the_date_never_changes(tmp_path: Path) -> None:
