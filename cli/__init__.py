@@ -5,6 +5,7 @@
     signals.py   Ctrl-C and SIGTERM
     progress.py  the live display of a conversion, or plain lines where there is no terminal
     tables.py    results as rich tables
+    coverage.py  what calibration saw, as tables and a heat map
     data.py      results as JSON-able dictionaries
     presets.py   a line on each preset
     text.py      sizes, durations and counts as text, and back

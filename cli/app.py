@@ -7,13 +7,13 @@ import sys
 import threading
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from . import text
 from .presets import LINES, preset_rows
-from .run import print_json, reporting, what_is_left
+from .run import print_json, reporting, what_calibration_left, what_is_left
 from .signals import stopping_on_signals
 
 if TYPE_CHECKING:
@@ -78,6 +78,29 @@ Workers = Annotated[
     int | None, typer.Option(min=1, max=MAXIMUM_WORKERS, help="Units worked on at once. Default: by cores and free memory.")
 ]
 Context = Annotated[int, typer.Option(min=1, help="Tokens of KV cache that the GPUs should have room for.")]
+Corpus = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        metavar="TEXT",
+        callback=_expand,
+        help="Text or JSONL file, a directory of them, or a hub dataset. Default: the bundled corpus.",
+        rich_help_panel="Calibration",
+    ),
+]
+Samples = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Samples to calibrate on. Default: all.", rich_help_panel="Calibration")
+]
+SequenceLength = Annotated[int, typer.Option(metavar="N", min=2, help="Tokens of a sample.", rich_help_panel="Calibration")]
+Seed = Annotated[int, typer.Option(metavar="N", help="Chooses the samples.", rich_help_panel="Calibration")]
+Packing = Annotated[
+    Literal["packed", "documents"],
+    typer.Option(metavar="HOW", help="packed: documents joined; documents: one a sample.", rich_help_panel="Calibration"),
+]
+MinimumTokens = Annotated[
+    int,
+    typer.Option("--min-expert-tokens", metavar="N", min=0, help="Fail when an expert gets fewer.", rich_help_panel="Calibration"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for errors too.")]
 
 
@@ -92,6 +115,7 @@ def main(
     epilog=_examples(
         "quantkit convert ./scout --to w4a16-rtn -o out",
         "quantkit convert meta-llama/Llama-4-Scout-17B-16E-Instruct --to fp8-dynamic --to w4a16-rtn -o out",
+        "quantkit convert ./scout --to fp8-static -o out --calibration text.jsonl --samples 256",
         "quantkit convert ./scout --to recipe.toml -o out --dry-run",
     )
 )
@@ -102,6 +126,20 @@ def convert(
     revision: Revision = None,
     workers: Workers = None,
     max_shard_size: ShardSize = "5GB",
+    corpus: Corpus = None,
+    samples: Samples = None,
+    sequence_length: SequenceLength = 2048,
+    seed: Seed = 0,
+    packing: Packing = "packed",
+    minimum_tokens: MinimumTokens = 0,
+    sequential: Annotated[
+        bool,
+        typer.Option("--sequential/--no-sequential", help="Later layers see quantized ones.", rich_help_panel="Calibration"),
+    ] = False,
+    statistics: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Use these statistics of quantkit calibrate.", rich_help_panel="Calibration"),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the source, print the plan and stop.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace finished artifacts of the same name.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Discard an unfinished run instead of resuming it.")] = False,
@@ -114,6 +152,11 @@ def convert(
     A run that was killed or stopped is resumed by the same command.
     An artifact gets its final name only when it is complete, read back and checked.
     """
+    if statistics is not None and (corpus is not None or samples is not None or sequential):
+        raise typer.BadParameter(
+            "saved statistics take the place of a calibration: leave out --calibration, --samples and --sequential",
+            param_hint="--statistics",
+        )
     with reporting(as_json, lambda: what_is_left(to, output, sys.argv[1:])):
         if dry_run:
             from quantkit import plan as make_plan
@@ -125,6 +168,7 @@ def convert(
             _silence_downloads(source)
         from rich.console import Console
 
+        from quantkit import CalibrationOptions
         from quantkit import convert as run_convert
 
         from .data import convert_data
@@ -140,6 +184,9 @@ def convert(
                 revision=revision,
                 workers=workers,
                 max_shard_bytes=text.parse_size(max_shard_size),
+                calibration=CalibrationOptions(
+                    corpus, samples, sequence_length, seed, packing, minimum_tokens, sequential=sequential, statistics=statistics
+                ),
                 force=force,
                 restart=restart,
                 progress=None if quiet or as_json else display.update,
@@ -153,6 +200,72 @@ def convert(
             print_json(convert_data(result))
         else:
             print_conversion(Console(), result)
+
+
+@app.command(
+    epilog=_examples(
+        "quantkit calibrate ./scout -o scout-statistics",
+        "quantkit calibrate ./scout -o scout-statistics --calibration text.jsonl --samples 512 --min-expert-tokens 64",
+        "quantkit convert ./scout --to fp8-static -o out --statistics scout-statistics",
+    )
+)
+def calibrate(
+    source: Source,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Directory of the statistics.")],
+    revision: Revision = None,
+    workers: Annotated[int | None, typer.Option(min=1, max=MAXIMUM_WORKERS, help="Cores to compute on. Default: all.")] = None,
+    corpus: Corpus = None,
+    samples: Samples = None,
+    sequence_length: SequenceLength = 2048,
+    seed: Seed = 0,
+    packing: Packing = "packed",
+    minimum_tokens: MinimumTokens = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace finished statistics.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Discard an unfinished run instead of resuming it.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; print the directory only.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run text through the model and keep what every expert receives.
+
+    Shows how many tokens each expert of each layer got, which experts got too few, and which kinds of text reach them.
+    DIR holds the statistics, for convert --statistics, and the heat map coverage.svg.
+    A run that was killed or stopped is resumed by the same command.
+    """
+    with reporting(as_json, lambda: what_calibration_left(output, sys.argv[1:])):
+        if quiet or as_json:
+            _silence_downloads(source)
+        from rich.console import Console
+
+        from quantkit import CalibrationOptions
+        from quantkit import calibrate as run_calibrate
+        from quantkit.coverage import save_heat_map
+
+        from .progress import ProgressDisplay, unit_progress
+
+        stop = threading.Event()
+        with stopping_on_signals(stop, announce=not as_json), ProgressDisplay(Console(stderr=True), stop) as display:
+            result = run_calibrate(
+                source,
+                output,
+                calibration=CalibrationOptions(corpus, samples, sequence_length, seed, packing, minimum_tokens),
+                revision=revision,
+                workers=workers,
+                force=force,
+                restart=restart,
+                progress=None if quiet or as_json else unit_progress(display.update),
+                stop=stop,
+            )
+        save_heat_map(result.directory, result.statistics)
+        if quiet:
+            print(result.directory)
+        elif as_json:
+            from .data import statistics_data
+
+            print_json({"directory": str(result.directory), "seconds": result.seconds, **statistics_data(result.statistics)})
+        else:
+            from .tables import print_statistics
+
+            print_statistics(Console(), result.directory, result.statistics)
 
 
 def _silence_downloads(source: str) -> None:
@@ -220,21 +333,28 @@ def _show_plan(plan: Plan, source: str, output: Path, workers: int | None, conte
         print_plan(Console(), plan, roles, cost, context, fits)
 
 
-@app.command(epilog=_examples("quantkit inspect ./scout", "quantkit inspect out/w4a16-rtn --json"))
+@app.command(epilog=_examples("quantkit inspect ./scout", "quantkit inspect out/w4a16-rtn --json", "quantkit inspect statistics"))
 def inspect(
     path: Annotated[
         str,
         typer.Argument(
-            metavar="PATH", callback=_expand, help="A checkpoint or artifact, a safetensors file, or a hub repository id."
+            metavar="PATH", callback=_expand, help="A checkpoint, artifact, safetensors file, statistics, or a hub repository id."
         ),
     ],
     revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a checkpoint or artifact holds: tensors by role, schemes and sizes, from headers alone."""
+    """Show what a checkpoint or artifact holds: tensors by role, schemes and sizes, from headers alone.
+
+    Of the statistics of a calibration it shows what every expert received.
+    """
     with reporting(as_json):
         from quantkit import inspect as inspect_path
+        from quantkit.statistics import is_statistics
 
+        if revision is None and is_statistics(Path(path)):
+            _show_statistics(Path(path), as_json)
+            return
         inspection = inspect_path(path, revision)
         if as_json:
             from .data import inspection_data
@@ -246,6 +366,22 @@ def inspect(
             from .tables import print_inspection
 
             print_inspection(Console(), inspection)
+
+
+def _show_statistics(directory: Path, as_json: bool) -> None:
+    from quantkit.statistics import load_statistics
+
+    statistics = load_statistics(directory)
+    if as_json:
+        from .data import statistics_data
+
+        print_json({"path": str(directory), "kind": "statistics", **statistics_data(statistics)})
+    else:
+        from rich.console import Console
+
+        from .tables import print_statistics
+
+        print_statistics(Console(), directory, statistics)
 
 
 @app.command(epilog=_examples("quantkit verify out/w4a16-rtn", "quantkit verify out/w4a16-rtn --source ./scout --sample 64"))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from quantkit import ConvertResult, CostEstimate, GpuFit, Inspection, Plan, RoleSummary, VerifyResult
+    from quantkit.statistics import Statistics
 
 
 def role_data(rows: Iterable[RoleSummary]) -> list[dict[str, Any]]:
@@ -98,4 +99,19 @@ def verify_data(result: VerifyResult) -> dict[str, Any]:
         "tensors": result.tensors,
         "bytes": result.bytes,
         "sampled": result.sampled,
+    }
+
+
+def statistics_data(statistics: Statistics) -> dict[str, Any]:
+    """What a calibration saw: experts, layers, kinds and languages of the text; all but the statistics of the units' inputs."""
+    from quantkit.coverage import check_coverage, coverage_rows, kind_coverage, language_coverage, layer_coverage
+
+    return {
+        "description": statistics.description,
+        "layers": [asdict(row) for row in layer_coverage(statistics)],
+        "experts": [asdict(row) for row in coverage_rows(statistics)],
+        "cold": [{"layer": layer, "expert": expert, "tokens": tokens} for layer, expert, tokens in check_coverage(statistics)],
+        "kinds": [asdict(row) for row in kind_coverage(statistics)],
+        "languages": [asdict(row) for row in language_coverage(statistics)],
+        "cache_peaks": {str(layer): {"key": key, "value": value} for layer, (key, value) in statistics.cache_peaks.items()},
     }

@@ -1,4 +1,4 @@
-"""The progress of a conversion: two live lines on a terminal, a plain line every few seconds elsewhere; and of a verification.
+"""The progress of a conversion or calibration: two live lines on a terminal, plain lines elsewhere; and of a verification.
 
 ``convert`` calls back after each unit.  The display starts with the first call, so that a download's own progress bars, which come
 before, are not overdrawn, and is refreshed by the clock, so that the time left counts down between units.  It writes to stderr.
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 RATE_WINDOW_SECONDS = 30.0
 RATE_SAMPLES = 5  # before these, a rate says more of kernels being compiled than of the run
 PLAIN_INTERVAL_SECONDS = 10.0
-LABELS = {"prepare": "Preparing", "convert": "Converting", "check": "Checking"}
+LABELS = {"prepare": "Preparing", "calibrate": "Calibrating", "convert": "Converting", "check": "Checking"}
 
 
 class Meter:
-    """Rate over the last seconds: samples of (seconds, bytes done) that come in order."""
+    """Rate over the last seconds: samples of (seconds, bytes or units done) that come in order."""
 
     def __init__(self, window: float = RATE_WINDOW_SECONDS):
         self._window = window
@@ -47,7 +47,7 @@ class Meter:
             self._samples.popleft()
 
     def rate(self) -> float | None:
-        """Bytes per second, None before there are enough samples."""
+        """What is done in a second, None before there are enough samples."""
         if len(self._samples) < RATE_SAMPLES:
             return None
         (begin, first), (end, last) = self._samples[0], self._samples[-1]
@@ -87,9 +87,9 @@ class ProgressDisplay:
 
     def update(self, progress: Progress) -> None:
         """Take a snapshot; called from worker threads, one call at a time."""
-        if self._last is None or (progress.phase, progress.bytes_total) != (self._last.phase, self._last.bytes_total):
+        if self._last is None or (progress.phase, _extent(progress)[1]) != (self._last.phase, _extent(self._last)[1]):
             self._meter, self._printed = Meter(), -PLAIN_INTERVAL_SECONDS
-        self._meter.add(progress.seconds, progress.bytes_done)
+        self._meter.add(progress.seconds, _extent(progress)[0])
         self._last, self._received = progress, time.monotonic()
         if not self._console.is_terminal:
             self._print_line(progress)
@@ -100,11 +100,12 @@ class ProgressDisplay:
     # -------------------------------------------------------------------------------------------------------- plain lines
 
     def _print_line(self, progress: Progress) -> None:
-        finished = progress.bytes_done >= progress.bytes_total
+        done, total = _extent(progress)
+        finished = done >= total
         if not finished and progress.seconds - self._printed < PLAIN_INTERVAL_SECONDS:
             return
         self._printed = progress.seconds
-        share = text.percent(progress.bytes_done, progress.bytes_total)
+        share = text.percent(done, total)
         file: IO[str] = self._console.file
         file.write(f"{LABELS[progress.phase]}: {', '.join((share, *self._figures(progress), *_position(progress)))}\n")
         file.flush()
@@ -115,12 +116,13 @@ class ProgressDisplay:
         """The two lines as they stand now."""
         progress = self._last
         assert progress is not None  # the display starts with the first snapshot
-        bar = ProgressBar(total=max(1, progress.bytes_total), completed=progress.bytes_done)
+        done, total = _extent(progress)
+        bar = ProgressBar(total=max(1, total), completed=done)
         first = Table.grid(padding=(0, 1), expand=True)
         first.add_column(no_wrap=True)
         first.add_column(ratio=1)
         first.add_column(no_wrap=True, justify="right")
-        figures = [text.percent(progress.bytes_done, progress.bytes_total), *self._figures(progress)]
+        figures = [text.percent(done, total), *self._figures(progress)]
         first.add_row(Text(LABELS[progress.phase], style="bold"), bar, Text("  ".join(figures)))
         if self._stop.is_set():
             second = Text(STOPPING, style="yellow")
@@ -130,13 +132,32 @@ class ProgressDisplay:
         return Group(first, second)
 
     def _figures(self, progress: Progress) -> list[str]:
-        """Bytes, rate and time left."""
-        figures = [text.size_of(progress.bytes_done, progress.bytes_total)]
+        """Bytes if they are counted, rate and time left."""
+        done, total = _extent(progress)
+        figures = [text.size_of(done, total)] if progress.bytes_total else []
         rate = self._meter.rate()
-        if rate is not None and progress.bytes_done < progress.bytes_total:
-            left = (progress.bytes_total - progress.bytes_done) / rate - (time.monotonic() - self._received)
-            figures += [f"{text.size(rate)}/s", f"{text.duration(max(0.0, left))} left"]
+        if rate is not None and done < total:
+            left = (total - done) / rate - (time.monotonic() - self._received)
+            figures += [
+                f"{text.size(rate) if progress.bytes_total else f'{rate:.1f} units'}/s",
+                f"{text.duration(max(0.0, left))} left",
+            ]
         return figures
+
+
+def _extent(progress: Progress) -> tuple[int, int]:
+    """What is done, of how much: in bytes, or in units where bytes are not counted."""
+    if progress.bytes_total:
+        return progress.bytes_done, progress.bytes_total
+    return progress.units_done, progress.units_total
+
+
+def unit_progress(update: Callable[[Progress], None]) -> Callable[[int, int, str], None]:
+    """What ``calibrate`` takes as ``progress``: units done, of how many, and the key of the last."""
+    from quantkit import Progress
+
+    began = time.monotonic()
+    return lambda done, total, key: update(Progress("calibrate", done, total, 0, 0, 0, 0, key, time.monotonic() - began))
 
 
 def _position(progress: Progress) -> list[str]:
@@ -147,4 +168,5 @@ def _position(progress: Progress) -> list[str]:
         return [f"{progress.current} is read back before it gets its final name"]
     resumed = f" ({progress.units_resumed} resumed)" if progress.units_resumed else ""
     units = f"unit {progress.units_done}/{progress.units_total}{resumed}"
-    return [units, f"{text.size(progress.bytes_written)} written", text.place(progress.current)]
+    written = [f"{text.size(progress.bytes_written)} written"] if progress.phase == "convert" or progress.bytes_written else []
+    return [units, *written, text.place(progress.current)]

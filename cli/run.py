@@ -73,11 +73,20 @@ def what_is_left(targets: Sequence[str], output: Path, arguments: Sequence[str])
     from quantkit.errors import RecipeError
     from quantkit.recipe import resolve_recipe
 
-    command = shlex.join(["quantkit", *(argument for argument in arguments if argument != "--restart")])
     try:
         partial = [output / f"{resolve_recipe(target).name}.partial" for target in targets]
     except RecipeError:  # interrupted before the recipes were read
         partial = []
+    return _left_in(partial, output, arguments)
+
+
+def what_calibration_left(output: Path, arguments: Sequence[str]) -> str:
+    """The same for a calibration into the directory ``output``."""
+    return _left_in([output.with_name(f"{output.name}.partial")], output.parent, arguments)
+
+
+def _left_in(partial: Sequence[Path], output: Path, arguments: Sequence[str]) -> str:
+    command = shlex.join(["quantkit", *(argument for argument in arguments if argument != "--restart")])
     if any(path.is_dir() for path in partial):
         return f"finished work is kept; the same command resumes it:\n  {command}"
     return f"nothing unfinished is left in {output}; the same command starts again:\n  {command}"

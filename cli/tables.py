@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -25,11 +26,12 @@ if TYPE_CHECKING:
         RoleSummary,
         VerifyResult,
     )
+    from quantkit.statistics import Statistics
 
     from .presets import PresetRow
 
 
-def _table(left: Sequence[str], right: Sequence[str] = (), wrap: str | None = None) -> Table:
+def make_table(left: Sequence[str], right: Sequence[str] = (), wrap: str | None = None) -> Table:
     """A table with text columns on the left and number columns on the right; only the column ``wrap`` may break its lines."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in left:
@@ -43,11 +45,13 @@ def _role_name(role: str) -> str:
     return role.replace("_", " ")
 
 
-def _many(count: int, noun: str) -> str:
+def many(count: int, noun: str) -> str:
+    """``1 file``, ``2,304 files``."""
     return f"{count} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
-def _heading(console: Console, heading: str) -> None:
+def print_heading(console: Console, heading: str) -> None:
+    """A bold line after an empty one."""
     console.print()
     console.print(Text(heading, style="bold"))
 
@@ -58,7 +62,7 @@ def _heading(console: Console, heading: str) -> None:
 def print_conversion(console: Console, result: ConvertResult) -> None:
     """Per artifact the table of sizes and errors and the clients that refuse it, then the totals of the run."""
     for artifact in result.artifacts:
-        _heading(console, artifact.name)
+        print_heading(console, artifact.name)
         console.print(_artifact_table(artifact))
         resumed = f", {artifact.units_resumed} units resumed from an earlier run" if artifact.units_resumed else ""
         line = f"{artifact.directory}: {text.size(artifact.bytes)}, {artifact.tensors} weights{resumed}"
@@ -71,13 +75,13 @@ def print_conversion(console: Console, result: ConvertResult) -> None:
     if result.seconds > 0 and not any(artifact.units_resumed for artifact in result.artifacts):
         rate = f", {text.size(result.source_bytes / result.seconds)}/s of source"
     console.print()
-    made = f"{_many(count, 'artifact')} from {text.size(result.source_bytes)} of source"
+    made = f"{many(count, 'artifact')} from {text.size(result.source_bytes)} of source"
     console.print(f"{made} in {text.duration(result.seconds)}{rate}", highlight=False)
 
 
 def _artifact_table(artifact: ArtifactResult) -> Table:
     rows = artifact.roles
-    table = _table(("role", "scheme"), ("size", "bits/weight", "mean error", "worst"))
+    table = make_table(("role", "scheme"), ("size", "bits/weight", "mean error", "worst"))
     kept = [row for row in rows if row.role not in artifact.relative_errors]
     for row in rows:
         if row.role in artifact.relative_errors:
@@ -100,7 +104,7 @@ def _bits(rows: Iterable[RoleSummary]) -> str:
 def role_table(rows: Iterable[RoleSummary]) -> Table:
     """Tensors, parameters, bits per weight and size by role and in total."""
     rows = list(rows)
-    table = _table(("role", "scheme"), ("tensors", "parameters", "bits/weight", "size"), wrap="scheme")
+    table = make_table(("role", "scheme"), ("tensors", "parameters", "bits/weight", "size"), wrap="scheme")
     for row in rows:
         cells = (f"{row.tensors:,}", text.count(row.parameters), _bits([row]), text.size(row.bytes))
         table.add_row(_role_name(row.role), ", ".join(row.schemes), *cells, style="dim" if row.schemes == ("keep",) else "")
@@ -123,22 +127,22 @@ def print_plan(
 ) -> None:
     """Everything a plan knows: roles, files, clients and GPUs of each artifact, then the cost of the run."""
     for artifact in plan.artifacts:
-        _heading(console, artifact.name)
+        print_heading(console, artifact.name)
         console.print(role_table(roles[artifact.name]))
         _print_files(console, artifact, complete=plan.provenance is not None)
         if artifact.notes:
-            _heading(console, f"Clients that load {artifact.name}")
+            print_heading(console, f"Clients that load {artifact.name}")
             console.print(_client_table(artifact))
-        _heading(console, f"GPUs that hold {artifact.name} and {context:,} tokens of context")
+        print_heading(console, f"GPUs that hold {artifact.name} and {context:,} tokens of context")
         console.print(Text("In each cell: the tokens of KV cache there is room for.", style="dim"))
         console.print(_gpu_table(fits[artifact.name]))
-    _heading(console, "The run")
+    print_heading(console, "The run")
     _print_cost(console, cost)
 
 
 def _print_files(console: Console, artifact: ArtifactPlan, complete: bool) -> None:
     sizes = artifact.file_sizes
-    _heading(console, f"Files: {len(sizes)}, {sum(sizes.values()):,} bytes")
+    print_heading(console, f"Files: {len(sizes)}, {sum(sizes.values()):,} bytes")
     width = max(map(len, sizes))
     console.print(Columns([Text(f"{name:<{width}} {size:>15,}") for name, size in sizes.items()], padding=(0, 4)))
     if not complete:
@@ -147,7 +151,7 @@ def _print_files(console: Console, artifact: ArtifactPlan, complete: bool) -> No
 
 
 def _client_table(artifact: ArtifactPlan) -> Table:
-    table = _table(("loads", "client"), wrap="client")
+    table = make_table(("loads", "client"), wrap="client")
     for note in artifact.notes:
         loads = Text("yes", style="green") if note.loads else Text("no", style="bold red")
         table.add_row(loads, Text(f"{note.client}: {note.why}" if note.why else note.client))
@@ -156,7 +160,7 @@ def _client_table(artifact: ArtifactPlan) -> Table:
 
 def _gpu_table(fits: list[GpuFit]) -> Table:
     counts = sorted({fit.count for fit in fits})
-    table = _table(("memory each",), [_many(count, "GPU") for count in counts])
+    table = make_table(("memory each",), [many(count, "GPU") for count in counts])
     by_place = {(fit.gigabytes, fit.count): fit for fit in fits}
     for gigabytes in sorted({fit.gigabytes for fit in fits}):
         cells = []
@@ -195,7 +199,7 @@ def print_inspection(console: Console, inspection: Inspection) -> None:
     kind = "quantized" if inspection.kind == "artifact" else "not quantized"
     console.print(Text(inspection.model))
     sizes = f"{text.count(inspection.parameters)} parameters, {text.size(inspection.bytes)}"
-    files = _many(len(inspection.files), "file")
+    files = many(len(inspection.files), "file")
     console.print(Text(f"{sizes} in {files}, {kind}, format {inspection.format}"))
     console.print()
     console.print(role_table(inspection.roles))
@@ -209,16 +213,28 @@ def print_verification(console: Console, result: VerifyResult) -> None:
     """Each check with what it found."""
     console.print()
     console.print(Text(str(result.directory), style="bold"), soft_wrap=True)  # a path stays in one piece
-    table = _table(("check", "", "found"), wrap="found")
+    table = make_table(("check", "", "found"), wrap="found")
     for check in result.checks:
         table.add_row(check.name, Text("ok", style="green") if check.ok else Text("failed", style="bold red"), check.detail)
     console.print(table)
     console.print(f"Verified: {result.tensors} tensors, {text.size(result.bytes)}", highlight=False)
 
 
+def print_statistics(console: Console, directory: Path, statistics: Statistics) -> None:
+    """Where statistics lie, what was calibrated on, and what every expert received."""
+    from .coverage import print_coverage
+
+    console.print(Text(str(directory), style="bold"), soft_wrap=True)
+    corpus = statistics.description.get("corpus")
+    if isinstance(corpus, dict):
+        parts = [f"{name} {corpus[name]}" for name in ("source", "samples", "tokens", "packing", "seed") if name in corpus]
+        console.print(Text(f"Calibrated on: {', '.join(parts)}"), soft_wrap=True)
+    print_coverage(console, statistics)
+
+
 def print_presets(console: Console, rows: Iterable[PresetRow]) -> None:
     """Name, scheme, bits and one line for each preset."""
-    table = _table(("preset", "scheme", "bits", "what it is"), wrap="what it is")
+    table = make_table(("preset", "scheme", "bits", "what it is"), wrap="what it is")
     for row in rows:
         table.add_row(row.name, row.scheme, f"{row.bits_per_weight:.3f}", row.what)
     console.print(table)

@@ -209,7 +209,7 @@ class ColorScale:
     def ticks(self) -> list[int]:
         """Numbers for a legend: least, most, and powers of ten between them that stand apart from both."""
         powers = [10**exponent for exponent in range(20) if self.least < 10**exponent < self.most]
-        apart = [power for power in powers if 0.12 < self.position(power) < 0.88]
+        apart = [power for power in powers if 0.12 < self.position(power) < 0.85]
         return [self.least, *apart, self.most] if self.most > self.least else [self.most]
 
 
@@ -245,14 +245,15 @@ def heat_map_svg(statistics: Statistics) -> str:
     height = bottom + 92
     size = f'width="{width}" height="{height}"'
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {width} {height}" role="img" aria-labelledby="title description">',
-        '<title id="title">Calibration coverage by layer and expert</title>',
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {width} {height}" role="img" aria-describedby="description">',
+        "<title>Calibration coverage by layer and expert</title>",
         f'<desc id="description">{_description(statistics)}</desc>',
         f"<style>{_STYLE}</style>",
         f'<rect class="p" {size}/>',
         f'<text class="h" x="{_MARGIN}" y="26">Tokens that the router sent to each expert</text>',
         f'<text class="q" x="{_MARGIN}" y="44">{_description(statistics)}</text>',
     ]
+    lines.append(f'<text class="q" x="{_LEFT - 8}" y="{_TOP - 6}" text-anchor="end">expert</text>')
     step = next(step for step in (1, 2, 4, 8, 16, 32, 64, 128, 1 << 30) if step * cell_width >= 24)
     lines += [
         f'<text class="q" x="{_LEFT + expert * cell_width + cell_width // 2}" y="{_TOP - 6}" text-anchor="middle">{expert}</text>'
