@@ -158,7 +158,7 @@ class LayerPass:
             self._observer.cached(self._layer, forward.cached_keys(config, self._layer, keys), values, sample)
             context[tokens] = forward.attend(config, self._layer, queries, keys, values)
 
-        self._team.run(attend, range(samples.count))
+        self._team.run(attend, [sample for sample, length in enumerate(samples.lengths) if length])
         for tokens in self._portions(samples.tokens):
             self._observer.shown(out, context[tokens], tokens, 1.0)
         (weight,) = self._ready(out, self._readers[0])
