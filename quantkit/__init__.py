@@ -13,10 +13,13 @@ quantkit.plan import ...``.
 
 from __future__ import annotations
 
+from quantkit.calibrate import CalibrateResult, calibrate
+from quantkit.calibration import CalibrationOptions
 from quantkit.convert import ArtifactResult, ConvertResult, Progress, convert, plan
 from quantkit.errors import (
     AlreadyQuantizedError,
     ArtifactError,
+    CalibrationError,
     CheckpointError,
     CorpusError,
     Interrupted,
@@ -41,6 +44,9 @@ __all__ = [
     "ArtifactError",
     "ArtifactPlan",
     "ArtifactResult",
+    "CalibrateResult",
+    "CalibrationError",
+    "CalibrationOptions",
     "CheckpointError",
     "ConvertResult",
     "CorpusError",
@@ -62,6 +68,7 @@ __all__ = [
     "VerifyResult",
     "WeightError",
     "__version__",
+    "calibrate",
     "convert",
     "estimate_cost",
     "gpu_fits",

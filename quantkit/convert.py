@@ -10,7 +10,6 @@ resumed with more targets than it was started with.
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 import time
@@ -18,28 +17,28 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import xxhash
 
 from quantkit import ledger
+from quantkit.calibration import CalibrationOptions
+from quantkit.calibrated import Calibrated
 from quantkit.checkpoint import Checkpoint, load_config
 from quantkit.engine import run_units
-from quantkit.errors import OutputError, RecipeError, WeightError
+from quantkit.errors import OutputError, RecipeError
 from quantkit.estimate import default_workers
-from quantkit.formats import FORMATS
-from quantkit.formats.base import DTYPE_BYTES, ClientNote
-from quantkit.llama4 import Unit, WeightMatrix
+from quantkit.evidence import Evidence
+from quantkit.formats.base import ClientNote
+from quantkit.llama4 import Unit
 from quantkit.methods import METHODS
 from quantkit.plan import DEFAULT_MAX_SHARD_BYTES, ArtifactPlan, Plan, RoleSummary, make_plan, manifest_text, summarize_roles
-from quantkit.recipe import WORKING_SUFFIXES, Assignment, Recipe, resolve_recipe
+from quantkit.recipe import WORKING_SUFFIXES, Recipe, resolve_recipe
 from quantkit.scheme import BLOCK_SIZE, KEEP
+from quantkit.team import Team
+from quantkit.unit_work import Run, copy_unit, quantize_unit, source_bytes
 from quantkit.version import __version__
 from quantkit.workspace import Workspace
 from quantkit.writer import ArtifactWriter, finish_clean_up, publish
-
-# Per source dtype: how to see its bits, all bits but the sign, and the bits of infinity.  Bits beyond infinity are NaN.
-_BITS = {"BF16": (np.uint16, 0x7FFF, 0x7F80), "F16": (np.uint16, 0x7FFF, 0x7C00), "F32": (np.uint32, 0x7FFFFFFF, 0x7F800000)}
 
 
 @dataclass(frozen=True)
@@ -88,14 +87,6 @@ class ConvertResult:
     seconds: float
 
 
-@dataclass
-class _Run:
-    """One artifact in the making."""
-
-    plan: ArtifactPlan
-    writer: ArtifactWriter
-
-
 def convert(
     source: str | Path,
     to: Sequence[str | Path | Recipe] | str | Path | Recipe,
@@ -104,6 +95,7 @@ def convert(
     revision: str | None = None,
     workers: int | None = None,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    calibration: CalibrationOptions | None = None,
     force: bool = False,
     restart: bool = False,
     progress: Callable[[Progress], None] | None = None,
@@ -124,21 +116,23 @@ def convert(
     if workers is not None and (not isinstance(workers, int) or workers < 1):
         raise RecipeError(f"workers is {workers!r}; expected an integer of at least 1")
     with Checkpoint.open(source, revision) as checkpoint:
+        calibrated = Calibrated.open(checkpoint, recipes, calibration or CalibrationOptions(), Path(output))
         plan = plan_checkpoint(checkpoint, recipes, max_shard_bytes)
-        runs: list[_Run] = []
+        runs: list[Run] = []
         try:
-            _open_writers(checkpoint, plan, runs, Path(output), max_shard_bytes, force, restart)
+            _open_writers(checkpoint, plan, runs, Path(output), max_shard_bytes, calibrated, force, restart)
             count = workers or default_workers(plan)
             report = _Reporter(checkpoint, plan, runs, progress)
             _prepare(runs, report)
-            _convert_units(checkpoint, plan, runs, count, report, stop)
+            _convert_units(checkpoint, plan, runs, calibrated, count, report, stop)
+            calibrated.run(plan, runs, workers=workers, restart=restart, report=report.unit_done, stop=stop)
             results = [_seal(run, plan, count, report, stop) for run in runs]
             publish([run.writer for run in runs])
         finally:
             for run in reversed(runs):  # the first one made the directory around them, and may remove it when nothing is left in it
                 run.writer.close()
-        source_bytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
-    return ConvertResult(tuple(results), source_bytes, time.monotonic() - started)
+        source_bytes_read = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    return ConvertResult(tuple(results), source_bytes_read, time.monotonic() - started)
 
 
 def plan(
@@ -181,11 +175,20 @@ def _resolve(to: Sequence[str | Path | Recipe] | str | Path | Recipe) -> list[Re
 
 
 def _open_writers(
-    checkpoint: Checkpoint, plan: Plan, runs: list[_Run], output: Path, max_shard_bytes: int, force: bool, restart: bool
+    checkpoint: Checkpoint,
+    plan: Plan,
+    runs: list[Run],
+    output: Path,
+    max_shard_bytes: int,
+    calibrated: Calibrated,
+    force: bool,
+    restart: bool,
 ) -> None:
     """Open a writer for each artifact and append it to ``runs``.  Raises OutputError."""
     source = checkpoint.directory.resolve()
-    fingerprints = [_fingerprint(checkpoint, artifact, max_shard_bytes) for artifact in plan.artifacts]
+    fingerprints = [
+        _fingerprint(checkpoint, artifact, max_shard_bytes) | calibrated.fingerprint(artifact.recipe) for artifact in plan.artifacts
+    ]
     finals = [output / artifact.name for artifact in plan.artifacts]
     for final in finals:
         for taken in (final, *(final.with_name(final.name + suffix) for suffix in WORKING_SUFFIXES)):
@@ -193,7 +196,7 @@ def _open_writers(
                 raise OutputError(f"{taken} holds the source; choose another output directory")
     try:
         for artifact, final, fingerprint in zip(plan.artifacts, finals, fingerprints, strict=True):
-            runs.append(_Run(artifact, ArtifactWriter(final, artifact.files, fingerprint, force=force, restart=restart)))
+            runs.append(Run(artifact, ArtifactWriter(final, artifact.files, fingerprint, force=force, restart=restart)))
     except OutputError:
         for run in runs:
             run.writer.close()
@@ -219,8 +222,8 @@ def _fingerprint(checkpoint: Checkpoint, artifact: ArtifactPlan, max_shard_bytes
 class _Reporter:
     """Turns finished units and bytes read back into Progress snapshots, one call at a time."""
 
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, runs: Sequence[_Run], progress: Callable[[Progress], None] | None):
-        self._sizes = {unit.key: _source_bytes(checkpoint, unit) for unit in plan.units}
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, runs: Sequence[Run], progress: Callable[[Progress], None] | None):
+        self._sizes = {unit.key: source_bytes(checkpoint, unit) for unit in plan.units}
         self.todo = [unit for unit in plan.units if any(unit.key not in run.writer.completed for run in runs)]
         self._resumed = len(plan.units) - len(self.todo)
         self._units, self._units_total = self._resumed, len(plan.units)
@@ -262,113 +265,55 @@ class _Reporter:
             )
 
 
-def _prepare(runs: Sequence[_Run], report: _Reporter) -> None:
+def _prepare(runs: Sequence[Run], report: _Reporter) -> None:
     """Quantize a tiny matrix with each scheme, so that kernels are compiled once, and the rate of units means something."""
     assignments = {assignment for run in runs for assignment in run.plan.assignments.values()}
     workspace, weight = Workspace(), torch.ones((BLOCK_SIZE, BLOCK_SIZE), dtype=torch.bfloat16)
-    for assignment in sorted(assignments, key=repr) if report.todo else ():
-        if assignment.scheme is not None:
-            report.preparing(assignment.scheme.name)
-            METHODS[assignment.method]([weight], assignment.scheme, clip_search=assignment.clip_search, workspace=workspace)
+    ones = torch.ones(BLOCK_SIZE)
+    evidence = Evidence(1, ones, ones, torch.eye(BLOCK_SIZE))
+    with Team(1) as team:
+        for assignment in sorted(assignments, key=repr) if report.todo else ():
+            if assignment.scheme is not None:
+                report.preparing(assignment.scheme.name)
+                METHODS[assignment.method](
+                    [weight],
+                    assignment.scheme,
+                    clip_search=assignment.clip_search,
+                    workspace=workspace,
+                    evidence=evidence,
+                    team=team,
+                )
 
 
 def _convert_units(
-    checkpoint: Checkpoint, plan: Plan, runs: Sequence[_Run], workers: int, report: _Reporter, stop: threading.Event | None
+    checkpoint: Checkpoint,
+    plan: Plan,
+    runs: Sequence[Run],
+    calibrated: Calibrated,
+    workers: int,
+    report: _Reporter,
+    stop: threading.Event | None,
 ) -> None:
+    """The units that need no pass of the corpus through the model, on worker threads."""
+
     def work(unit: Unit, workspace: Workspace) -> None:
         pending = [run for run in runs if unit.key not in run.writer.completed]
         if unit.copies:
-            _copy_unit(checkpoint, unit, pending)
+            copy_unit(checkpoint, unit, pending)
         else:
-            _quantize_unit(checkpoint, unit, pending, workspace)
+            weights, digests = checkpoint.read_unit(unit, workspace)
+            for run in pending:
+                quantize_unit(checkpoint, unit, weights, digests, run, workspace, calibrated.known(unit))
         report.unit_done(unit, sum(tensor.nbytes for run in pending for tensor in run.plan.outputs[unit.key]))
 
-    run_units(report.todo, work, workers=workers, stop=stop)
-
-
-def _source_bytes(checkpoint: Checkpoint, unit: Unit) -> int:
-    items = [(copy.name, copy.shape) for copy in unit.copies] + [(matrix.tensor, matrix.shape) for matrix in unit.matrices]
-    return sum(math.prod(shape) * DTYPE_BYTES[checkpoint.tensors[name].dtype] for name, shape in items)
-
-
-def _copy_unit(checkpoint: Checkpoint, unit: Unit, pending: Sequence[_Run]) -> None:
-    """Tensors that no recipe quantizes pass through byte for byte, chunk by chunk."""
-    digests: dict[str, str] = {}
-    for copy in unit.copies:
-        digest, position = xxhash.xxh3_64(), 0
-        for chunk in checkpoint.chunks(copy.name):
-            _check_finite(chunk, checkpoint.tensors[copy.name].dtype, copy.name)
-            digest.update(chunk)
-            for run in pending:
-                run.writer.write_part(copy.name, position, chunk)
-            position += len(chunk)
-        digests[copy.name] = digest.hexdigest()
-    entries = [ledger.kept_entry(copy, digests[copy.name]) for copy in unit.copies]
-    for run in pending:
-        run.writer.commit(unit.key, digests, [entry.to_dict() for entry in entries])
-
-
-def _quantize_unit(checkpoint: Checkpoint, unit: Unit, pending: Sequence[_Run], workspace: Workspace) -> None:
-    """Read the unit's matrices once, then quantize, encode and write them for each artifact that lacks them."""
-    weights, digests = checkpoint.read_unit(unit, workspace)
-    for run in pending:
-        form, assignments = FORMATS[run.plan.recipe.format], run.plan.assignments
-        entries: list[ledger.LedgerEntry] = []
-        written: dict[str, str] = {}
-        for group in _same_assignment(unit.matrices, assignments):
-            assignment = assignments[unit.matrices[group[0]].name]
-            if assignment.scheme is None:
-                for index in group:
-                    matrix = unit.matrices[index]
-                    _check_finite(weights[index], checkpoint.tensors[matrix.tensor].dtype, matrix.name)
-                    written[f"{matrix.name}.weight"] = run.writer.write(f"{matrix.name}.weight", _raw(weights[index].contiguous()))
-                    entries.append(ledger.kept_entry(matrix, digests[index]))
-                continue
-            try:
-                results = METHODS[assignment.method](
-                    [weights[index] for index in group], assignment.scheme, clip_search=assignment.clip_search, workspace=workspace
-                )
-            except WeightError as error:
-                raise WeightError(f"{_describe(unit, [unit.matrices[index] for index in group])}: {error}") from error
-            for index, (quantized, statistics) in zip(group, results, strict=True):
-                matrix = unit.matrices[index]
-                entry = ledger.quantized_entry(matrix, assignment, quantized.scheme.name, statistics, digests[index])
-                ledger.check_entry(entry, assignment)
-                entries.append(entry)
-                for name, tensor in form.encode(matrix.name, quantized, workspace).items():
-                    written[name] = run.writer.write(name, _raw(tensor))
-        run.writer.commit(unit.key, written, [entry.to_dict() for entry in entries])
-
-
-def _same_assignment(matrices: Sequence[WeightMatrix], assignments: dict[str, Assignment]) -> list[list[int]]:
-    """Indices of the unit's matrices grouped by equal assignment, in order."""
-    groups: dict[Assignment, list[int]] = {}
-    for index, matrix in enumerate(matrices):
-        groups.setdefault(assignments[matrix.name], []).append(index)
-    return list(groups.values())
-
-
-def _raw(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, without a copy."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
-
-
-def _check_finite(data: memoryview | torch.Tensor, dtype: str, name: str) -> None:
-    kind, magnitude, infinity = _BITS[dtype]
-    bits = np.frombuffer(_raw(data.contiguous()) if isinstance(data, torch.Tensor) else data, dtype=kind)
-    if bits.size and (bits & kind(magnitude)).max() >= infinity:
-        raise WeightError(f"{name}: the source holds a NaN or an infinite value; repair or re-download this shard")
-
-
-def _describe(unit: Unit, matrices: Sequence[WeightMatrix]) -> str:
-    where = matrices[0].tensor if unit.expert is not None else ", ".join(matrix.name for matrix in matrices)
-    return f"{where}, expert {unit.expert}" if unit.expert is not None else where
+    todo = [unit for unit in report.todo if unit.copies or not calibrated.needs_pass]
+    run_units(todo, work, workers=workers, stop=stop)
 
 
 # ------------------------------------------------------------------------------------------------------------------ seal
 
 
-def _seal(run: _Run, plan: Plan, workers: int, report: _Reporter, stop: threading.Event | None) -> ArtifactResult:
+def _seal(run: Run, plan: Plan, workers: int, report: _Reporter, stop: threading.Event | None) -> ArtifactResult:
     """Check the ledger and every written byte, and add the small files; afterwards only the rename is missing."""
     entries = [ledger.LedgerEntry(**line) for unit in plan.units for line in run.writer.completed[unit.key]["ledger"]]
     ledger.check(entries, run.plan.assignments)

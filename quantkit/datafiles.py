@@ -134,10 +134,7 @@ class DataFiles:
             file, descriptor = self.files[name], self._descriptors[name]
             with output_errors(f"allocate {self.directory / name} ({file.size} bytes)"):
                 os.ftruncate(descriptor, 0)
-                if _can_allocate(descriptor):
-                    os.posix_fallocate(descriptor, 0, file.size)
-                else:
-                    os.ftruncate(descriptor, file.size)
+                allocate_file(descriptor, file.size)
                 write_all(descriptor, file.header, 0)
                 os.fsync(descriptor)
         with output_errors(f"prepare {self.directory}"):
@@ -150,6 +147,12 @@ class DataFiles:
             raise ValueError(f"{name}: bytes {position} to {position + len(data)} lie outside of its {place.nbytes} bytes")
         with output_errors(f"write {name} to {self.directory / place.file}", resumable=True):
             write_all(self._descriptors[place.file], data, place.offset + position)
+
+    def read(self, name: str) -> bytes:
+        """What stands at the place of tensor ``name``.  Raises OutputError."""
+        place = self.places[name]
+        with output_errors(f"read {name} from {self.directory / place.file}", resumable=True):
+            return os.pread(self._descriptors[place.file], place.nbytes, place.offset)
 
     def sync(self, names: Collection[str]) -> None:
         """Make what was written to the named files durable.  Raises OSError."""
@@ -199,6 +202,13 @@ class DataFiles:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
+
+
+def allocate_file(descriptor: int, size: int) -> None:
+    """Give a file that size and the space for it; a file system that cannot allocate makes it sparse.  Raises OSError."""
+    if _can_allocate(descriptor):
+        os.posix_fallocate(descriptor, 0, size)
+    os.ftruncate(descriptor, size)
 
 
 def _can_allocate(descriptor: int) -> bool:

@@ -28,6 +28,7 @@ from quantkit.llama4 import Llama4Config, Unit
 from quantkit.methods import METHODS
 from quantkit.plan import ArtifactPlan, Plan
 from quantkit.scheme import Scheme
+from quantkit.team import Team
 from quantkit.workspace import Workspace
 
 GPU_GIGABYTES = (24, 48, 80, 141, 192)
@@ -80,7 +81,7 @@ def unit_memory(unit: Unit, artifacts: Sequence[ArtifactPlan], config: Llama4Con
 def default_workers(plan: Plan) -> int:
     """One worker per core, fewer when their buffers would not fit in a quarter of the memory that is free now."""
     largest = max(unit_memory(unit, plan.artifacts, plan.config) for unit in plan.units)
-    return max(1, min(available_cores(), int(MEMORY_SHARE * _available_memory()) // largest, MAXIMUM_DEFAULT_WORKERS))
+    return max(1, min(available_cores(), int(MEMORY_SHARE * available_memory()) // largest, MAXIMUM_DEFAULT_WORKERS))
 
 
 def available_cores() -> int:
@@ -88,7 +89,7 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _available_memory() -> int:
+def available_memory() -> int:
     """Bytes that are free now: of the machine, or of the container (control group v2) where that is less."""
     limits = []
     try:
@@ -161,16 +162,19 @@ def _probe(plan: Plan, output: Path, sample: Path | None) -> dict[str, float]:
             rates["read"] = _read_rate(sample)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(1024, 1024, generator=generator, dtype=torch.float32).to(torch.bfloat16).T
-    evidence = Evidence(1, torch.ones(1024), torch.ones(1024))  # for schemes that ask; rates do not depend on it
-    for artifact in plan.artifacts:
-        form = FORMATS[artifact.recipe.format]
-        for name, (scheme, method, search) in _schemes(artifact).items():
-            workspace = Workspace()
-            for _ in range(4):  # the first call may compile, others may be disturbed: the best counts
-                started = time.perf_counter()
-                [(quantized, _)] = METHODS[method]([weight], scheme, clip_search=search, workspace=workspace, evidence=evidence)
-                form.encode("probe", quantized, workspace)
-                rates[name] = max(rates.get(name, 0.0), weight.numel() / (time.perf_counter() - started))
+    evidence = Evidence(1, torch.ones(1024), torch.ones(1024), torch.eye(1024))  # for those that ask; rates do not depend on it
+    with Team(1) as team:
+        for artifact in plan.artifacts:
+            form = FORMATS[artifact.recipe.format]
+            for name, (scheme, method, search) in _schemes(artifact).items():
+                workspace, quantize = Workspace(), METHODS[method]
+                for _ in range(4):  # the first call may compile, others may be disturbed: the best counts
+                    started = time.perf_counter()
+                    [(quantized, _)] = quantize(
+                        [weight], scheme, clip_search=search, workspace=workspace, evidence=evidence, team=team
+                    )
+                    form.encode("probe", quantized, workspace)
+                    rates[name] = max(rates.get(name, 0.0), weight.numel() / (time.perf_counter() - started))
     return rates
 
 

@@ -23,3 +23,15 @@ class Evidence:
     mean_square: torch.Tensor
     peak: torch.Tensor
     hessian: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Received:
+    """What a unit received, for the ledger.
+
+    tokens: its own.  borrowed: lent to an expert that received too few.  score_mass: sum of the router's scores for its own tokens.
+    """
+
+    tokens: int
+    borrowed: int
+    score_mass: float

@@ -14,17 +14,19 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from quantkit.errors import CheckpointError, LedgerError
+from quantkit.evidence import Received
 from quantkit.grid import QuantizationStatistics
 from quantkit.llama4 import SourceTensor, WeightMatrix
 from quantkit.recipe import Assignment
 from quantkit.scheme import KEEP
 from quantkit.strict_json import brief, parse_object
 
-LEDGER_VERSION = 1
+LEDGER_VERSION = 2
 LARGEST_NUMBER = 3.5e38  # a scale is at most what FP32 holds, all else is far smaller
 _TEXTS = ("name", "role", "asked", "applied", "method", "source_digest")
-_COUNTS = ("layer", "expert", "elements")
-_NUMBERS = ("relative_error", "clipped", "scale_minimum", "scale_maximum")
+_COUNTS = ("layer", "expert", "elements", "tokens", "borrowed")
+_NUMBERS = ("relative_error", "clipped", "scale_minimum", "scale_maximum", "output_error", "damping", "score_mass")
+_PADDED = ("tokens", "borrowed")  # counts that are known only afterwards
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,10 @@ class LedgerEntry:
     was made from (for gate and up, the expert's whole gate_up slice).  relative_error: relative L2.  clipped: share of
     weights beyond the largest stored value of their scale.  scale_minimum, scale_maximum: over all scales of the matrix.  A
     kept tensor has zeros there.
+
+    Of a calibrated matrix also: tokens, borrowed: how many of its own, and how many lent ones, its method learned from.  score_mass:
+    sum of the router's scores of its own.  output_error: relative L2 error of its outputs for these.  damping: what was added to the
+    diagonal of the Hessian, relative to its mean; more than the usual 0.01 means that less was not enough.
     """
 
     name: str
@@ -51,6 +57,11 @@ class LedgerEntry:
     clipped: float = 0.0
     scale_minimum: float = 0.0
     scale_maximum: float = 0.0
+    tokens: int = 0
+    borrowed: int = 0
+    output_error: float = 0.0
+    damping: float = 0.0
+    score_mass: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, as the journal holds it."""
@@ -64,9 +75,17 @@ def kept_entry(item: WeightMatrix | SourceTensor, source_digest: str) -> LedgerE
 
 
 def quantized_entry(
-    matrix: WeightMatrix, assignment: Assignment, applied: str, statistics: QuantizationStatistics, source_digest: str
+    matrix: WeightMatrix,
+    assignment: Assignment,
+    applied: str,
+    statistics: QuantizationStatistics,
+    source_digest: str,
+    received: Received | None = None,
 ) -> LedgerEntry:
-    """The entry of a quantized matrix; ``applied`` is the scheme that the method's result really has."""
+    """The entry of a quantized matrix; ``applied`` is the scheme that the method's result really has.
+
+    received: what a method with evidence learned from.
+    """
     elements = math.prod(matrix.shape)
     return LedgerEntry(
         matrix.name,
@@ -83,6 +102,11 @@ def quantized_entry(
         statistics.clipped / elements,
         statistics.scale_minimum,
         statistics.scale_maximum,
+        0 if received is None else received.tokens,
+        0 if received is None else received.borrowed,
+        statistics.output_error,
+        statistics.damping,
+        0.0 if received is None else received.score_mass,
     )
 
 
@@ -90,9 +114,11 @@ def ledger_text(artifact: str, entries: Iterable[LedgerEntry]) -> bytes:
     """``ledger.json``; numbers have fixed width, see the module docstring."""
     lines = []
     for entry in entries:
-        fixed = {key: value for key, value in entry.to_dict().items() if not isinstance(value, float)}
-        numbers = ", ".join(f'"{key}": {value:.6e}' for key, value in entry.to_dict().items() if isinstance(value, float))
-        lines.append(f"{json.dumps(fixed)[:-1]}, {numbers}}}")
+        values = entry.to_dict()
+        known = {key: value for key, value in values.items() if key not in (*_NUMBERS, *_PADDED)}
+        counts = [f'"{key}": {values[key]:>12d}' for key in _PADDED]
+        numbers = [f'"{key}": {values[key]:.6e}' for key in _NUMBERS]
+        lines.append(f"{json.dumps(known)[:-1]}, {', '.join(numbers + counts)}}}")
     head = f'{{"quantkit_ledger": {LEDGER_VERSION}, "artifact": {json.dumps(artifact)}, "tensors": [\n'
     return (head + ",\n".join(lines) + "\n]}\n").encode()
 
@@ -145,7 +171,7 @@ def check_entry(entry: LedgerEntry, assignment: Assignment) -> None:
     asked = assignment.scheme.name if assignment.scheme else KEEP
     if entry.asked != asked or entry.applied != asked:
         raise LedgerError(f"{entry.name}: the recipe asks for {asked}, but {entry.applied} was applied; nothing was published")
-    if not all(map(math.isfinite, (entry.relative_error, entry.scale_minimum, entry.scale_maximum))):
+    if not all(math.isfinite(getattr(entry, name)) for name in _NUMBERS):
         raise LedgerError(f"{entry.name}: error or scales are not finite after quantizing to {asked}; nothing was published")
     bound = assignment.maximum_error
     if bound is not None and not entry.relative_error <= bound:  # so that a bound of NaN lets nothing pass

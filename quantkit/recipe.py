@@ -48,8 +48,8 @@ from quantkit.scheme import KEEP, Scheme, parse_scheme, scheme_names
 
 QUANTIZABLE_ROLES: tuple[Role, ...] = ("routed_expert", "shared_expert", "dense_mlp", "attention")
 FEED_FORWARD_ROLES: tuple[Role, ...] = ("routed_expert", "shared_expert", "dense_mlp")
-METHOD_NAMES = ("rtn",)
-METHODS_WITH_EVIDENCE: frozenset[str] = frozenset()  # methods that look at what calibration saw
+METHOD_NAMES = ("rtn", "gptq")
+METHODS_WITH_EVIDENCE = frozenset({"gptq"})  # these need a Hessian, hence a pass of the corpus through the model
 KV_CACHES = ("fp8",)
 WORKING_SUFFIXES = (".partial", ".replaced")  # of directories in which the writer works
 
@@ -77,7 +77,7 @@ class Rule:
     def __post_init__(self) -> None:
         if not isinstance(self.scheme, str):
             raise RecipeError(f"needs a scheme, one of {', '.join(scheme_names())}")
-        parse_scheme(self.scheme)
+        scheme = parse_scheme(self.scheme)
         if self.roles is not None:
             if not isinstance(self.roles, tuple) or not self.roles or not all(isinstance(role, str) for role in self.roles):
                 raise RecipeError(f"roles must be a list of names; known roles: {', '.join(ROLES)}")
@@ -93,6 +93,8 @@ class Rule:
                 raise RecipeError(f"name {self.name!r} is not a regular expression: {error}") from error
         if self.method not in METHOD_NAMES:
             raise RecipeError(f"unknown method {self.method!r}. Methods: {', '.join(METHOD_NAMES)}")
+        if scheme is not None and self.method == "gptq" and scheme.number not in ("int4", "int8"):
+            raise RecipeError(f"method gptq is for int4 and int8 schemes; {self.scheme} takes method rtn")
         if self.clip_search is not None and not isinstance(self.clip_search, bool):
             raise RecipeError(f"clip_search is {self.clip_search!r}; expected true or false")
         _check_bound(self.maximum_error)
@@ -125,6 +127,11 @@ class Recipe:
             raise RecipeError(f"kv_cache is {self.kv_cache!r}; expected one of {', '.join(KV_CACHES)}, or nothing")
 
     @property
+    def needs_hessians(self) -> bool:
+        """Whether a method asks for Hessians, which saved statistics do not hold."""
+        return any(rule.method in METHODS_WITH_EVIDENCE and rule.scheme != KEEP for rule in self.rules)
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether something here can only be known from what the model does with text."""
         quantizing = [(scheme, rule.method) for rule in self.rules if (scheme := parse_scheme(rule.scheme)) is not None]
@@ -155,27 +162,28 @@ class Assignment:
 # --------------------------------------------------------------------------------------------------------------- presets
 
 
-def _preset(name: str, scheme: str) -> Recipe:
-    return Recipe(name, (Rule(scheme, roles=FEED_FORWARD_ROLES), Rule(KEEP)))
+def _preset(name: str, scheme: str, method: str = "rtn") -> Recipe:
+    return Recipe(name, (Rule(scheme, roles=FEED_FORWARD_ROLES, method=method), Rule(KEEP)))
 
 
 # What every public Llama 4 release does: feed-forward weights quantized, everything else as in the source.
 PRESETS: dict[str, Recipe] = {
-    name: _preset(name, scheme)
-    for name, scheme in {
-        "fp8-dynamic": "fp8-channel-dynamic",
-        "fp8-block": "fp8-block-dynamic",
-        "fp8-static": "fp8-tensor-static",
-        "w8a16": "int8-g128",
-        "w8a16-channel": "int8-channel",
-        "w8a8": "int8-channel-dynamic",
-        "w4a16-rtn": "int4-g128",
-        "w4a16-rtn-g64": "int4-g64",
-        "w4a16-rtn-g32": "int4-g32",
-        "w4a16-rtn-channel": "int4-channel",
-        "w4a16-rtn-asym": "int4-g128-asym",
-        "nvfp4a16": "nvfp4",
-        "mxfp4a16": "mxfp4",
+    name: _preset(name, *choice)
+    for name, choice in {
+        "fp8-dynamic": ("fp8-channel-dynamic",),
+        "fp8-block": ("fp8-block-dynamic",),
+        "fp8-static": ("fp8-tensor-static",),
+        "w8a16": ("int8-g128",),
+        "w8a16-channel": ("int8-channel",),
+        "w8a8": ("int8-channel-dynamic",),
+        "w4a16-gptq": ("int4-g128", "gptq"),
+        "w4a16-rtn": ("int4-g128",),
+        "w4a16-rtn-g64": ("int4-g64",),
+        "w4a16-rtn-g32": ("int4-g32",),
+        "w4a16-rtn-channel": ("int4-channel",),
+        "w4a16-rtn-asym": ("int4-g128-asym",),
+        "nvfp4a16": ("nvfp4",),
+        "mxfp4a16": ("mxfp4",),
     }.items()
 }
 

@@ -226,6 +226,10 @@ class ArtifactWriter:
         """Write a piece of a tensor, ``position`` bytes from its start.  Thread-safe."""
         self._data.write(name, position, memoryview(data))
 
+    def read(self, name: str) -> bytes:
+        """The bytes of a tensor of a finished unit.  Raises OutputError."""
+        return self._data.read(name)
+
     def commit(self, unit: str, tensors: Mapping[str, str], ledger: Sequence[Mapping[str, Any]]) -> None:
         """Say that a unit is written: it becomes durable soon, and a resumed run skips it.  Thread-safe.
 

@@ -22,6 +22,7 @@ LONGEST = 500
 PUBLIC = {
     "__version__",
     # what one calls
+    "calibrate",
     "convert",
     "plan",
     "estimate_cost",
@@ -38,6 +39,8 @@ PUBLIC = {
     # what comes back
     "ArtifactPlan",
     "ArtifactResult",
+    "CalibrateResult",
+    "CalibrationOptions",
     "ConvertResult",
     "CostEstimate",
     "GpuFit",
@@ -58,6 +61,7 @@ PUBLIC = {
     "ResumeError",
     "LedgerError",
     "ArtifactError",
+    "CalibrationError",
     "Interrupted",
 }
 

@@ -163,7 +163,7 @@ def test_resolve(tmp_path: Path) -> None:
         (lambda: Rule("keep", roles=("rooter",)), "did you mean 'router'"),
         (lambda: Rule("keep", name="("), "not a regular expression"),
         (lambda: Rule("keep", layers="x"), "layers is 'x'"),
-        (lambda: Rule("keep", method="gptq"), "unknown method 'gptq'"),
+        (lambda: Rule("keep", method="gtpq"), "unknown method 'gtpq'"),
         (lambda: Rule("keep", maximum_error=float("nan")), "maximum_error is nan"),
         (lambda: Recipe("x", (Rule("keep"),), maximum_error=-1.0), "maximum_error is -1"),
         (lambda: Recipe("x", ()), "at least one rule"),

@@ -208,14 +208,14 @@ def _unpack(packed: torch.Tensor, scheme: Scheme) -> torch.Tensor:
 
 # -------------------------------------------------------------------------------------------------------------- KV cache
 
-QUERY_KEY_VALUE = ".qkv"  # end of the key of the units that a quantized KV cache adds tensors to
+CACHE_UNIT = ".o_proj"  # end of the key of the units that a quantized KV cache adds tensors to: by then keys and values are known
 
 
 def kv_cache_tensors(unit: Unit, kv_cache: str | None) -> list[OutputTensor]:
     """The tensors that ``unit`` writes besides its weights: the scales of its layer's keys and values, or none."""
-    if kv_cache is None or unit.role != "attention" or not unit.key.endswith(QUERY_KEY_VALUE):
+    if kv_cache is None or unit.role != "attention" or not unit.key.endswith(CACHE_UNIT):
         return []
-    base = unit.key.removesuffix(QUERY_KEY_VALUE)
+    base = unit.key.removesuffix(CACHE_UNIT)
     return [OutputTensor(f"{base}.k_scale", "BF16", (1,)), OutputTensor(f"{base}.v_scale", "BF16", (1,))]
 
 
@@ -224,7 +224,7 @@ def encode_kv_cache(unit: Unit, key_peak: float, value_peak: float) -> dict[str,
 
     The key is that which goes to the cache: rotated and normalized.  Raises WeightError for a peak that is not finite.
     """
-    base = unit.key.removesuffix(QUERY_KEY_VALUE)
+    base = unit.key.removesuffix(CACHE_UNIT)
     return {f"{base}.k_scale": cover_peak(key_peak), f"{base}.v_scale": cover_peak(value_peak)}
 
 

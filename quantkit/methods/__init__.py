@@ -1,7 +1,10 @@
-"""Methods choose the numbers: weights and a scheme in, codes and scales out.  One method, one file, one line in METHODS."""
+"""Methods choose the numbers: weights and a scheme in, codes and scales out.  One method, one file, one line in METHODS.
+
+All take the same arguments; ``team`` are threads that a method may use.
+"""
 
 from __future__ import annotations
 
-from quantkit.methods import rtn
+from quantkit.methods import gptq, rtn
 
-METHODS = {"rtn": rtn.quantize}
+METHODS = {"rtn": rtn.quantize, "gptq": gptq.quantize}

@@ -32,7 +32,7 @@ import torch
 from numpy.typing import NDArray
 
 from quantkit import grid
-from quantkit.errors import CalibrationError
+from quantkit.errors import CalibrationError, RecipeError
 from quantkit.evidence import Evidence
 from quantkit.grid import QuantizationStatistics, QuantizedTensor
 from quantkit.kernels.gptq import BLOCK, STRIP, quantize_block
@@ -51,8 +51,8 @@ def quantize(
     *,
     clip_search: bool,
     workspace: Workspace,
-    evidence: Evidence,
-    team: Team,
+    evidence: Evidence | None = None,
+    team: Team | None = None,
 ) -> list[tuple[QuantizedTensor, QuantizationStatistics]]:
     """Quantize matrices that share their input to an integer scheme.
 
@@ -61,7 +61,9 @@ def quantize(
 
     Raises WeightError for a weight that is NaN or infinite, CalibrationError when the Hessian cannot be factored.
     """
-    assert evidence.hessian is not None and scheme.number in grid.INT_RANGE
+    if evidence is None or evidence.hessian is None or team is None:
+        raise RecipeError("GPTQ needs calibration: the Hessian of what reaches these weights")
+    assert scheme.number in grid.INT_RANGE
     rounded = rtn.quantize(weights, scheme, clip_search=clip_search, workspace=workspace)  # for its scales
     order, factor, variances, mean, damping = _factor(evidence.hessian, workspace, team)
     inputs = weights[0].shape[1]

@@ -24,6 +24,7 @@ from quantkit.kernels import blocks, groups, rows, tiles
 from quantkit.kernels.numbers import SCALE_BF16, SCALE_E8M0, SCALE_FP8, SMALLEST_SEARCHED, Numbers
 from quantkit.kernels.tiles import Scratch, Search, Source, Target
 from quantkit.scheme import Scheme
+from quantkit.team import Team
 from quantkit.workspace import Workspace
 
 # Rounds of offsets.  Lists with twice as many candidates gain less than a thousandth of the error.
@@ -52,11 +53,12 @@ def quantize(
     clip_search: bool,
     workspace: Workspace,
     evidence: Evidence | None = None,
+    team: Team | None = None,
 ) -> list[tuple[QuantizedTensor, QuantizationStatistics]]:
     """Quantize matrices that share their input (gate and up; q, k and v).
 
     weights: ``[out, in]``, BF16, F16 or F32, of either stride order.  Results live in ``workspace`` and are valid until the next
-    call that uses it.  evidence: only looked at for a scheme with static activations, whose scale must reach its peak.
+    call that uses it.  evidence: only looked at for a scheme with static activations, whose scale must reach its peak.  team: not used.
 
     Raises WeightError, which says matrix, row, column and value, for a weight that is NaN or infinite; RecipeError for static
     activations without evidence.

@@ -1,0 +1,203 @@
+"""A calibration from beginning to end: its directory, the trial before the long run, the published statistics.
+
+    out/calibration-1f2e3d4c.partial/     hidden states, while it runs (see :mod:`quantkit.calibration_state`)
+    out/calibration-1f2e3d4c/             statistics.safetensors, statistics.json
+
+The name holds a digest of all that the numbers depend on: version, source, corpus and settings.  So artifacts that were made from the
+same calibration find it again, and one of another corpus stands beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from quantkit.calibration import CalibrationOptions, Handle, run_layers
+from quantkit.calibration_state import CalibrationState
+from quantkit.checkpoint import Checkpoint
+from quantkit.corpus import Corpus, load_corpus
+from quantkit.errors import CalibrationError, OutputError
+from quantkit.estimate import available_cores, available_memory
+from quantkit.journal import output_errors, sync_directory
+from quantkit.layer_pass import PORTION
+from quantkit.llama4 import Llama4Config, Unit, units
+from quantkit.methods.gptq import PANEL
+from quantkit.recipe import Recipe
+from quantkit.statistics import Statistics, load_statistics, save_statistics
+from quantkit.team import Team
+from quantkit.version import __version__
+
+
+@dataclass(frozen=True)
+class CalibrateResult:
+    """Where the statistics are, and what they say."""
+
+    directory: Path
+    statistics: Statistics
+    seconds: float
+
+
+def calibrate(
+    source: str | Path,
+    output: str | Path,
+    *,
+    calibration: CalibrationOptions | None = None,
+    revision: str | None = None,
+    workers: int | None = None,
+    force: bool = False,
+    restart: bool = False,
+    progress: Callable[[int, int, str], None] | None = None,
+    stop: threading.Event | None = None,
+) -> CalibrateResult:
+    """Send the corpus through the model and save what every unit and expert receives; nothing is quantized.
+
+    output: directory of the statistics.  progress: called after each unit with how many are done, of how many, and its key.  Other
+    arguments as for ``convert``.  Raises CheckpointError, CorpusError, CalibrationError, OutputError, Interrupted; a run that was
+    stopped or killed is resumed by the same call.
+    """
+    started, options = time.monotonic(), calibration or CalibrationOptions()
+    final = Path(os.path.realpath(output))
+    with Checkpoint.open(source, revision) as checkpoint:
+        if final.exists() and not force:
+            raise OutputError(f"{final} exists already: choose another output directory, or replace it with --force")
+        if final.exists() and not (final / "statistics.json").is_file():
+            raise OutputError(f"{final} holds no statistics of quantkit and is not replaced: move it away")
+        corpus = open_corpus(checkpoint, options)
+        work = [unit for unit in units(checkpoint.config) if unit.matrices]
+        done = 0
+
+        def handle(unit: Unit, *_: Any) -> None:
+            nonlocal done
+            done += 1
+            if progress is not None:
+                progress(done, len(work), unit.key)
+
+        with Team(workers or available_cores()) as team:
+            statistics = run_calibration(
+                checkpoint, corpus, work, final, options, team=team, handle=handle, hessians=(), first=0, restart=restart, stop=stop
+            )
+    return CalibrateResult(final, statistics, time.monotonic() - started)
+
+
+def open_corpus(checkpoint: Checkpoint, options: CalibrationOptions) -> Corpus:
+    """The corpus that the options name, in tokens of the checkpoint's own tokenizer.  Raises CorpusError."""
+    return load_corpus(
+        options.corpus,
+        checkpoint.directory,
+        samples=options.samples,
+        sequence_length=options.sequence_length,
+        seed=options.seed,
+        packing=options.packing,
+        vocab_size=checkpoint.config.vocab_size,
+    )
+
+
+def identity(checkpoint: Checkpoint, corpus: Corpus, options: CalibrationOptions, recipe: Recipe | None = None) -> dict[str, Any]:
+    """What must be equal for a calibration to be resumed or used again.  recipe: of the artifact that a sequential one is for."""
+    return {
+        "version": __version__,
+        "source": checkpoint.fingerprint(),
+        "corpus": corpus.description,
+        "sequential": options.sequential,
+        "recipe": recipe.to_dict() if recipe is not None and options.sequential else None,
+    }
+
+
+def statistics_directory(output: Path, identity: dict[str, Any]) -> Path:
+    """Where a conversion into ``output`` keeps the statistics of this calibration."""
+    digest = xxhash.xxh3_64_hexdigest(json.dumps(identity, sort_keys=True).encode())
+    return Path(os.path.realpath(output)) / f"calibration-{digest[:8]}"
+
+
+def run_calibration(
+    checkpoint: Checkpoint,
+    corpus: Corpus,
+    work: Sequence[Unit],
+    final: Path,
+    options: CalibrationOptions,
+    *,
+    handle: Handle,
+    hessians: Collection[str],
+    first: int,
+    team: Team,
+    restart: bool = False,
+    recipe: Recipe | None = None,
+    stop: threading.Event | None = None,
+) -> Statistics:
+    """Calibrate, or resume, and publish the statistics as ``final``; see ``calibrate.run_layers`` for the arguments.
+
+    Raises CalibrationError, OutputError, Interrupted.
+    """
+    named = identity(checkpoint, corpus, options, recipe)
+    if not restart and first == checkpoint.config.num_layers and (final / "statistics.json").is_file():
+        return load_statistics(final)  # a former run had come as far as this
+    need, free = calibration_memory(checkpoint.config, corpus, bool(hessians)), available_memory()
+    if need > free:
+        raise CalibrationError(
+            f"calibration needs {need / 1e9:.1f} GB of memory beside the hidden states, and {free / 1e9:.1f} GB are free: close other "
+            "programs or use a machine with more. The need follows from the largest expert, not from the number of samples."
+        )
+    shape = (corpus.tokens.numel(), checkpoint.config.hidden_size)
+    partial = final.with_name(final.name + ".partial")
+    state = CalibrationState(partial, json.loads(json.dumps(named)), shape, restart=restart)
+    try:
+        found = run_layers(
+            checkpoint,
+            corpus,
+            work,
+            state,
+            team,
+            handle=handle,
+            hessians=hessians,
+            first=first,
+            sequential=options.sequential,
+            minimum_expert_tokens=options.minimum_expert_tokens,
+            stop=stop,
+        )
+        description = {
+            "corpus": corpus.description,
+            "source": checkpoint.provenance(),
+            "settings": {"sequential": options.sequential, "recipe": named["recipe"]},
+            "version": __version__,
+        }
+        statistics = Statistics(found.inputs, found.experts, found.cache_peaks, found.kinds, description)
+        _publish(statistics, partial / "statistics", final)
+        state.remove()
+        return statistics
+    finally:
+        state.close()
+
+
+def _publish(statistics: Statistics, folder: Path, final: Path) -> None:
+    """Save the statistics in ``folder`` and rename it to ``final``.  Raises OutputError."""
+    with output_errors(f"write {final}", resumable=True):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        save_statistics(folder, statistics)
+        if (final / "statistics.json").is_file():
+            shutil.rmtree(final)  # the same calibration, or one that is to be replaced
+        folder.rename(final)
+        sync_directory(final.parent)
+
+
+def calibration_memory(config: Llama4Config, corpus: Corpus, hessians: bool) -> int:
+    """Bytes that a calibration holds at most, without the hidden states, which are mapped files."""
+    hidden = config.hidden_size
+    width = max([config.expert_width] + [config.dense_width] * (not all(config.moe_layers)))
+    weights = 3 * hidden * width
+    held = (2 + 4) * weights  # as stored, and in float32
+    held += 4 * min(PORTION, corpus.tokens.numel()) * (3 * hidden + 3 * width)
+    held += 4 * corpus.tokens.numel() * (config.num_experts if any(config.moe_layers) else 0)  # the router's logits
+    if hessians:
+        held += 4 * (hidden**2 + width**2) + 4 * max(hidden, width) ** 2  # of both projections, and a factor
+        held += 2 * hidden * width * (4 + 1 + 1 + 1) + 4 * PANEL * 2 * width  # errors, codes, packed codes, corrections
+    return held

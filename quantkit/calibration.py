@@ -1,0 +1,262 @@
+"""Calibration: the corpus goes through the model layer by layer, and every unit gets evidence of what it receives.
+
+For each unit the inputs of all tokens are summed to a Hessian, their mean square and their peak; a routed expert is shown only the
+tokens that the router sends to it, scaled by their score as in the model.  A Hessian is formed, used and dropped before the next
+one, so memory is that of one expert, and the work grows with the tokens, not with tokens times experts.
+
+An expert that received fewer tokens than it has inputs is lent others: those for which the router likes it best among the tokens it
+did not get, scaled by that expert's own score for them, as if they had been sent to it.  A borrowed token counts less than an own
+one.  How many were lent stands in the ledger and in the coverage.  (``benchmarks/results/calibration.md`` compares with shrinking the
+Hessian toward that of the layer.)
+
+What later layers see is the reference by default: then all artifacts of a run share one calibration.  With ``sequential`` they see
+what the layers before became, and each artifact has a calibration of its own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from quantkit import forward
+from quantkit.calibration_state import CalibrationState
+from quantkit.checkpoint import Checkpoint
+from quantkit.corpus import Corpus, Packing
+from quantkit.engine import INTERRUPTED
+from quantkit.errors import CalibrationError, Interrupted
+from quantkit.evidence import Evidence, Received
+from quantkit.language_model import embed
+from quantkit.layer_pass import Borrowed, LayerPass, Samples
+from quantkit.llama4 import Unit
+from quantkit.statistics import ExpertCounts, Statistics, merge
+from quantkit.team import Team, add_gram
+from quantkit.workspace import Workspace
+
+BORROWED_WEIGHT = 0.25  # what a lent token counts beside an own one
+ENOUGH_ROWS = 1.0  # own tokens for each input of an expert's down projection from which nothing is lent
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """How to calibrate.
+
+    corpus: a file, directory or hub dataset; None for the bundled corpus.  samples: how many, None for all.  sequence_length: tokens
+    of each.  seed: chooses among more samples than asked for.  packing: ``packed`` joins documents, ``documents`` cuts each.
+    minimum_expert_tokens: fail when a routed expert gets fewer.  sequential: later layers see quantized inputs.  statistics: of a former
+    calibration, for recipes that need no Hessians.
+    """
+
+    corpus: str | Path | None = None
+    samples: int | None = None
+    sequence_length: int = 2048
+    seed: int = 0
+    packing: Packing = "packed"
+    minimum_expert_tokens: int = 0
+    sequential: bool = False
+    statistics: Path | None = None
+
+
+CachePeaks = tuple[float, float]  # of a layer's keys and values; known from its output projection on
+Handle = Callable[[Unit, Sequence[torch.Tensor], Sequence[str], Evidence, Received, CachePeaks], "list[torch.Tensor] | None"]
+
+
+def run_layers(
+    checkpoint: Checkpoint,
+    corpus: Corpus,
+    units: Sequence[Unit],
+    state: CalibrationState,
+    team: Team,
+    *,
+    handle: Handle,
+    hessians: Collection[str],
+    first: int,
+    sequential: bool = False,
+    minimum_expert_tokens: int = 0,
+    stop: threading.Event | None = None,
+) -> Statistics:
+    """Send the corpus through all layers.
+
+    handle: called for every unit with matrices, in the order of the model.  hessians: keys of the units that need theirs.  first:
+    the first layer with anything left to do; calibration begins there if its input is on disk, else before.
+
+    Raises CalibrationError for values that are not finite (with layer, expert and sample) and for too little data, OutputError,
+    Interrupted.
+    """
+    layers = checkpoint.config.num_layers
+    samples = Samples.of(corpus.lengths, corpus.tokens.shape[1])
+    width = max(checkpoint.config.hidden_size, checkpoint.config.num_heads * checkpoint.config.head_dim)
+    start = state.resume(first)
+    if start == 0:
+        embed(checkpoint, corpus.tokens.reshape(-1).to(torch.int64), state.hidden(0))
+        state.commit(0, None)
+    parts = [state.statistics(layer) for layer in range(start)]
+    workspace = Workspace()
+    for layer in range(start, layers):
+        watcher = Watcher(corpus, samples, layer, team, workspace, handle, hessians, stop)
+        own = [unit for unit in units if unit.layer == layer]
+        layer_pass = LayerPass(checkpoint, own, layer, samples, team, watcher, sequential=sequential, workspace=workspace)
+        layer_pass.run(state.hidden(layer), state.hidden(layer + 1), state.scratch("context", width))
+        statistics = watcher.statistics()
+        _check_tokens(statistics, minimum_expert_tokens)
+        state.commit(layer + 1, statistics)
+        parts.append(statistics)
+    return merge(parts)
+
+
+def _check_tokens(statistics: Statistics, minimum: int) -> None:
+    for layer, counts in statistics.experts.items():
+        few = [f"expert {expert} ({int(tokens)})" for expert, tokens in enumerate(counts.tokens) if tokens < minimum]
+        if few:
+            raise CalibrationError(
+                f"layer {layer}: {len(few)} experts received fewer than {minimum} tokens: {', '.join(few[:8])}"
+                f"{' ...' if len(few) > 8 else ''}. Calibrate on more samples or on text closer to their use, or lower --min-expert-tokens."
+            )
+
+
+class _Inputs:
+    """Sums over the inputs of one unit."""
+
+    def __init__(self, width: int, gram: torch.Tensor | None) -> None:
+        self.total = 0.0  # weight of all rows
+        self.squares = torch.zeros(width, dtype=torch.float64)
+        self.peak = torch.zeros(width)
+        self.gram = gram
+
+    def add(self, team: Team, rows: torch.Tensor, weight: float) -> None:
+        self.total += weight * len(rows)
+        self.peak = torch.maximum(self.peak, rows.abs().amax(0))
+        self.squares += weight * rows.square().sum(0, dtype=torch.float64)
+        if self.gram is not None:
+            add_gram(team, rows if weight == 1.0 else rows * weight**0.5, self.gram)
+
+    def evidence(self, tokens: int) -> Evidence:
+        total = max(self.total, 1e-30)
+        mean_square = (self.squares / total).to(torch.float32)
+        return Evidence(tokens, mean_square, self.peak, None if self.gram is None else self.gram.div_(total))
+
+
+class Watcher:
+    """The observer of a calibrated layer pass: sums up what each unit is shown and hands it on when the unit is complete."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        samples: Samples,
+        layer: int,
+        team: Team,
+        workspace: Workspace,
+        handle: Handle,
+        hessians: Collection[str],
+        stop: threading.Event | None,
+    ) -> None:
+        self._corpus, self._samples, self._layer, self._team, self._workspace = corpus, samples, layer, team, workspace
+        self._handle, self._hessians, self._stop = handle, hessians, stop
+        self._kinds = corpus.token_kinds.reshape(-1).to(torch.int64)
+        self._open: dict[str, _Inputs] = {}
+        self._inputs: dict[str, Evidence] = {}
+        self._routing: tuple[torch.Tensor, forward.Routing] | None = None
+        self._counts: ExpertCounts | None = None
+        self._key_peaks = torch.zeros(samples.count)
+        self._value_peaks = torch.zeros(samples.count)
+
+    # ---------------------------------------------------------------------------------------------------------- observer
+
+    def routed(self, layer: int, tokens: torch.Tensor, routing: forward.Routing) -> None:
+        """Count what each expert receives."""
+        experts, chosen = routing.logits.shape[1], routing.experts.shape[1]
+        self._check(routing.logits, tokens, "router")
+        self._routing = tokens, routing
+        count = torch.zeros(experts, dtype=torch.int64)
+        mass, margin = torch.zeros(experts, dtype=torch.float64), torch.zeros(experts, dtype=torch.float64)
+        kinds = torch.zeros(experts, len(self._corpus.kinds), dtype=torch.int64)
+        largest = routing.logits.topk(min(chosen + 1, experts), dim=-1).values
+        for slot in range(chosen):
+            expert = routing.experts[:, slot]
+            count.index_add_(0, expert, torch.ones_like(expert))
+            mass.index_add_(0, expert, routing.scores[:, slot].to(torch.float64))
+            margin.index_add_(0, expert, (largest[:, slot] - largest[:, -1]).to(torch.float64))
+            kinds.index_put_((expert, self._kinds[tokens]), torch.ones_like(expert), accumulate=True)
+        self._counts = ExpertCounts(layer, count, mass, margin / count.clamp(min=1), kinds, torch.zeros_like(count))
+
+    def lend(self, unit: Unit) -> Borrowed | None:
+        """Tokens for an expert that received too few, best liked first."""
+        assert self._routing is not None and self._counts is not None and unit.expert is not None
+        (tokens, routing), expert = self._routing, unit.expert
+        own = int(self._counts.tokens[expert])
+        wanted = int(ENOUGH_ROWS * unit.matrices[0].shape[0]) - own
+        if wanted <= 0:
+            return None
+        others = (routing.experts != expert).all(dim=1).nonzero()[:, 0]
+        best = torch.argsort(routing.logits[others, expert], descending=True, stable=True)[:wanted]
+        chosen = tokens[others[best]].sort().values
+        self._counts.borrowed[expert] = len(chosen)
+        return Borrowed(chosen, BORROWED_WEIGHT)
+
+    def shown(self, unit: Unit, rows: torch.Tensor, tokens: torch.Tensor, weight: float) -> None:
+        """Add a portion of a unit's inputs to its sums."""
+        if self._stop is not None and self._stop.is_set():
+            raise Interrupted(INTERRUPTED)
+        self._check(rows, tokens, unit.key)
+        self._sums(unit).add(self._team, rows, weight)
+
+    def cached(self, layer: int, keys: torch.Tensor, values: torch.Tensor, sample: int) -> None:
+        """Note the largest key and value of a sample."""
+        self._key_peaks[sample], self._value_peaks[sample] = keys.abs().max(), values.abs().max()
+
+    def complete(self, unit: Unit, weights: Sequence[torch.Tensor], digests: Sequence[str]) -> list[torch.Tensor] | None:
+        """Hand the unit on with its evidence."""
+        sums, tokens, received = self._sums(unit), len(self._samples.tokens), None
+        if unit.expert is not None:
+            assert self._counts is not None
+            tokens = int(self._counts.tokens[unit.expert])
+            received = Received(tokens, int(self._counts.borrowed[unit.expert]), float(self._counts.score_mass[unit.expert]))
+        evidence = sums.evidence(tokens)
+        self._inputs[unit.key] = Evidence(tokens, evidence.mean_square, evidence.peak)
+        replaced = self._handle(
+            unit, weights, digests, evidence, received or Received(tokens, 0, float(tokens)), self._cache_peaks()
+        )
+        del self._open[unit.key]
+        return replaced
+
+    # -------------------------------------------------------------------------------------------------------------- parts
+
+    def statistics(self) -> Statistics:
+        """What was seen in this layer."""
+        return Statistics(
+            inputs=self._inputs,
+            experts={} if self._counts is None else {self._layer: self._counts},
+            cache_peaks={self._layer: self._cache_peaks()},
+            kinds=self._corpus.kinds,
+            description={},
+        )
+
+    def _cache_peaks(self) -> CachePeaks:
+        return float(self._key_peaks.max()), float(self._value_peaks.max())
+
+    def _sums(self, unit: Unit) -> _Inputs:
+        if unit.key not in self._open:
+            width = unit.matrices[0].shape[1]
+            gram = None
+            if unit.key in self._hessians:
+                name = f"hessian {unit.matrices[0].projection}"  # gate and up, and down, are summed side by side
+                gram = (
+                    torch.from_numpy(self._workspace.take(name, 4 * width * width)).view(torch.float32).view(width, width).zero_()
+                )
+            self._open[unit.key] = _Inputs(width, gram)
+        return self._open[unit.key]
+
+    def _check(self, rows: torch.Tensor, tokens: torch.Tensor, what: str) -> None:
+        """Raise CalibrationError when a value is not finite, with the sample that it belongs to."""
+        if bool(torch.isfinite(rows.sum())) or bool(torch.isfinite(rows).all()):
+            return
+        row = int(torch.isfinite(rows).all(dim=1).logical_not().nonzero()[0])
+        sample, position = divmod(int(tokens[row]), self._samples.length)
+        raise CalibrationError(
+            f"layer {self._layer}, input of {what}: NaN or infinite at token {position} of sample {sample} "
+            f"({self._corpus.sample_names[sample]}). The weights before it are damaged, or this text drives the model out of range: check "
+            "the source, or leave the text out."
+        )
