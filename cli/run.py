@@ -7,6 +7,7 @@ object, a result or ``{"error": {"type", "message", "exit_code"}}``.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -82,7 +83,8 @@ def what_is_left(targets: Sequence[str], output: Path, arguments: Sequence[str])
 
 def what_calibration_left(output: Path, arguments: Sequence[str]) -> str:
     """The same for a calibration into the directory ``output``."""
-    return _left_in([output.with_name(f"{output.name}.partial")], output.parent, arguments)
+    final = Path(os.path.realpath(output))
+    return _left_in([final.parent / f"{final.name}.partial"], final.parent, arguments)
 
 
 def _left_in(partial: Sequence[Path], output: Path, arguments: Sequence[str]) -> str:
