@@ -240,6 +240,7 @@ def calibrate(
         from quantkit import calibrate as run_calibrate
         from quantkit.coverage import save_heat_map
 
+        from .coverage import warn_of_cold
         from .progress import ProgressDisplay, unit_progress
 
         stop = threading.Event()
@@ -266,6 +267,8 @@ def calibrate(
             from .tables import print_statistics
 
             print_statistics(Console(), result.directory, result.statistics)
+        if not as_json:
+            warn_of_cold(result.statistics)
 
 
 def _silence_downloads(source: str) -> None:
@@ -379,9 +382,11 @@ def _show_statistics(directory: Path, as_json: bool) -> None:
     else:
         from rich.console import Console
 
+        from .coverage import warn_of_cold
         from .tables import print_statistics
 
         print_statistics(Console(), directory, statistics)
+        warn_of_cold(statistics)
 
 
 @app.command(epilog=_examples("quantkit verify out/w4a16-rtn", "quantkit verify out/w4a16-rtn --source ./scout --sample 64"))

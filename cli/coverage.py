@@ -29,7 +29,7 @@ NOTHING = "x"
 
 
 def print_coverage(console: Console, statistics: Statistics) -> None:
-    """Layers, heat map, coldest experts, kinds and languages; then the warning that some experts are cold, if any are."""
+    """Layers, heat map, coldest experts, kinds and languages."""
     if not statistics.experts:
         console.print("The model has no routed experts, so there is no coverage to show.")
         return
@@ -37,13 +37,16 @@ def print_coverage(console: Console, statistics: Statistics) -> None:
     _print_heat_map(console, statistics)
     _print_coldest(console, statistics)
     _print_kinds(console, statistics)
+
+
+def warn_of_cold(statistics: Statistics) -> None:
+    """Say on stderr that some experts are cold, if any are."""
     if warning := cold_warning(statistics):
-        console.print()
-        console.print(Text(f"Warning: {warning}", style="yellow"), soft_wrap=True)
+        Console(stderr=True).print(Text(f"Warning: {warning}", style="yellow"), soft_wrap=True)
 
 
 def cold_warning(statistics: Statistics) -> str:
-    """What to say of cold experts; empty when there are none."""
+    """What there is to say of cold experts; empty when there are none."""
     from quantkit.coverage import COLD_SHARE, check_coverage
 
     below = check_coverage(statistics)

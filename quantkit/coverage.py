@@ -225,9 +225,15 @@ _STYLE = """
 text{font:12px system-ui,sans-serif;fill:#1b1b1f}
 .h{font-size:15px;font-weight:600}
 .q{fill:#55555f}
-.p{fill:#ffffff}
+.p,.g{fill:#ffffff}
 .n{fill:#ffffff;stroke:#c62828;stroke-width:1.5}
-@media (prefers-color-scheme:dark){text{fill:#ececf1}.q{fill:#a9a9b6}.p{fill:#17171b}.n{fill:#17171b;stroke:#ff6b6b}}
+@media (prefers-color-scheme:dark){
+text{fill:#ececf1}
+.q{fill:#a9a9b6}
+.p{fill:#17171b}
+.g{fill:#5c5c66}
+.n{fill:#17171b;stroke:#ff6b6b}
+}
 """
 _LEFT, _TOP, _MARGIN = 64, 66, 16
 _LEGEND_WIDTH, _LEGEND_STEPS = 320, 64
@@ -259,6 +265,8 @@ def heat_map_svg(statistics: Statistics) -> str:
         f'<text class="q" x="{_LEFT + expert * cell_width + cell_width // 2}" y="{_TOP - 6}" text-anchor="middle">{expert}</text>'
         for expert in range(0, experts, step)
     ]
+    grid = f'width="{experts * cell_width + 1}" height="{len(layers) * cell_height + 1}"'
+    lines.append(f'<rect class="g" x="{_LEFT - 1}" y="{_TOP - 1}" {grid}/>')  # between cells, so that dark ones end on dark pages
     for number, (layer, counts) in enumerate(layers):
         y = _TOP + number * cell_height
         if cell_height >= 12 or number % 2 == 0:
