@@ -14,14 +14,15 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import xxhash
 
-from quantkit.calibration import CalibrationOptions, Handle, run_layers
+from quantkit.calibration import CalibrationOptions, Handler, Seen, run_layers
 from quantkit.calibration_state import CalibrationState
 from quantkit.checkpoint import Checkpoint
 from quantkit.corpus import Corpus, load_corpus
@@ -73,19 +74,45 @@ def calibrate(
             raise OutputError(f"{final} holds no statistics of quantkit and is not replaced: move it away")
         corpus = open_corpus(checkpoint, options)
         work = [unit for unit in units(checkpoint.config) if unit.matrices]
-        done = 0
-
-        def handle(unit: Unit, *_: Any) -> None:
-            nonlocal done
-            done += 1
-            if progress is not None:
-                progress(done, len(work), unit.key)
-
         with Team(workers or available_cores()) as team:
             statistics = run_calibration(
-                checkpoint, corpus, work, final, options, team=team, handle=handle, hessians=(), first=0, restart=restart, stop=stop
+                checkpoint,
+                corpus,
+                work,
+                final,
+                options,
+                team=team,
+                handler=_Onlooker(len(work), progress),
+                first=0,
+                restart=restart,
+                stop=stop,
             )
     return CalibrateResult(final, statistics, time.monotonic() - started)
+
+
+class _Onlooker:
+    """Counts units and changes nothing."""
+
+    def __init__(self, total: int, progress: Callable[[int, int, str], None] | None) -> None:
+        self._done, self._total, self._progress = 0, total, progress
+
+    def wants_hessian(self, unit: Unit) -> bool:
+        """No method is waiting for one."""
+        return False
+
+    def makes_up(self, unit: Unit) -> Sequence[int]:
+        """Nothing is lacking."""
+        return ()
+
+    def became(self, gate_up: Unit, down: Unit) -> Iterator[tuple[int, list[torch.Tensor]]]:
+        """It stays as it is."""
+        return iter(())
+
+    def convert(self, unit: Unit, weights: Sequence[torch.Tensor], digests: Sequence[str], seen: Seen) -> None:
+        """Count the unit."""
+        self._done += 1
+        if self._progress is not None:
+            self._progress(self._done, self._total, unit.key)
 
 
 def open_corpus(checkpoint: Checkpoint, options: CalibrationOptions) -> Corpus:
@@ -125,8 +152,7 @@ def run_calibration(
     final: Path,
     options: CalibrationOptions,
     *,
-    handle: Handle,
-    hessians: Collection[str],
+    handler: Handler,
     first: int,
     team: Team,
     restart: bool = False,
@@ -140,7 +166,8 @@ def run_calibration(
     named = identity(checkpoint, corpus, options, recipe)
     if not restart and first == checkpoint.config.num_layers and (final / "statistics.json").is_file():
         return load_statistics(final)  # a former run had come as far as this
-    need, free = calibration_memory(checkpoint.config, corpus, bool(hessians)), available_memory()
+    hessians = any(handler.wants_hessian(unit) for unit in work)
+    need, free = calibration_memory(checkpoint.config, corpus, hessians), available_memory()
     if need > free:
         raise CalibrationError(
             f"calibration needs {need / 1e9:.1f} GB of memory beside the hidden states, and {free / 1e9:.1f} GB are free: close other "
@@ -156,8 +183,7 @@ def run_calibration(
             work,
             state,
             team,
-            handle=handle,
-            hessians=hessians,
+            handler=handler,
             first=first,
             sequential=options.sequential,
             minimum_expert_tokens=options.minimum_expert_tokens,

@@ -8,7 +8,8 @@ pass comes to it, for all artifacts of the run, so that weights are read once; d
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ import torch
 
 from quantkit import grid
 from quantkit.calibrate import identity, open_corpus, run_calibration, statistics_directory
-from quantkit.calibration import CalibrationOptions
+from quantkit.calibration import CalibrationOptions, Seen
 from quantkit.checkpoint import Checkpoint
 from quantkit.corpus import Corpus
 from quantkit.errors import CalibrationError
 from quantkit.estimate import available_cores
-from quantkit.evidence import Evidence, Received
+from quantkit.evidence import Received
 from quantkit.formats import FORMATS
 from quantkit.llama4 import Unit
 from quantkit.plan import Plan
@@ -29,7 +30,7 @@ from quantkit.recipe import METHODS_WITH_EVIDENCE, Recipe
 from quantkit.statistics import Statistics, check_statistics, load_statistics
 from quantkit.team import Team
 from quantkit.tensor_files import TORCH_DTYPES
-from quantkit.unit_work import Run, Seen, quantize_unit
+from quantkit.unit_work import Run, quantize_unit
 from quantkit.workspace import Workspace
 
 
@@ -82,7 +83,7 @@ class Calibrated:
         if unit.expert is not None and unit.layer is not None:
             counts = self._statistics.experts[unit.layer]
             received = Received(evidence.tokens, int(counts.borrowed[unit.expert]), float(counts.score_mass[unit.expert]))
-        return Seen(evidence, received, self._statistics.cache_peaks[unit.layer or 0])
+        return Seen(evidence, received, self._statistics.cache_peaks[unit.layer or 0], {})
 
     def run(
         self,
@@ -121,28 +122,7 @@ class Calibrated:
         work = [unit for unit in plan.units if unit.matrices]
         todo = {unit.key: [run for run in runs if unit.key not in run.writer.completed] for unit in work}
         unfinished = [unit.layer for unit in work if todo[unit.key] and unit.layer is not None]
-        lead, recipe, workspace = runs[0], runs[0].plan.recipe, Workspace()
-
-        def handle(
-            unit: Unit,
-            weights: Sequence[torch.Tensor],
-            digests: Sequence[str],
-            evidence: Evidence,
-            received: Received,
-            cache_peaks: tuple[float, float],
-        ) -> list[torch.Tensor] | None:
-            replaced: list[torch.Tensor] | None = None
-            seen = Seen(evidence, received, cache_peaks)
-            for run in todo[unit.key]:
-                done = quantize_unit(self._checkpoint, unit, weights, digests, run, workspace, seen, team)
-                if run is lead and self._options.sequential:
-                    replaced = _stored_values(unit, weights, done)
-            if todo[unit.key]:
-                report(unit, sum(tensor.nbytes for run in todo[unit.key] for tensor in run.plan.outputs[unit.key]))
-            elif self._options.sequential:
-                replaced = _stored_values(unit, weights, _read_back(unit, lead))
-            return replaced
-
+        recipe = runs[0].plan.recipe
         named = identity(self._checkpoint, self._corpus, self._options, recipe)
         with Team(workers or available_cores()) as team:
             run_calibration(
@@ -152,8 +132,7 @@ class Calibrated:
                 statistics_directory(self._output, named),
                 self._options,
                 team=team,
-                handle=handle,
-                hessians={unit.key for unit in work if any(_wants_hessian(unit, run) for run in todo[unit.key])},
+                handler=_Handler(self._checkpoint, work, runs, todo, self._options.sequential, team, report),
                 first=min(unfinished, default=plan.config.num_layers),
                 restart=restart,
                 recipe=recipe,
@@ -161,32 +140,85 @@ class Calibrated:
             )
 
 
-def _wants_hessian(unit: Unit, run: Run) -> bool:
-    """Whether a unit's method in that artifact asks for a Hessian."""
+class _Handler:
+    """Converts the units of one pass for its artifacts."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        units: Sequence[Unit],
+        runs: Sequence[Run],
+        todo: Mapping[str, Sequence[Run]],
+        sequential: bool,
+        team: Team,
+        report: Callable[[Unit, int], None],
+    ) -> None:
+        """runs: the artifacts of the pass; later layers of a sequential one see the first.  todo: those that still lack a unit."""
+        self._checkpoint, self._units, self._runs, self._todo = checkpoint, units, runs, todo
+        self._following: dict[tuple[int | None, str], bool] = {}
+        self._sequential, self._team, self._report = sequential, team, report
+        self._workspace = Workspace()
+
+    def wants_hessian(self, unit: Unit) -> bool:
+        """Whether a method of an artifact that lacks the unit asks for it."""
+        return any(_learns(unit, run) for run in self._todo[unit.key])
+
+    def makes_up(self, unit: Unit) -> list[int]:
+        """Artifacts that lack this down projection of a routed expert, are to learn it, and have quantized the shared expert."""
+        if unit.expert is None or unit.matrices[0].projection != "down_proj":
+            return []
+        return [number for number, run in enumerate(self._runs) if run in self._todo[unit.key] and self._follows(unit.layer, run)]
+
+    def became(self, gate_up: Unit, down: Unit) -> Iterator[tuple[int, list[torch.Tensor]]]:
+        """The shared expert of a layer as the artifacts store it whose routed experts make up for it."""
+        for number, run in enumerate(self._runs):
+            if self._follows(gate_up.layer, run):
+                yield number, [*_stored_values(gate_up, run), *_stored_values(down, run)]
+
+    def _follows(self, layer: int | None, run: Run) -> bool:
+        """Whether a layer's routed down projections are learned in that artifact, after a shared expert that is not kept."""
+        if (layer, run.plan.name) not in self._following:
+            experts = [unit for unit in self._units if unit.layer == layer and unit.role == "routed_expert"]
+            shared = [
+                matrix for unit in self._units if unit.layer == layer and unit.role == "shared_expert" for matrix in unit.matrices
+            ]
+            kept = all(run.plan.assignments[matrix.name].scheme is None for matrix in shared)
+            unfinished = [unit for unit in experts if run in self._todo[unit.key] and unit.matrices[0].projection == "down_proj"]
+            self._following[layer, run.plan.name] = not kept and any(_learns(unit, run) for unit in unfinished)
+        return self._following[layer, run.plan.name]
+
+    def convert(self, unit: Unit, weights: Sequence[torch.Tensor], digests: Sequence[str], seen: Seen) -> list[torch.Tensor] | None:
+        """Convert a unit for every artifact that lacks it."""
+        for number, run in enumerate(self._runs):
+            if run in self._todo[unit.key]:
+                evidence = replace(seen.evidence, missing=seen.missing.get(number))
+                own = replace(seen, evidence=evidence)
+                quantize_unit(self._checkpoint, unit, weights, digests, run, self._workspace, own, self._team)
+        if self._todo[unit.key]:
+            self._report(unit, sum(tensor.nbytes for run in self._todo[unit.key] for tensor in run.plan.outputs[unit.key]))
+        return _stored_values(unit, self._runs[0]) if self._sequential else None
+
+
+def _learns(unit: Unit, run: Run) -> bool:
+    """Whether a method with Hessians is to quantize the unit in that artifact."""
     given = [run.plan.assignments[matrix.name] for matrix in unit.matrices]
     return any(assignment.scheme is not None and assignment.method in METHODS_WITH_EVIDENCE for assignment in given)
 
 
-def _stored_values(
-    unit: Unit, weights: Sequence[torch.Tensor], quantized: Mapping[str, grid.QuantizedTensor]
-) -> list[torch.Tensor]:
-    """What the unit is in the artifact, float32 ``[out, in]``."""
-    return [
-        grid.dequantize(quantized[matrix.name]) if matrix.name in quantized else weight.to(torch.float32)
-        for matrix, weight in zip(unit.matrices, weights, strict=True)
-    ]
-
-
-def _read_back(unit: Unit, run: Run) -> dict[str, grid.QuantizedTensor]:
-    """What a former run wrote of the unit.  Raises OutputError."""
+def _stored_values(unit: Unit, run: Run) -> list[torch.Tensor]:
+    """What a finished unit is in the artifact, float32 ``[out, in]``, from the artifact's own bytes.  Raises OutputError."""
     form = FORMATS[run.plan.recipe.format]
     stored = {}
     for tensor in run.plan.outputs[unit.key]:
         data = torch.frombuffer(bytearray(run.writer.read(tensor.name)), dtype=TORCH_DTYPES[tensor.dtype])
         stored[tensor.name] = data.view(tensor.shape)
-    decoded = {}
+    values = []
     for matrix in unit.matrices:
         scheme = run.plan.assignments[matrix.name].scheme
-        if scheme is not None:
-            decoded[matrix.name] = form.decode(matrix.name, stored, scheme)
-    return decoded
+        kept = stored.get(f"{matrix.name}.weight")
+        if scheme is None:
+            assert kept is not None
+            values.append(kept.to(torch.float32))
+        else:
+            values.append(grid.dequantize(form.decode(matrix.name, stored, scheme)))
+    return values

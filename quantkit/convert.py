@@ -21,8 +21,8 @@ import torch
 import xxhash
 
 from quantkit import ledger
-from quantkit.calibration import CalibrationOptions
 from quantkit.calibrated import Calibrated
+from quantkit.calibration import CalibrationOptions
 from quantkit.checkpoint import Checkpoint, load_config
 from quantkit.engine import run_units
 from quantkit.errors import OutputError, RecipeError

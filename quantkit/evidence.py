@@ -16,13 +16,17 @@ class Evidence:
     """Statistics over the rows (tokens) x that reached one unit.
 
     tokens: rows that the router sent here.  mean_square: mean of x^2, float32 ``[in]``.  peak: largest magnitude, float32 ``[in]``.
-    hessian: mean of x x^T, float32 ``[in, in]``, with what a cold expert was given; None where no method asks for it.
+    hessian: mean of x x^T, float32 ``[in, in]``, with what a cold expert was given; None where no method asks for it.  missing: mean of
+    d x^T, float32 ``[out, in]``, where d is what the outputs should make up for beside their own error; None for nothing.  rows: how
+    many the means were formed from, borrowed ones counted by their weight.
     """
 
     tokens: int
     mean_square: torch.Tensor
     peak: torch.Tensor
     hessian: torch.Tensor | None = None
+    missing: torch.Tensor | None = None
+    rows: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,13 @@ class Unobserved:
     def shown(self, unit: Unit, rows: torch.Tensor, tokens: torch.Tensor, weight: float) -> None:
         """Nothing."""
 
+    def became(self, gate_up: Unit, down: Unit) -> Iterator[tuple[int, list[torch.Tensor]]]:
+        """Nothing was replaced."""
+        return iter(())
+
+    def deviated(self, number: int, tokens: torch.Tensor, rows: torch.Tensor) -> None:
+        """Nothing."""
+
     def cached(self, layer: int, keys: torch.Tensor, values: torch.Tensor, sample: int) -> None:
         """Nothing."""
 

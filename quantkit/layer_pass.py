@@ -60,8 +60,18 @@ class Observer(Protocol):
     def complete(self, unit: Unit, weights: Sequence[torch.Tensor], digests: Sequence[str]) -> list[torch.Tensor] | None:
         """All inputs of ``unit`` were shown.  weights: its matrices ``[out, in]`` with the digests of their source bytes.
 
-        Returns what the unit becomes, float32 ``[out, in]``, or None to go on with the original.
+        Returns what the unit becomes, float32 ``[out, in]``, or None; only looked at by a sequential pass.  It must stay valid until the
+        unit after the next one is complete.
         """
+
+    def became(self, gate_up: Unit, down: Unit) -> Iterator[tuple[int, list[torch.Tensor]]]:
+        """What the complete shared expert became in each artifact that wants its routed experts to make up for the difference.
+
+        The number of the artifact; gate, up and down, float32 ``[out, in]``.  :meth:`deviated` is called for one before the next is asked for.
+        """
+
+    def deviated(self, number: int, tokens: torch.Tensor, rows: torch.Tensor) -> None:
+        """What the shared expert of artifact ``number`` lacks for these tokens: float32 ``[count, hidden]``, original - replaced."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +194,9 @@ class LayerPass:
         def begin(part: torch.Tensor, result: torch.Tensor) -> None:
             added[part] = result
 
-        self._mlp(self._matrices["gate_up_proj"], self._matrices["down_proj"], tokens, rows_of, begin)
+        gate_up, down = self._matrices["gate_up_proj"], self._matrices["down_proj"]
+        self._mlp(gate_up, down, tokens, rows_of, begin)
+        self._deviations(gate_up, down, rows_of, added)
 
         def add(part: torch.Tensor, result: torch.Tensor) -> None:
             added[part] += result
@@ -203,6 +215,21 @@ class LayerPass:
             self._mlp(gate_up, down, tokens[places], scaled, add, self._observer.lend(gate_up))
         for part in self._portions(tokens):
             output[part] += added[part]
+
+    def _deviations(
+        self, gate_up: Unit, down: Unit, rows_of: Callable[[torch.Tensor], torch.Tensor], results: torch.Tensor
+    ) -> None:
+        """Tell the observer how each quantized shared expert differs from the original, for the inputs that this pass has seen.
+
+        results: by token, those of the original; in a sequential pass those of the replacement, which has one.
+        """
+        for number, (gate, up, last) in self._observer.became(gate_up, down):
+            if self._sequential:
+                gate, up = self._floats("wide", self._read(gate_up, self._readers[0])[0])
+                (last,) = self._floats("narrow", self._read(down, self._readers[1])[0])
+            for part in self._portions(self._samples.tokens):
+                other = self._product(self._gated(rows_of(part), gate, up), last.t())
+                self._observer.deviated(number, part, other.sub_(results[part]) if self._sequential else results[part].sub_(other))
 
     def _mlp(
         self,

@@ -54,8 +54,8 @@ KV_CACHES = ("fp8",)
 WORKING_SUFFIXES = (".partial", ".replaced")  # of directories in which the writer works
 
 # Relative L2 error of one matrix above which a run fails, by number family.  Round-to-nearest stays below these for weights
-# as heavy tailed as Student's t with 3 degrees of freedom; more means a damaged source or a wrong axis.  A recipe can state
-# its own.
+# as heavy tailed as Student's t with 3 degrees of freedom; more means a damaged source or a wrong axis.  A method that looks at
+# outputs may go twice as far from the weights.  A recipe can state its own.
 MAXIMUM_ERROR = {"int8": 0.12, "fp8": 0.06, "int4": 0.45, "fp4": 0.25}
 
 
@@ -316,7 +316,8 @@ def _assignment(recipe: Recipe, rule: Rule) -> Assignment:
     # Searching FP8 scales gains little and costs a pass over the data; for the others it is cheap beside the disk.
     search = rule.clip_search if rule.clip_search is not None else scheme.number != "fp8"
     stated = rule.maximum_error if rule.maximum_error is not None else recipe.maximum_error
-    return Assignment(scheme, rule.method, search, stated if stated is not None else MAXIMUM_ERROR[scheme.number])
+    usual = MAXIMUM_ERROR[scheme.number] * (2 if rule.method in METHODS_WITH_EVIDENCE else 1)
+    return Assignment(scheme, rule.method, search, stated if stated is not None else usual)
 
 
 def _describe(rule: Rule) -> str:

@@ -190,7 +190,7 @@ def load_statistics(directory: Path) -> Statistics:
         )
     statistics = Statistics(
         {
-            key: Evidence(tokens, *(tensors[f"inputs.{key}.{part}"] for part in _INPUTS))
+            key: Evidence(tokens, tensors[f"inputs.{key}.mean_square"], tensors[f"inputs.{key}.peak"])
             for key, tokens in content["inputs"].items()
         },
         {layer: ExpertCounts(layer, *(tensors[f"experts.{layer}.{part}"] for part in _COUNTS)) for layer in content["experts"]},

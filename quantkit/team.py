@@ -82,6 +82,16 @@ def add_gram(team: Team, rows: torch.Tensor, total: torch.Tensor) -> None:
     team.run(add, [(one, other) for number, one in enumerate(tiles) for other in tiles[number:]])
 
 
+def add_product(team: Team, left: torch.Tensor, right: torch.Tensor, total: torch.Tensor) -> None:
+    """Add ``left^T right`` to ``total [left columns, right columns]``.  left, right: ``[count, columns]``."""
+
+    def add(at: tuple[slice, slice]) -> None:
+        one, other = at
+        total[at].addmm_(left[:, one].t(), right[:, other])
+
+    team.run(add, [(one, other) for one in spans(left.shape[1], TILE) for other in spans(right.shape[1], TILE)])
+
+
 def mirror(total: torch.Tensor) -> torch.Tensor:
     """Copy the upper triangle of a square matrix to the lower one, in place."""
     for columns in spans(total.shape[0], TILE):

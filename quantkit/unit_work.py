@@ -14,10 +14,10 @@ import numpy as np
 import torch
 import xxhash
 
-from quantkit import grid, ledger
+from quantkit import ledger
+from quantkit.calibration import Seen
 from quantkit.checkpoint import Checkpoint
 from quantkit.errors import CalibrationError, WeightError
-from quantkit.evidence import Evidence, Received
 from quantkit.formats import FORMATS
 from quantkit.formats.base import DTYPE_BYTES
 from quantkit.llama4 import Unit, WeightMatrix
@@ -38,15 +38,6 @@ class Run:
 
     plan: ArtifactPlan
     writer: ArtifactWriter
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What calibration saw of a unit: its inputs, how many, and the largest key and value of its layer."""
-
-    evidence: Evidence
-    received: Received
-    cache_peaks: tuple[float, float]
 
 
 def source_bytes(checkpoint: Checkpoint, unit: Unit) -> int:
@@ -80,17 +71,15 @@ def quantize_unit(
     workspace: Workspace,
     seen: Seen | None = None,
     team: Team | None = None,
-) -> dict[str, grid.QuantizedTensor]:
+) -> None:
     """Quantize, encode, write and commit a unit for one artifact.
 
-    weights: as ``Checkpoint.read_unit`` gives them, with their digests.  seen: what calibration saw, if anything.  Returns what was
-    quantized, by name of the matrix; valid until the workspace is used again.  Raises WeightError, CalibrationError, LedgerError,
-    OutputError.
+    weights: as ``Checkpoint.read_unit`` gives them, with their digests.  seen: what calibration saw, if anything.  Raises WeightError,
+    CalibrationError, LedgerError, OutputError.
     """
     form, assignments = FORMATS[run.plan.recipe.format], run.plan.assignments
     entries: dict[str, ledger.LedgerEntry] = {}
     written: dict[str, str] = {}
-    done: dict[str, grid.QuantizedTensor] = {}
     for group in _same_treatment(unit.matrices, assignments):
         matrices = [unit.matrices[index] for index in group]
         assignment = assignments[matrices[0].name]
@@ -118,14 +107,13 @@ def quantize_unit(
                 matrix, assignments[matrix.name], quantized.scheme.name, statistics, digests[index], received
             )
             ledger.check_entry(entry, assignments[matrix.name])
-            entries[matrix.name], done[matrix.name] = entry, quantized
+            entries[matrix.name] = entry
             for name, tensor in form.encode(matrix.name, quantized, workspace).items():
                 written[name] = run.writer.write(name, _raw(tensor))
     if seen is not None and form.kv_cache_tensors(unit, run.plan.recipe.kv_cache):
         for name, tensor in form.encode_kv_cache(unit, *seen.cache_peaks).items():
             written[name] = run.writer.write(name, _raw(tensor))
     run.writer.commit(unit.key, written, [entries[matrix.name].to_dict() for matrix in unit.matrices])
-    return done
 
 
 def _same_treatment(matrices: Sequence[WeightMatrix], assignments: dict[str, Assignment]) -> list[list[int]]:

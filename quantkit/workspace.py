@@ -7,7 +7,10 @@ workspace belongs to one worker: it is not thread-safe, and what ``take`` return
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 PAGE = 4096  # buffers begin on a page, so that vectors do not straddle cache lines
@@ -28,6 +31,10 @@ class Workspace:
             start = -raw.ctypes.data % PAGE
             buffer = self._buffers[name] = raw[start : start + nbytes]
         return buffer[:nbytes]
+
+    def tensor(self, name: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        """A buffer as a tensor of that shape, uninitialised."""
+        return torch.from_numpy(self.take(name, math.prod(shape) * dtype.itemsize)).view(dtype).view(shape)
 
     @property
     def nbytes(self) -> int:

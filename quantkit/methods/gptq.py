@@ -16,8 +16,8 @@ Choices:
   for it.  Scales belong to groups of neighbouring inputs in the original order and are fixed beforehand, so nothing but the codes
   changes and no ``g_idx`` is stored.
 * Scales, and zero points, are those of round to nearest, clip search included.
-* Damping: 1 % of the mean of the diagonal is added to it.  If H is still not positive definite in float32 the damping grows step
-  by step, and the ledger says to what.
+* Damping: a share of the mean of the diagonal is added to it, 1 % and 0.3 times the inputs per row seen, so that little evidence
+  is trusted little.  If H is still not positive definite in float32 the damping grows step by step.  The ledger says to what.
 * An input that was never active has H_kk = 0; damping alone is left of it, and it is rounded to nearest.  It is not set to zero:
   calibration that is silent about an input is no proof that it is useless.
 """
@@ -41,7 +41,9 @@ from quantkit.scheme import Scheme
 from quantkit.team import TILE, Team, factor_upper, spans
 from quantkit.workspace import Workspace
 
-DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # tried one after the other, relative to the mean of the diagonal
+DAMPING = 0.01  # added to the diagonal, relative to its mean
+DAMPING_OF_FEW = 0.3  # and this, times inputs per row that the Hessian was formed from
+ESCALATION = (1.0, 3.0, 10.0, 30.0, 100.0)  # factors tried one after the other
 PANEL = 4 * BLOCK  # inputs for which the errors of all earlier ones are fed forward in one product
 
 
@@ -65,15 +67,15 @@ def quantize(
         raise RecipeError("GPTQ needs calibration: the Hessian of what reaches these weights")
     assert scheme.number in grid.INT_RANGE
     rounded = rtn.quantize(weights, scheme, clip_search=clip_search, workspace=workspace)  # for its scales
-    order, factor, variances, mean, damping = _factor(evidence.hessian, workspace, team)
+    order, factor, variances, mean, damping = _factor(evidence, workspace, team)
     inputs = weights[0].shape[1]
     heights = [weight.shape[0] + -weight.shape[0] % STRIP for weight in weights]  # zeros as padding
     first = [sum(heights[:index]) for index in range(len(weights))]
     rows = sum(heights)
 
-    errors = _take(workspace, "gptq errors", torch.float32, inputs, rows)
-    scales = _take(workspace, "gptq scales", torch.float32, rounded[0][0].scale.shape[1], rows).fill_(1.0)
-    zero_points = _take(workspace, "gptq zero points", torch.float32, *scales.shape).zero_()
+    errors = workspace.tensor("gptq errors", torch.float32, inputs, rows)
+    scales = workspace.tensor("gptq scales", torch.float32, rounded[0][0].scale.shape[1], rows).fill_(1.0)
+    zero_points = workspace.tensor("gptq zero points", torch.float32, *scales.shape).zero_()
     for weight, (quantized, _), start, height in zip(weights, rounded, first, heights, strict=True):
         columns = slice(start, start + weight.shape[0])
         _load(team, weight, order, errors[:, columns])
@@ -81,15 +83,16 @@ def quantize(
         scales[:, columns] = quantized.scale.t()
         if quantized.zero_point is not None:
             zero_points[:, columns] = quantized.zero_point.t()
-    codes = _take(workspace, "gptq codes", torch.int8, inputs, rows)
+    codes = workspace.tensor("gptq codes", torch.int8, inputs, rows)
+    shifts = _shifts(team, workspace, evidence.missing, order, factor, variances * mean, rows)
     parts = [
         slice(start + part.start, start + part.stop) for start, height in zip(first, heights, strict=True) for part in spans(height)
     ]
-    sums = _round_all(team, workspace, scheme, order, factor, variances, errors, scales, zero_points, codes, parts)
+    sums = _round_all(team, workspace, scheme, order, factor, variances, errors, scales, zero_points, codes, parts, shifts)
     results = []
     for index, (weight, (quantized, statistics), start) in enumerate(zip(weights, rounded, first, strict=True)):
         columns = slice(start, start + weight.shape[0])
-        out = _take(workspace, f"rtn codes {index}", torch.int8, weight.shape[0], inputs)
+        out = workspace.tensor(f"rtn codes {index}", torch.int8, weight.shape[0], inputs)
         _transpose(team, codes[:, columns], out)
         mine = [sums[at] for at, part in enumerate(parts) if start <= part.start < start + heights[index]]
         loss, squared, clipped = (float(total) for total in np.sum(mine, axis=0))
@@ -112,29 +115,29 @@ def quantize(
     return results
 
 
-def _factor(
-    hessian: torch.Tensor, workspace: Workspace, team: Team
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, float]:
+def _factor(evidence: Evidence, workspace: Workspace, team: Team) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, float]:
     """Factor the damped Hessian, inputs in order of falling diagonal and scaled so that the diagonal has mean 1.
 
     Returns (order int64 ``[in]``, U with its diagonal not yet divided out, D float64 ``[in]``, the mean, the damping).  Raises
     CalibrationError.
     """
-    inputs = hessian.shape[0]
+    assert evidence.hessian is not None
+    hessian, inputs = evidence.hessian, evidence.hessian.shape[0]
+    usual = DAMPING + (DAMPING_OF_FEW * inputs / evidence.rows if evidence.rows else 0.0)
     diagonal = hessian.diagonal().to(torch.float64)
     mean = float(diagonal.mean())
     if not 0 < mean < float("inf") or not bool(diagonal.isfinite().all()):
         raise CalibrationError(f"the mean square of the inputs is {mean}; GPTQ needs inputs that are finite and not all zero")
     order = torch.argsort(diagonal, descending=True, stable=True)
-    factor = _take(workspace, "gptq factor", torch.float32, inputs, inputs)
-    for damping in DAMPING:
+    factor = workspace.tensor("gptq factor", torch.float32, inputs, inputs)
+    for damping in [usual * step for step in ESCALATION]:
         _permute(team, hessian, order, 1.0 / mean, factor)
         factor.diagonal().add_(damping)
         if factor_upper(team, factor):
             pivots = factor.diagonal().clone()
             factor.div_(pivots)
             return order, factor, pivots.to(torch.float64).square(), mean, damping
-    raise CalibrationError(f"the Hessian of {inputs} inputs is not positive definite even with damping {DAMPING[-1]:g}")
+    raise CalibrationError(f"the Hessian of {inputs} inputs is not positive definite even with damping {usual * ESCALATION[-1]:g}")
 
 
 def _permute(team: Team, hessian: torch.Tensor, order: torch.Tensor, factor: float, out: torch.Tensor) -> None:
@@ -159,15 +162,16 @@ def _round_all(
     zero_points: torch.Tensor,
     codes: torch.Tensor,
     parts: Sequence[slice],
+    shifts: torch.Tensor | None,
 ) -> NDArray[np.float64]:
     """Quantize all inputs, panel by panel and block by block.  ``errors`` holds the weights ``[in, rows]`` in order of work.
 
-    parts: the rows that threads take.  Returns float64 ``[parts, 3]``, the sums that ``quantize_block`` gives.
+    parts: the rows that threads take.  shifts: added to what is fed forward, ``[in, rows]``.  Returns float64 ``[parts, 3]``, the sums that ``quantize_block`` gives.
     """
     inputs, rows = errors.shape
     lowest, highest = grid.INT_RANGE[scheme.number]
     groups = order // (inputs // scales.shape[0])
-    corrections = _take(workspace, "gptq corrections", torch.float32, min(PANEL, inputs), rows)
+    corrections = workspace.tensor("gptq corrections", torch.float32, min(PANEL, inputs), rows)
     flat_scales, flat_zero_points, flat_codes = (values.numpy().reshape(-1) for values in (scales, zero_points, codes))
     sums = np.zeros((len(parts), 3))
 
@@ -178,6 +182,8 @@ def _round_all(
             torch.mm(factor[: panel.start, panel].t(), errors[: panel.start, part], out=wanted)
         else:
             wanted.zero_()
+        if shifts is not None:
+            wanted += shifts[panel, part]
         for block in spans(panel.stop - panel.start, BLOCK):
             inside = slice(panel.start + block.start, panel.start + block.stop)
             done = slice(panel.start, inside.start)
@@ -205,6 +211,34 @@ def _round_all(
     return sums
 
 
+def _shifts(
+    team: Team,
+    workspace: Workspace,
+    missing: torch.Tensor | None,
+    order: torch.Tensor,
+    factor: torch.Tensor,
+    variances: torch.Tensor,
+    rows: int,
+) -> torch.Tensor | None:
+    """``missing U^-T D^-1`` in order of work and transposed, ``[in, rows]``; None when nothing is missing.
+
+    The outputs are asked for more than the weights give: for (w + delta) x with delta = missing H^-1, the least squares solution.  In
+    the sum over k that is minimized, delta appears as this constant, one triangular solution instead of the two that delta itself
+    takes.  variances: D for the Hessian as it was given.
+    """
+    if missing is None:
+        return None
+    divisors = variances.to(torch.float32)[:, None]
+    shifts = workspace.tensor("gptq shifts", torch.float32, len(order), rows).zero_()
+
+    def part(columns: slice) -> None:
+        wanted = missing[columns][:, order].t()
+        shifts[:, columns] = torch.linalg.solve_triangular(factor, wanted, upper=True, unitriangular=True).div_(divisors)
+
+    team.run(part, spans(missing.shape[0], TILE // 2))
+    return shifts
+
+
 def _load(team: Team, weight: torch.Tensor, order: torch.Tensor, out: torch.Tensor) -> None:
     """``out[k] = weight[:, order[k]]`` in float32."""
     by_input = weight.t()
@@ -230,9 +264,3 @@ def _output_power(weight: torch.Tensor, hessian: torch.Tensor) -> float:
     upper = torch.mm(rows, hessian.triu())
     double = 2 * torch.sum(upper * rows, dtype=torch.float64) - torch.sum(rows.square() * hessian.diagonal(), dtype=torch.float64)
     return float(double) / rows.shape[0]
-
-
-def _take(workspace: Workspace, name: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
-    """A buffer of the workspace as a tensor, uninitialised."""
-    count = int(np.prod(shape))
-    return torch.from_numpy(workspace.take(name, count * dtype.itemsize)).view(dtype).view(*shape)
