@@ -7,8 +7,8 @@
         scratch-*.bin             worthless after a kill
 
 The inputs of the two layers reached last are kept.  A line is written after the data that it speaks of was synced, and holds its
-checksum: a file that changed since is not used, the one before it is, and at worst calibration begins anew.  Within a layer nothing is
-kept here: finished experts stand in the journals of the artifacts, and what the layer lacks besides is computed again, bit for bit.
+checksum: a file that changed since is not used, the one before it is, and at worst calibration begins anew.  Within a layer nothing
+is kept here: finished experts stand in the journals of the artifacts, and what the layer lacks besides is computed again, bit for bit.
 
 Files are allocated at full size first, so that a full disk is an error here and not a signal while a mapped page is written.
 """
@@ -27,7 +27,7 @@ import torch
 import xxhash
 
 from quantkit.datafiles import allocate_file
-from quantkit.errors import OutputError, ResumeError
+from quantkit.errors import CalibrationError, OutputError, ResumeError
 from quantkit.journal import Journal, output_errors, sync_directory
 from quantkit.statistics import Statistics, load_statistics, save_statistics
 
@@ -58,8 +58,8 @@ class CalibrationState:
                 elif stored != dict(fingerprint):
                     differing = ", ".join(sorted(key for key in {*stored, *fingerprint} if stored.get(key) != fingerprint.get(key)))
                     raise ResumeError(
-                        f"{directory} was begun from something else (different: {differing}); repeat the former command to finish it, "
-                        "choose another output directory, or discard it with --restart"
+                        f"{directory} was begun from something else (different: {differing}); repeat the former command to finish "
+                        "it, choose another output directory, or discard it with --restart"
                     )
                 self._journal.sign()
                 for path in directory.glob("scratch-*.bin"):
@@ -72,10 +72,17 @@ class CalibrationState:
         """The last layer up to ``wanted`` whose input is here and sound, and for which all statistics before it are; else 0."""
         layers = {record["layer"]: record["hidden"] for record in self._journal.records if "layer" in record}
         for layer in sorted((layer for layer in layers if layer <= wanted), reverse=True):
-            sound = all((self._statistics(before) / "statistics.json").is_file() for before in range(layer))
-            if sound and self._digest(self._hidden(layer)) == layers[layer]:
+            if self._digest(self._hidden(layer)) == layers[layer] and all(map(self._is_known, range(layer))):
                 return int(layer)
         return 0
+
+    def _is_known(self, layer: int) -> bool:
+        """Whether the statistics of a layer are here and sound; if not, it is worth calibrating it again."""
+        try:
+            self.statistics(layer)
+        except CalibrationError:
+            return False
+        return True
 
     def hidden(self, layer: int) -> torch.Tensor:
         """What enters ``layer``, float32 ``[rows, hidden]``, mapped; zeros when it was not there.  Raises OutputError."""
