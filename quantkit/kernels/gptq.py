@@ -1,4 +1,5 @@
 """The sequential part of GPTQ on the CPU: one block of inputs for all rows, column after column, with feedback inside the block.
+And what surrounds it and would take longer than a product in plain torch: a permuted triangle, a transposed table of codes.
 
 Everything is input-major: neighbouring output rows lie side by side and are the lanes of a vector, and a strip of rows of one block
 stays in the first-level cache.  A rounding error made at one input is fed to the later inputs of the block at once; what it does to
@@ -78,3 +79,38 @@ def quantize_block(
                 store(tile, later * STRIP, fused(share, one, load_float32(tile, later * STRIP)))
                 store(tile, later * STRIP + 16, fused(share, other, load_float32(tile, later * STRIP + 16)))
     return lane_sum(loss), lane_sum(squared), lane_sum(clipped)
+
+
+@kernel
+def permute_rows(matrix: Any, order: Any, factor: Any, out: Any, first_row: int, last_row: int) -> None:
+    """Rows ``first_row .. last_row`` of the upper triangle of ``factor * matrix[order][:, order]``.
+
+    matrix, out: float32 ``[inputs, inputs]``, flat; symmetric, but only the upper triangle of ``matrix`` is read and only that of
+    ``out`` is written.  order: int64 ``[inputs]``.
+    """
+    inputs = order.size
+    for row in range(first_row, last_row):
+        one = order[row]
+        for column in range(row, inputs):
+            other = order[column]
+            out[row * inputs + column] = factor * matrix[min(one, other) * inputs + max(one, other)]
+
+
+@kernel
+def transpose_codes(codes: Any, out: Any, first_row: int, last_row: int) -> None:
+    """``out[row, input] = codes[input, row]`` for some rows; int8.
+
+    Lines of ``codes`` are often a power of two apart, so a block of them does not stay in the cache; it goes through a small tile.
+    """
+    inputs = out.shape[1]
+    tile = np.empty((64, 64), np.int8)
+    for row in range(first_row, last_row, 64):
+        height = min(64, last_row - row)
+        for first in range(0, inputs, 64):
+            width = min(64, inputs - first)
+            for k in range(width):
+                for r in range(height):
+                    tile[k, r] = codes[first + k, row + r]
+            for r in range(height):
+                for k in range(width):
+                    out[row + r, first + k] = tile[k, r]

@@ -16,8 +16,8 @@ Choices:
   for it.  Scales belong to groups of neighbouring inputs in the original order and are fixed beforehand, so nothing but the codes
   changes and no ``g_idx`` is stored.
 * Scales, and zero points, are those of round to nearest, clip search included.
-* Damping: a share of the mean of the diagonal is added to it, 1 % and 0.3 times the inputs per row seen, so that little evidence
-  is trusted little.  If H is still not positive definite in float32 the damping grows step by step.  The ledger says to what.
+* Damping: 1 % of the mean of the diagonal is added to it; where the outputs are to make up for something, also 0.3 times the inputs
+  per row seen, for what is learned from few rows does not hold elsewhere.  If H is still not positive definite in float32 the damping grows step by step.  The ledger says to what.
 * An input that was never active has H_kk = 0; damping alone is left of it, and it is rounded to nearest.  It is not set to zero:
   calibration that is silent about an input is no proof that it is useless.
 """
@@ -35,14 +35,14 @@ from quantkit import grid
 from quantkit.errors import CalibrationError, RecipeError
 from quantkit.evidence import Evidence
 from quantkit.grid import QuantizationStatistics, QuantizedTensor
-from quantkit.kernels.gptq import BLOCK, STRIP, quantize_block
+from quantkit.kernels.gptq import BLOCK, STRIP, permute_rows, quantize_block, transpose_codes
 from quantkit.methods import rtn
 from quantkit.scheme import Scheme
 from quantkit.team import TILE, Team, factor_upper, spans
 from quantkit.workspace import Workspace
 
 DAMPING = 0.01  # added to the diagonal, relative to its mean
-DAMPING_OF_FEW = 0.3  # and this, times inputs per row that the Hessian was formed from
+DAMPING_OF_FEW = 0.3  # and this times inputs per row seen, where the outputs are to make up for something: a regression
 ESCALATION = (1.0, 3.0, 10.0, 30.0, 100.0)  # factors tried one after the other
 PANEL = 4 * BLOCK  # inputs for which the errors of all earlier ones are fed forward in one product
 
@@ -96,7 +96,7 @@ def quantize(
         _transpose(team, codes[:, columns], out)
         mine = [sums[at] for at, part in enumerate(parts) if start <= part.start < start + heights[index]]
         loss, squared, clipped = (float(total) for total in np.sum(mine, axis=0))
-        signal = _output_power(weight, evidence.hessian)
+        signal = _output_power(team, weight, evidence.hessian)
         noise = max(0.0, loss - damping * squared) * mean / weight.shape[0]  # of the outputs alone, per row
         results.append(
             (
@@ -123,7 +123,9 @@ def _factor(evidence: Evidence, workspace: Workspace, team: Team) -> tuple[torch
     """
     assert evidence.hessian is not None
     hessian, inputs = evidence.hessian, evidence.hessian.shape[0]
-    usual = DAMPING + (DAMPING_OF_FEW * inputs / evidence.rows if evidence.rows else 0.0)
+    usual = DAMPING
+    if evidence.missing is not None and evidence.rows:
+        usual += DAMPING_OF_FEW * inputs / evidence.rows
     diagonal = hessian.diagonal().to(torch.float64)
     mean = float(diagonal.mean())
     if not 0 < mean < float("inf") or not bool(diagonal.isfinite().all()):
@@ -141,13 +143,14 @@ def _factor(evidence: Evidence, workspace: Workspace, team: Team) -> tuple[torch
 
 
 def _permute(team: Team, hessian: torch.Tensor, order: torch.Tensor, factor: float, out: torch.Tensor) -> None:
-    """``out = factor * hessian[order][:, order]`` of a symmetric matrix of which only the upper triangle is given."""
+    """The upper triangle of ``factor * hessian[order][:, order]``; of both matrices only that is looked at."""
+    places, share = order.numpy(), np.float32(factor)
+    matrix, permuted = (values.numpy().reshape(-1) for values in (hessian, out))
 
     def part(rows: slice) -> None:
-        chosen = order[rows, None]
-        torch.mul(hessian[torch.minimum(chosen, order), torch.maximum(chosen, order)], factor, out=out[rows])
+        permute_rows(matrix, places, share, permuted, rows.start, rows.stop)
 
-    team.run(part, spans(len(order), TILE // 4))
+    team.run(part, spans(len(order), max(1, TILE // 16)))
 
 
 def _round_all(
@@ -252,15 +255,26 @@ def _load(team: Team, weight: torch.Tensor, order: torch.Tensor, out: torch.Tens
 def _transpose(team: Team, codes: torch.Tensor, out: torch.Tensor) -> None:
     """``out[row, input] = codes[input, row]``."""
 
+    source, target = codes.numpy(), out.numpy()
+
     def part(rows: slice) -> None:
-        out[rows] = codes[:, rows].t()
+        transpose_codes(source, target, rows.start, rows.stop)
 
     team.run(part, spans(out.shape[0], TILE // 4))
 
 
-def _output_power(weight: torch.Tensor, hessian: torch.Tensor) -> float:
+def _output_power(team: Team, weight: torch.Tensor, hessian: torch.Tensor) -> float:
     """Mean over (a sample of) the rows w of w H w^T, the mean square of the outputs.  H: upper triangle."""
     rows = weight[:: max(1, weight.shape[0] // 128)].to(torch.float32)
-    upper = torch.mm(rows, hessian.triu())
-    double = 2 * torch.sum(upper * rows, dtype=torch.float64) - torch.sum(rows.square() * hessian.diagonal(), dtype=torch.float64)
-    return float(double) / rows.shape[0]
+    parts = spans(hessian.shape[0])
+    powers = [0.0] * len(parts)
+
+    def add(number: int) -> None:
+        part = parts[number]
+        own, corner, later = rows[:, part], hessian[part, part], slice(part.stop, None)
+        products = torch.sum(torch.mm(own, corner.triu()) * own, dtype=torch.float64)
+        products += torch.sum(torch.mm(own, hessian[part, later]) * rows[:, later], dtype=torch.float64)
+        powers[number] = float(2 * products - torch.sum(own.square() * corner.diagonal(), dtype=torch.float64))
+
+    team.run(add, range(len(parts)))
+    return sum(powers) / rows.shape[0]
