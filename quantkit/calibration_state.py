@@ -8,7 +8,7 @@
 
 The inputs of the two layers reached last are kept.  A line is written after the data that it speaks of was synced, and holds its
 checksum: a file that changed since is not used, the one before it is, and at worst calibration begins anew.  Within a layer nothing
-is kept here: finished experts stand in the journals of the artifacts, and what the layer still lacks is computed again, bit for bit.
+is kept here: finished experts stand in the journals of the artifacts, and what is still lacking is computed again, bit for bit.
 
 Files are allocated at full size first, so that a full disk is an error here and not a signal while a mapped page is written.
 """
