@@ -11,7 +11,8 @@ Hessian toward that of the layer.)
 
 Routed experts also make up for their shared expert.  Every token passes through both, so a routed expert that is quantized after the
 shared one can be asked for its own output plus what the shared one now lacks: the down projection is then rounded toward the least
-squares solution of that.  Of all that was tried this gains most, a quarter of the divergence and more.
+squares solution of that, for its own tokens; for borrowed ones it shall stay what it is.  Of all that was tried this gains most, a
+quarter of the divergence and more.
 
 What later layers see is the reference by default: then all artifacts of a run share one calibration.  With ``sequential`` they see
 what the layers before became, and each artifact has a calibration of its own.
@@ -141,9 +142,10 @@ def _check_tokens(statistics: Statistics, minimum: int) -> None:
     for layer, counts in statistics.experts.items():
         few = [f"expert {expert} ({int(tokens)})" for expert, tokens in enumerate(counts.tokens) if tokens < minimum]
         if few:
+            more = f" and {len(few) - 8} more" if len(few) > 8 else ""
             raise CalibrationError(
-                f"layer {layer}: {len(few)} experts received fewer than {minimum} tokens: {', '.join(few[:8])}"
-                f"{' ...' if len(few) > 8 else ''}. Calibrate on more samples or on text closer to their use, or lower --min-expert-tokens."
+                f"layer {layer}: {len(few)} experts received fewer than {minimum} tokens: {', '.join(few[:8])}{more}. Calibrate on more "
+                "samples or on text closer to their use, or lower the minimum."
             )
 
 
@@ -165,8 +167,8 @@ class _Inputs:
         self.squares += weight * rows.square().sum(0, dtype=torch.float64)
         if self.gram is not None:
             add_gram(team, rows if weight == 1.0 else rows * weight**0.5, self.gram)
-        for number, total in self.missing.items():
-            add_product(team, deviations[number], rows if weight == 1.0 else rows * weight, total)
+        for number, total in self.missing.items() if weight == 1.0 else ():  # an expert is not bent for tokens it only borrows
+            add_product(team, deviations[number], rows, total)
 
     def evidence(self, tokens: int) -> Evidence:
         total = max(self.total, 1e-30)

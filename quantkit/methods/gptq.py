@@ -44,6 +44,7 @@ from quantkit.workspace import Workspace
 DAMPING = 0.01  # added to the diagonal, relative to its mean
 DAMPING_OF_FEW = 0.3  # and this times inputs per row seen, where the outputs are to make up for something: a regression
 ESCALATION = (1.0, 3.0, 10.0, 30.0, 100.0)  # factors tried one after the other
+MOST_MADE_UP = 0.25  # of the outputs' own size, that they are asked to make up for what is missing beside them
 PANEL = 4 * BLOCK  # inputs for which the errors of all earlier ones are fed forward in one product
 
 
@@ -84,7 +85,8 @@ def quantize(
         if quantized.zero_point is not None:
             zero_points[:, columns] = quantized.zero_point.t()
     codes = workspace.tensor("gptq codes", torch.int8, inputs, rows)
-    shifts = _shifts(team, workspace, evidence.missing, order, factor, variances * mean, rows)
+    powers = [_output_power(team, weight, evidence.hessian) for weight in weights]
+    shifts = _shifts(team, workspace, evidence.missing, order, factor, variances * mean, rows, powers[0])
     parts = [
         slice(start + part.start, start + part.stop) for start, height in zip(first, heights, strict=True) for part in spans(height)
     ]
@@ -96,8 +98,9 @@ def quantize(
         _transpose(team, codes[:, columns], out)
         mine = [sums[at] for at, part in enumerate(parts) if start <= part.start < start + heights[index]]
         loss, squared, clipped = (float(total) for total in np.sum(mine, axis=0))
-        signal = _output_power(team, weight, evidence.hessian)
-        noise = max(0.0, loss - damping * squared) * mean / weight.shape[0]  # of the outputs alone, per row
+        if evidence.missing is None:
+            loss = max(0.0, loss - damping * squared)  # what damping adds is no error of the outputs
+        noise = loss * mean / weight.shape[0]  # per row
         results.append(
             (
                 QuantizedTensor(scheme, out, quantized.scale, quantized.zero_point),
@@ -107,7 +110,7 @@ def quantize(
                     clipped=int(clipped),
                     scale_minimum=statistics.scale_minimum,
                     scale_maximum=statistics.scale_maximum,
-                    output_error=(noise / signal) ** 0.5 if signal else 0.0,
+                    output_error=(noise / powers[index]) ** 0.5 if powers[index] else 0.0,
                     damping=damping,
                 ),
             )
@@ -222,23 +225,35 @@ def _shifts(
     factor: torch.Tensor,
     variances: torch.Tensor,
     rows: int,
+    power: float,
 ) -> torch.Tensor | None:
     """``missing U^-T D^-1`` in order of work and transposed, ``[in, rows]``; None when nothing is missing.
 
     The outputs are asked for more than the weights give: for (w + delta) x with delta = missing H^-1, the least squares solution.  In
     the sum over k that is minimized, delta appears as this constant, one triangular solution instead of the two that delta itself
-    takes.  variances: D for the Hessian as it was given.
+    takes.  variances: D for the Hessian as it was given.  power: mean square of the outputs.
+
+    Outputs that are small beside what is missing, those of an expert with low scores, would be bent out of shape: its scales were
+    chosen for the weights as they are, and other tokens come.  So delta is shortened until what it adds is at most MOST_MADE_UP of
+    them.
     """
     if missing is None:
         return None
     divisors = variances.to(torch.float32)[:, None]
     shifts = workspace.tensor("gptq shifts", torch.float32, len(order), rows).zero_()
+    parts = spans(missing.shape[0], max(1, TILE // 2))
+    added = [0.0] * len(parts)
 
-    def part(columns: slice) -> None:
-        wanted = missing[columns][:, order].t()
-        shifts[:, columns] = torch.linalg.solve_triangular(factor, wanted, upper=True, unitriangular=True).div_(divisors)
+    def part(number: int) -> None:
+        columns = parts[number]
+        solved = torch.linalg.solve_triangular(factor, missing[columns][:, order].t(), upper=True, unitriangular=True)
+        shifts[:, columns] = solved.div_(divisors)
+        added[number] = float(torch.sum(solved.square_().mul_(divisors), dtype=torch.float64))
 
-    team.run(part, spans(missing.shape[0], TILE // 2))
+    team.run(part, range(len(parts)))
+    share = (sum(added) / missing.shape[0]) ** 0.5
+    if share > MOST_MADE_UP * power**0.5:
+        shifts.mul_(MOST_MADE_UP * power**0.5 / share)
     return shifts
 
 
