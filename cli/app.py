@@ -238,7 +238,6 @@ def calibrate(
 
         from quantkit import CalibrationOptions
         from quantkit import calibrate as run_calibrate
-        from quantkit.coverage import save_heat_map
 
         from .coverage import warn_of_cold
         from .progress import ProgressDisplay, unit_progress
@@ -256,7 +255,6 @@ def calibrate(
                 progress=None if quiet or as_json else unit_progress(display.update),
                 stop=stop,
             )
-        save_heat_map(result.directory, result.statistics)
         if quiet:
             print(result.directory)
         elif as_json:

@@ -26,6 +26,7 @@ from quantkit.calibration import CalibrationOptions, Handler, Seen, run_layers
 from quantkit.calibration_state import CalibrationState
 from quantkit.checkpoint import Checkpoint
 from quantkit.corpus import Corpus, load_corpus
+from quantkit.coverage import save_heat_map
 from quantkit.errors import CalibrationError, OutputError
 from quantkit.estimate import available_cores, available_memory
 from quantkit.journal import output_errors, sync_directory
@@ -209,6 +210,7 @@ def _publish(statistics: Statistics, folder: Path, final: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         save_statistics(folder, statistics)
+        save_heat_map(folder, statistics)
         if (final / "statistics.json").is_file():
             shutil.rmtree(final)  # the same calibration, or one that is to be replaced
         folder.rename(final)

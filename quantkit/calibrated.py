@@ -7,11 +7,12 @@ pass comes to it, for all artifacts of the run, so that weights are read once; d
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -22,16 +23,28 @@ from quantkit.checkpoint import Checkpoint
 from quantkit.corpus import Corpus
 from quantkit.errors import CalibrationError
 from quantkit.estimate import available_cores
-from quantkit.evidence import Received
+from quantkit.evidence import Evidence, Received
 from quantkit.formats import FORMATS
 from quantkit.llama4 import Unit
+from quantkit.methods import METHODS
 from quantkit.plan import Plan
-from quantkit.recipe import METHODS_WITH_EVIDENCE, Recipe
+from quantkit.recipe import METHODS_WITH_EVIDENCE, Assignment, Recipe
+from quantkit.scheme import Scheme
 from quantkit.statistics import Statistics, check_statistics, load_statistics
 from quantkit.team import Team
 from quantkit.tensor_files import TORCH_DTYPES
 from quantkit.unit_work import Run, quantize_unit
 from quantkit.workspace import Workspace
+
+
+class Report(Protocol):
+    """Who is told how far the work is."""
+
+    def preparing(self, scheme: str) -> None:
+        """The largest unit is tried with this scheme."""
+
+    def unit_calibrated(self, unit: Unit, written: int) -> None:
+        """A unit was converted, and so many bytes written."""
 
 
 class Calibrated:
@@ -92,12 +105,12 @@ class Calibrated:
         *,
         workers: int | None,
         restart: bool,
-        report: Callable[[Unit, int], None],
+        report: Report,
         stop: threading.Event | None,
     ) -> None:
         """Send the corpus through the model and convert every unit with matrices on the way; nothing when no recipe asks for it.
 
-        report: told each unit that was converted, and the bytes written, once for every pass.  Raises what ``run_calibration`` and ``quantize_unit`` raise.
+        report: told each unit that was converted and the bytes written, once for every pass.  Raises what ``run_calibration`` and ``quantize_unit`` raise.
         """
         if self._corpus is None:
             return
@@ -115,7 +128,7 @@ class Calibrated:
         runs: Sequence[Run],
         workers: int | None,
         restart: bool,
-        report: Callable[[Unit, int], None],
+        report: Report,
         stop: threading.Event | None,
     ) -> None:
         assert self._corpus is not None
@@ -125,6 +138,8 @@ class Calibrated:
         recipe = runs[0].plan.recipe
         named = identity(self._checkpoint, self._corpus, self._options, recipe)
         with Team(workers or available_cores()) as team:
+            handler = _Handler(self._checkpoint, work, runs, todo, self._options.sequential, team, report)
+            handler.try_largest()
             run_calibration(
                 self._checkpoint,
                 self._corpus,
@@ -132,7 +147,7 @@ class Calibrated:
                 statistics_directory(self._output, named),
                 self._options,
                 team=team,
-                handler=_Handler(self._checkpoint, work, runs, todo, self._options.sequential, team, report),
+                handler=handler,
                 first=min(unfinished, default=plan.config.num_layers),
                 restart=restart,
                 recipe=recipe,
@@ -151,13 +166,47 @@ class _Handler:
         todo: Mapping[str, Sequence[Run]],
         sequential: bool,
         team: Team,
-        report: Callable[[Unit, int], None],
+        report: Report,
     ) -> None:
         """runs: the artifacts of the pass; later layers of a sequential one see the first.  todo: those that still lack a unit."""
         self._checkpoint, self._units, self._runs, self._todo = checkpoint, units, runs, todo
         self._following: dict[tuple[int | None, str], bool] = {}
         self._sequential, self._team, self._report = sequential, team, report
         self._workspace = Workspace()
+
+    def try_largest(self) -> None:
+        """Run each method once on the largest unit that awaits it, with made-up numbers, so that a lack of memory shows at once.
+
+        The buffers stay for the run itself.  Raises CalibrationError.
+        """
+        largest: dict[tuple[str, Scheme], tuple[Unit, Assignment]] = {}
+        for unit in sorted(self._units, key=lambda unit: sum(math.prod(matrix.shape) for matrix in unit.matrices)):
+            for run in self._todo[unit.key]:
+                assignment = run.plan.assignments[unit.matrices[0].name]
+                if assignment.scheme is not None and _learns(unit, run):
+                    largest[assignment.method, assignment.scheme] = unit, assignment
+        for (method, scheme), (unit, assignment) in largest.items():
+            self._report.preparing(f"{scheme.name} {method}, {unit.key}")
+            width = unit.matrices[0].shape[1]
+            weights = [torch.ones(matrix.shape[1], matrix.shape[0], dtype=torch.bfloat16).t() for matrix in unit.matrices]
+            missing = torch.zeros(unit.matrices[0].shape) if len(weights) == 1 else None
+            try:
+                evidence = Evidence(width, torch.ones(width), torch.ones(width), torch.eye(width), missing, float(width))
+                METHODS[method](
+                    weights,
+                    scheme,
+                    clip_search=assignment.clip_search,
+                    workspace=self._workspace,
+                    evidence=evidence,
+                    team=self._team,
+                )
+            except (MemoryError, RuntimeError) as error:
+                if not isinstance(error, MemoryError) and "memory" not in str(error):
+                    raise
+                raise CalibrationError(
+                    f"there is not enough memory to quantize {unit.key} to {scheme.name} with {method}: close other programs, or use a "
+                    "machine with more memory. The need follows from the largest matrix, not from the number of samples."
+                ) from error
 
     def wants_hessian(self, unit: Unit) -> bool:
         """Whether a method of an artifact that lacks the unit asks for it."""
@@ -195,7 +244,9 @@ class _Handler:
                 own = replace(seen, evidence=evidence)
                 quantize_unit(self._checkpoint, unit, weights, digests, run, self._workspace, own, self._team)
         if self._todo[unit.key]:
-            self._report(unit, sum(tensor.nbytes for run in self._todo[unit.key] for tensor in run.plan.outputs[unit.key]))
+            self._report.unit_calibrated(
+                unit, sum(tensor.nbytes for run in self._todo[unit.key] for tensor in run.plan.outputs[unit.key])
+            )
         return _stored_values(unit, self._runs[0]) if self._sequential else None
 
 

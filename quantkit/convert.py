@@ -45,7 +45,7 @@ from quantkit.writer import ArtifactWriter, finish_clean_up, publish
 class Progress:
     """A snapshot of a running conversion.
 
-    phase: ``prepare`` (kernels are compiled, on first use of a scheme on a machine), ``convert`` or ``check``.  Bytes count source
+    phase: ``prepare`` (kernels are compiled, on first use of a scheme on a machine), ``convert``, ``calibrate`` or ``check``.  Bytes count source
     bytes of finished units, or bytes of the artifact read back.  current: scheme, unit or artifact at work.
     """
 
@@ -125,7 +125,7 @@ def convert(
             report = _Reporter(checkpoint, plan, runs, progress)
             _prepare(runs, report)
             _convert_units(checkpoint, plan, runs, calibrated, count, report, stop)
-            calibrated.run(plan, runs, workers=workers, restart=restart, report=report.unit_done, stop=stop)
+            calibrated.run(plan, runs, workers=workers, restart=restart, report=report, stop=stop)
             results = [_seal(run, plan, count, report, stop) for run in runs]
             publish([run.writer for run in runs])
         finally:
@@ -230,6 +230,7 @@ class _Reporter:
         self._total = sum(self._sizes.values())
         self._bytes = self._total - sum(self._sizes[unit.key] for unit in self.todo)
         self._written = 0
+        self._finished: set[str] = set()
         self._started = time.monotonic()
         self._lock = threading.Lock()
         self._progress = progress
@@ -239,11 +240,19 @@ class _Reporter:
             self._tell("prepare", self._bytes, self._total, scheme)
 
     def unit_done(self, unit: Unit, written: int) -> None:
+        self._done("convert", unit, written)
+
+    def unit_calibrated(self, unit: Unit, written: int) -> None:
+        self._done("calibrate", unit, written)
+
+    def _done(self, phase: str, unit: Unit, written: int) -> None:
         with self._lock:
-            self._units += 1
-            self._bytes += self._sizes[unit.key]
+            if unit.key not in self._finished:  # a sequential calibration comes to a unit once for each artifact
+                self._finished.add(unit.key)
+                self._units += 1
+                self._bytes += self._sizes[unit.key]
             self._written += written
-            self._tell("convert", self._bytes, self._total, unit.key)
+            self._tell(phase, self._bytes, self._total, unit.key)
 
     def checking(self, artifact: ArtifactPlan) -> Callable[[int], None]:
         """A callback that is told how many bytes of ``artifact`` have just been read back."""
