@@ -83,7 +83,8 @@ def test_wheel_metadata(distributions: tuple[Path, Path]) -> None:
 def test_every_imported_distribution_is_declared() -> None:
     """What the packages import beyond the standard library is what they declare, no more and no less."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    declared = {requirement.split(">=")[0].replace("-", "_") for requirement in project["dependencies"]}
+    requirements = [*project["dependencies"], *project["optional-dependencies"]["cuda"]]
+    declared = {requirement.split(">=")[0].replace("-", "_") for requirement in requirements}
     imported = set()
     for path in [*(ROOT / "quantkit").rglob("*.py"), *(ROOT / "cli").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -1,0 +1,179 @@
+"""The sequential part of GPTQ on a CUDA GPU: ``kernels.gptq.quantize_block`` for the experts of a batch, in one launch per block.
+
+A program takes one expert and ``ROWS`` output rows, one or more to a lane.  ``STEP`` inputs of its rows are held in registers, so
+nothing is moved between lanes and no input is picked out of a tile.  For each step it gathers what the earlier inputs of the block
+feed forward, rereading their errors, which it wrote itself, and then rounds the inputs one after the other.
+
+Every value gets the same operations in the same order as on the CPU, fused where they are fused there and nowhere else (``launch``
+forbids the compiler to fuse more), so codes and errors are bit for bit those of the CPU.  Divisions are correctly rounded; adding a
+constant that leaves no room for a fraction rounds to the nearest whole number, ties to even.  Sums are kept per row: no atomics,
+the same sums in every run.
+
+This module imports triton, so nothing imports it before there is work for a GPU.
+"""
+
+# Kernels are written in Triton's language, which looks like Python to linters and type checkers but is another one.
+# mypy: disable-error-code="assignment, no-untyped-def, untyped-decorator"
+# ruff: noqa: N803, RUF005
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+STEP = 8  # inputs held in registers at once
+ROWS = 64  # output rows of a program
+WARPS = 1  # of a program
+_WHOLE = tl.constexpr(12582912.0)  # 1.5 * 2^23: float32 numbers near it are whole
+
+
+@triton.jit
+def _feed_forward(wanted, error, shares, FIRST: tl.constexpr):
+    """``wanted[j] + shares[j] * error`` for the inputs from ``FIRST`` on."""
+    fed = ()
+    for j in tl.static_range(len(wanted)):
+        if j < FIRST:
+            fed = fed + (wanted[j],)
+        else:
+            fed = fed + (tl.fma(tl.load(shares + j), error, wanted[j]),)
+    return fed
+
+
+@triton.jit
+def quantize_block(
+    errors,
+    corrections,
+    factor,
+    variances,
+    scales,
+    zero_points,
+    groups,
+    places,
+    codes,
+    sums,
+    first,
+    panel_first,
+    panel_inputs,
+    count,
+    inputs,
+    rows,
+    scale_groups,
+    lowest,
+    highest,
+    SYMMETRIC: tl.constexpr,
+    STEP: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Inputs ``first .. first + count`` of ``ROWS`` rows of one expert; see ``launch``."""
+    expert = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    errors += (expert * inputs + first) * rows
+    corrections += (expert * panel_inputs + first - panel_first) * rows
+    factor += (expert * inputs + first) * inputs + first
+    variances += expert * inputs + first
+    groups += expert * inputs + first
+    places += expert * inputs + first
+    scales += expert * scale_groups * rows
+    zero_points += expert * scale_groups * rows
+    codes += expert * inputs * rows
+    sums += expert * 3 * rows
+    loss = tl.zeros((ROWS,), tl.float32)
+    squared = tl.zeros((ROWS,), tl.float32)
+    clipped = tl.zeros((ROWS,), tl.float32)
+    for start in range(0, count, STEP):
+        wanted = ()
+        for j in tl.static_range(STEP):
+            place = (start + j) * rows + row
+            wanted = wanted + (tl.load(errors + place) + tl.load(corrections + place),)
+        for earlier in range(start):
+            error = tl.load(errors + earlier * rows + row)
+            wanted = _feed_forward(wanted, error, factor + earlier * inputs + start, 0)
+        for j in tl.static_range(STEP):
+            k = start + j
+            group = tl.load(groups + k) * rows + row
+            scale = tl.load(scales + group)
+            steps = tl.div_rn(wanted[j], scale)
+            if not SYMMETRIC:
+                zero_point = tl.load(zero_points + group)
+                steps += zero_point
+            code = (steps + _WHOLE) - _WHOLE
+            inside = tl.minimum(tl.maximum(code, lowest), highest)
+            clipped += tl.where(code != inside, 1.0, 0.0)
+            tl.store(codes + tl.load(places + k) * rows + row, inside.to(tl.int8))
+            if SYMMETRIC:
+                value = inside * scale
+            else:
+                value = (inside - zero_point) * scale
+            error = tl.load(errors + k * rows + row) - value
+            tl.store(errors + k * rows + row, error)
+            rounding = wanted[j] - value
+            loss += tl.load(variances + k) * (rounding * rounding)
+            squared += error * error
+            wanted = _feed_forward(wanted, error, factor + k * inputs + start, j + 1)
+        tl.debug_barrier()  # the errors are read again, perhaps by other lanes
+    tl.store(sums + row, tl.load(sums + row) + loss.to(tl.float64))
+    tl.store(sums + rows + row, tl.load(sums + rows + row) + squared.to(tl.float64))
+    tl.store(sums + 2 * rows + row, tl.load(sums + 2 * rows + row) + clipped.to(tl.float64))
+
+
+def launch(
+    errors: torch.Tensor,
+    corrections: torch.Tensor,
+    factor: torch.Tensor,
+    variances: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor | None,
+    groups: torch.Tensor,
+    places: torch.Tensor,
+    codes: torch.Tensor,
+    sums: torch.Tensor,
+    *,
+    block: slice,
+    panel_first: int,
+    lowest: int,
+    highest: int,
+    rows_of_program: int = ROWS,
+    step: int = STEP,
+) -> None:
+    """Quantize the inputs ``block`` of all rows of all experts.  All tensors are contiguous and lie on one device.
+
+    errors: float32 ``[experts, in, rows]``, weights on entry and weight - stored value on return.  corrections: float32
+    ``[experts, panel, rows]``, what earlier blocks feed forward to the inputs from ``panel_first`` on.  factor: float32
+    ``[experts, in, in]``, of which the strictly upper part is used.  variances: float32 ``[experts, in]``.  scales, zero_points:
+    float32 ``[experts, groups, rows]``; no zero points where codes are symmetric.  groups, places: int64 ``[experts, in]``, the
+    group of an input and its row in ``codes``, int8 ``[experts, in, rows]``.  sums: float64 ``[experts, 3, rows]``, to which are
+    added the sums of variance * (rounding error)^2 and of (weight - stored value)^2, and how many codes were cut off.
+
+    Rows are a multiple of ``rows_of_program`` and the block is one of ``step``.
+    """
+    experts, inputs, rows = errors.shape
+    count = block.stop - block.start
+    assert rows % rows_of_program == 0 and count % step == 0
+    assert all(tensor.is_contiguous() for tensor in (errors, corrections, factor, variances, scales, groups, places, codes, sums))
+    quantize_block[(rows // rows_of_program, experts)](
+        errors,
+        corrections,
+        factor,
+        variances,
+        scales,
+        scales if zero_points is None else zero_points,
+        groups,
+        places,
+        codes,
+        sums,
+        block.start,
+        panel_first,
+        corrections.shape[1],
+        count,
+        inputs,
+        rows,
+        scales.shape[1],
+        float(lowest),
+        float(highest),
+        SYMMETRIC=zero_points is None,
+        STEP=step,
+        ROWS=rows_of_program,
+        num_warps=WARPS,
+        enable_fp_fusion=False,
+    )
