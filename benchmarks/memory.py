@@ -1,11 +1,16 @@
 """Peak resident memory of a conversion, above what a process that has only imported quantkit holds.
 
     python benchmarks/memory.py --directory DIR [--cases scout,maverick] [--workers default,1]
+    python benchmarks/memory.py --directory DIR --calibrated [--experts 4]
 
 Generates a checkpoint with one layer of Scout's true shapes, and one with a pair of layers (dense and MoE, 128 experts) of
 Maverick's, converts each to fp8-dynamic and w4a16-rtn, alone and in one pass, every time in a fresh process, and reads the kernel's
 own high-water mark.  Needs some 30 GB in DIR for Maverick, nearly all of it output.  Ends with an error when a case passes the
 bound.
+
+``--calibrated`` converts to w4a16-gptq with 4 samples of 2048 tokens instead; then the bound is 5 GiB.  What that needs follows
+from the widest matrix and from the tokens, not from the number of experts, which are worked on one after the other; all that grows
+with them is the router's logits.  ``--experts`` may leave out most of Maverick's 128, each of which takes as long as another.
 
 Counted is everything the kernel counts as resident in the process: heap, stacks, code, and pages of mapped files.  Compiled
 kernels, and whatever is imported only when a conversion needs it, count too.  Not counted is the page cache, which the kernel gives
@@ -27,21 +32,43 @@ from pathlib import Path
 import common
 
 BOUND = 1.5 * 2**30
+CALIBRATED_BOUND = 5 * 2**30
+SAMPLES, LENGTH = 4, 2048
 TARGETS = (("fp8-dynamic",), ("w4a16-rtn",), ("fp8-dynamic", "w4a16-rtn"))
 # One MoE layer of Scout; a dense and a MoE layer of Maverick.
 CHECKPOINTS = {
     "scout": ("scout", "--layers", "1"),
     "maverick": ("maverick", "--layers", "2", "--zeros"),
 }
+COLUMNS = (
+    "checkpoint",
+    "workers",
+    "targets",
+    "GB in",
+    "GB out",
+    "import",
+    "peak",
+    "anonymous",
+    "mapped",
+    "above import",
+    "seconds",
+)
+EXPLANATION = (
+    "\nMemory in MiB. `import`: resident after `import quantkit` alone. `peak`: the kernel's high-water mark (VmHWM) at the\n"
+    "end. "
+    "`anonymous`, `mapped`: what the largest of the samples taken every 20 ms consisted of.\n"
+    "Each run is a first run: nothing is compiled yet, and `seconds` and memory include compiling the kernels.\n"
+)
 
 
-def measure_child(source: Path, output: Path, targets: list[str], workers: int | None) -> None:
+def measure_child(source: Path, output: Path, targets: list[str], workers: int | None, calibrated: bool) -> None:
     """Runs in the fresh process: import, note, convert, note; prints JSON."""
     import quantkit  # the only import between the start of the process and the first reading
 
     after_import = _status("self")
     started = time.perf_counter()
-    quantkit.convert(source, to=targets, output=output, workers=workers)
+    calibration = quantkit.CalibrationOptions(samples=SAMPLES, sequence_length=LENGTH) if calibrated else None
+    quantkit.convert(source, to=targets, output=output, workers=workers, calibration=calibration)
     seconds = time.perf_counter() - started
     print(
         json.dumps(
@@ -65,7 +92,7 @@ def _status(process: int | str) -> dict[str, int]:
     return fields
 
 
-def measure(source: Path, output: Path, targets: tuple[str, ...], workers: str) -> dict[str, float]:
+def measure(source: Path, output: Path, targets: tuple[str, ...], workers: str, *, calibrated: bool = False) -> dict[str, float]:
     """One conversion in a fresh process.  Adds what the largest sample consisted of: anonymous memory and mapped files."""
     command = [
         sys.executable,
@@ -78,6 +105,7 @@ def measure(source: Path, output: Path, targets: tuple[str, ...], workers: str) 
         *targets,
         "--workers",
         workers,
+        *(["--calibrated"] if calibrated else []),
     ]
     with tempfile.TemporaryDirectory() as compiled:  # no kernel is compiled yet: what a first run needs is counted
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "NUMBA_CACHE_DIR": compiled})
@@ -103,6 +131,61 @@ def _watch(process: subprocess.Popen[str]) -> tuple[int, int]:
     return anonymous, mapped
 
 
+def write_tokenizer(directory: Path) -> None:
+    """A token for each byte: as good as another where only memory counts, and small enough for a small vocabulary."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.save(str(directory / "tokenizer.json"))
+
+
+def measure_calibrated(directory: Path, cases: list[str], workers: list[str], experts: list[int]) -> None:
+    """Calibrated conversions; random weights, since zeros have no activations."""
+    load, rows, worst = common.load_average(), [], 0.0
+    for case in cases:
+        for count in experts:
+            source, output = directory / f"memory-{case}", directory / "memory-out"
+            release, *options = CHECKPOINTS[case]
+            options = [*(option for option in options if option != "--zeros"), "--random"]
+            common.run_script(
+                "generate_checkpoint.py", release, str(source), "--force", *options, *(["--experts", str(count)] if count else [])
+            )
+            write_tokenizer(source)
+            size = common.size_of(source)
+            for number in workers:
+                result = measure(source, output, ("w4a16-gptq",), number, calibrated=True)
+                written = common.size_of(output / "w4a16-gptq")
+                shutil.rmtree(output)
+                above = result["peak"] - result["import"]
+                worst = max(worst, above)
+                name = case + (f", {count} experts" if count else "")
+                rows.append((name, number, "w4a16-gptq", *_figures(result, size, written)))
+                print(*rows[-1], flush=True)
+            shutil.rmtree(source)
+    verdict = "holds" if worst <= CALIBRATED_BOUND else "does NOT hold"
+    text = common.header("Peak resident memory of a calibrated conversion", directory, load)
+    bound, largest = (f"{size / 2**20:,.0f} MiB" for size in (CALIBRATED_BOUND, worst))
+    text += f"\nBound: {bound} above the bare import; largest measured {largest}: it {verdict}.\n\n"
+    text += common.table(COLUMNS, rows) + EXPLANATION
+    text += (
+        f"{SAMPLES} samples of {LENGTH} tokens. `scout`: one MoE layer. `maverick`: a dense and a MoE layer. Random\n"
+        f"weights. The router's logits, all that grows with the experts, take {SAMPLES * LENGTH * 4 / 2**10:.0f} KiB for each.\n"
+        "`mapped` holds the hidden states, files that the kernel may write back and drop; they grow with the tokens.\n"
+    )
+    common.write_results("memory_calibrated.md", text)
+    if worst > CALIBRATED_BOUND:
+        raise SystemExit(f"the bound of {CALIBRATED_BOUND / 2**20:,.0f} MiB was passed")
+
+
+def _figures(result: dict[str, float], size: int, written: int) -> tuple[str, ...]:
+    """The figures of one row."""
+    sizes = [f"{result[key] / 2**20:,.0f}" for key in ("import", "peak", "anonymous", "mapped")]
+    above = result["peak"] - result["import"]
+    return (f"{size / 1e9:.2f}", f"{written / 1e9:.2f}", *sizes, f"{above / 2**20:,.0f}", f"{result['seconds']:.1f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
@@ -110,13 +193,24 @@ def main() -> None:
     )
     parser.add_argument("--cases", default="scout,maverick")
     parser.add_argument("--workers", nargs="+", default=["default", "1"], help="numbers of workers to try; default: one per core")
+    parser.add_argument("--calibrated", action="store_true", help="convert to w4a16-gptq, calibrated")
+    parser.add_argument(
+        "--experts",
+        type=int,
+        nargs="+",
+        default=[0],
+        help="calibrated only: experts of a MoE layer, 0 for as many as in the release",
+    )
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--targets", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         [workers] = arguments.workers
         count = None if workers == "default" else int(workers)
-        measure_child(arguments.child, arguments.directory, arguments.targets, count)
+        measure_child(arguments.child, arguments.directory, arguments.targets, count, arguments.calibrated)
+        return
+    if arguments.calibrated:
+        measure_calibrated(arguments.directory, arguments.cases.split(","), arguments.workers, arguments.experts)
         return
 
     load, rows, worst = common.load_average(), [], 0.0
@@ -132,35 +226,14 @@ def main() -> None:
                 shutil.rmtree(output)
                 above = result["peak"] - result["import"]
                 worst = max(worst, above)
-                sizes = [f"{result[key] / 2**20:,.0f}" for key in ("import", "peak", "anonymous", "mapped")]
-                figures = (f"{size / 1e9:.2f}", f"{written / 1e9:.2f}", *sizes, f"{above / 2**20:,.0f}", f"{result['seconds']:.1f}")
-                rows.append((case, workers, " + ".join(targets), *figures))
+                rows.append((case, workers, " + ".join(targets), *_figures(result, size, written)))
                 print(*rows[-1], flush=True)
         shutil.rmtree(source)
-    columns = (
-        "checkpoint",
-        "workers",
-        "targets",
-        "GB in",
-        "GB out",
-        "import",
-        "peak",
-        "anonymous",
-        "mapped",
-        "above import",
-        "seconds",
-    )
     verdict = "holds" if worst <= BOUND else "does NOT hold"
     text = common.header("Peak resident memory of a conversion", arguments.directory, load)
     text += f"\nBound: {BOUND / 2**20:,.0f} MiB above the bare import; largest measured {worst / 2**20:,.0f} MiB: it {verdict}.\n\n"
-    text += common.table(columns, rows)
-    text += (
-        "\nMemory in MiB. `import`: resident after `import quantkit` alone. `peak`: the kernel's high-water mark (VmHWM) at the\n"
-        "end. "
-        "`anonymous`, `mapped`: what the largest of the samples taken every 20 ms consisted of.\n"
-        "Each run is a first run: nothing is compiled yet, and `seconds` and memory include compiling the kernels.\n"
-        "`scout`: one MoE layer, 16 experts. `maverick`: a dense and a MoE layer, 128 experts, zero weights in a sparse file.\n"
-    )
+    text += common.table(COLUMNS, rows) + EXPLANATION
+    text += "`scout`: one MoE layer, 16 experts. `maverick`: a dense and a MoE layer, 128 experts, zero weights in a sparse file.\n"
     common.write_results("memory.md", text)
     if worst > BOUND:
         raise SystemExit(f"the bound of {BOUND / 2**20:,.0f} MiB was passed")
