@@ -83,9 +83,10 @@ def calibrate(
                 final,
                 options,
                 team=team,
-                handler=_Onlooker(len(work), progress),
-                first=0,
+                handler=_Onlooker(work, progress),
+                first=checkpoint.config.num_layers,
                 restart=restart,
+                renew=True,
                 stop=stop,
             )
     return CalibrateResult(final, statistics, time.monotonic() - started)
@@ -94,8 +95,9 @@ def calibrate(
 class _Onlooker:
     """Counts units and changes nothing."""
 
-    def __init__(self, total: int, progress: Callable[[int, int, str], None] | None) -> None:
-        self._done, self._total, self._progress = 0, total, progress
+    def __init__(self, work: Sequence[Unit], progress: Callable[[int, int, str], None] | None) -> None:
+        self._numbers = {unit.key: number for number, unit in enumerate(work, 1)}
+        self._progress = progress
 
     def wants_hessian(self, unit: Unit) -> bool:
         """No method is waiting for one."""
@@ -110,10 +112,9 @@ class _Onlooker:
         return iter(())
 
     def convert(self, unit: Unit, weights: Sequence[torch.Tensor], digests: Sequence[str], seen: Seen) -> None:
-        """Count the unit."""
-        self._done += 1
+        """Say which unit it is."""
         if self._progress is not None:
-            self._progress(self._done, self._total, unit.key)
+            self._progress(self._numbers[unit.key], len(self._numbers), unit.key)
 
 
 def open_corpus(checkpoint: Checkpoint, options: CalibrationOptions) -> Corpus:
@@ -157,15 +158,18 @@ def run_calibration(
     first: int,
     team: Team,
     restart: bool = False,
+    renew: bool = False,
     recipe: Recipe | None = None,
     stop: threading.Event | None = None,
 ) -> Statistics:
-    """Calibrate, or resume, and publish the statistics as ``final``; see ``calibrate.run_layers`` for the arguments.
+    """Calibrate, or resume, and publish the statistics as ``final``; see ``calibration.run_layers`` for the arguments.
+
+    renew: replace ``final``, whatever it holds; else it is of this calibration, and used when nothing is left to do.
 
     Raises CalibrationError, OutputError, Interrupted.
     """
     named = identity(checkpoint, corpus, options, recipe)
-    if not restart and first == checkpoint.config.num_layers and (final / "statistics.json").is_file():
+    if not (restart or renew) and first == checkpoint.config.num_layers and (final / "statistics.json").is_file():
         return load_statistics(final)  # a former run had come as far as this
     hessians = any(handler.wants_hessian(unit) for unit in work)
     need, free = calibration_memory(checkpoint.config, corpus, hessians), available_memory()

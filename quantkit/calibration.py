@@ -4,7 +4,7 @@ For each unit the inputs of all tokens are summed to a Hessian, their mean squar
 tokens that the router sends to it, scaled by their score as in the model.  A Hessian is formed, used and dropped before the next
 one, so memory is that of one expert, and the work grows with the tokens, not with tokens times experts.
 
-An expert that received fewer tokens than it has inputs is lent others: those for which the router likes it best among the tokens it
+An expert that received fewer than twice as many tokens as it has inputs is lent others, as many as it has or a few: those for which the router likes it best among the tokens it
 did not get, scaled by that expert's own score for them, as if they had been sent to it.  A borrowed token counts less than an own
 one.  How many were lent stands in the ledger and in the coverage.  (``benchmarks/results/calibration.md`` compares with shrinking the
 Hessian toward that of the layer.)
@@ -43,7 +43,8 @@ from quantkit.team import Team, add_gram, add_product
 from quantkit.workspace import Workspace
 
 BORROWED_WEIGHT = 0.25  # what a lent token counts beside an own one
-ENOUGH_ROWS = 1.0  # own tokens for each input of an expert's down projection from which nothing is lent
+ENOUGH_ROWS = 2.0  # own tokens for each input of an expert's down projection from which nothing is lent
+LEAST_ROWS = 0.125  # and how many for each input are lent at most to one that has fewer of its own; else as many as it has
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,8 @@ def run_layers(
         embed(checkpoint, corpus.tokens.reshape(-1).to(torch.int64), state.hidden(0))
         state.commit(0, None)
     parts = [state.statistics(layer) for layer in range(start)]
+    for part in parts:  # of a former run, which may have asked for less
+        _check_tokens(part, minimum_expert_tokens)
     workspace = Workspace()
     for layer in range(start, layers):
         watcher = Watcher(corpus, samples, layer, team, workspace, handler, state.scratch, stop)
@@ -147,6 +150,14 @@ def _check_tokens(statistics: Statistics, minimum: int) -> None:
                 f"layer {layer}: {len(few)} experts received fewer than {minimum} tokens: {', '.join(few[:8])}{more}. Calibrate on more "
                 "samples or on text closer to their use, or lower the minimum."
             )
+
+
+def rows_to_lend(own: int, width: int) -> int:
+    """How many tokens an expert with so many of its own and a down projection of so many inputs shall borrow.
+
+    At most as many as it has, so that experts with little never cost more than twice what their tokens do.
+    """
+    return max(0, min(int(ENOUGH_ROWS * width) - own, max(own, int(LEAST_ROWS * width))))
 
 
 class _Inputs:
@@ -229,7 +240,7 @@ class Watcher:
         assert self._routing is not None and self._counts is not None and unit.expert is not None
         (tokens, routing), expert = self._routing, unit.expert
         own = int(self._counts.tokens[expert])
-        wanted = int(ENOUGH_ROWS * unit.matrices[0].shape[0]) - own
+        wanted = rows_to_lend(own, unit.matrices[0].shape[0])
         if wanted <= 0:
             return None
         others = (routing.experts != expert).all(dim=1).nonzero()[:, 0]
