@@ -1,4 +1,4 @@
-"""What calibration stops at: activations that are not finite, too few tokens, too little memory.  Layer, unit and sample are named."""
+"""What calibration stops at: values that are not finite, too few tokens, too little memory; layer, unit and sample are named."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import quantkit
-from quantkit.errors import CalibrationError, WeightError
+from quantkit.errors import CalibrationError, LedgerError, WeightError
 from quantkit_cli.app import app
 from tests.speaking_models import LENGTH, digests, options, write_random_texts, write_speaking_model, write_texts
 from tests.tiny_models import write_files
@@ -66,7 +66,6 @@ def _huge(tensors: dict[str, torch.Tensor], name: str, place: Any = ...) -> None
     [
         ("1.feed_forward.experts.gate_up_proj", 2, r"layer 1, input of \S*layers.1.feed_forward.experts.2.down_proj: NaN or inf"),
         ("0.feed_forward.shared_expert.up_proj.weight", ..., r"layer 0, input of \S*layers.0.feed_forward.shared_expert.down_proj"),
-        ("0.feed_forward.experts.down_proj", ..., r"layer 1, input of \S*layers.1.self_attn.qkv: NaN or infinite"),
         ("1.self_attn.v_proj.weight", ..., r"layer 1, input of \S*layers.1.self_attn.o_proj: NaN or infinite"),
         ("1.self_attn.q_proj.weight", ..., r"layer 1, input of \S*layers.1.self_attn.o_proj: NaN or infinite"),
         ("0.feed_forward.router.weight", ..., r"layer 0, input of router: NaN or infinite"),
@@ -85,6 +84,15 @@ def test_an_overflow_names_layer_unit_and_sample(
     assert code == 9 and "of sample" in told
     left = [path.name for folder in ("out", "other", ".") for path in (tmp_path / folder).iterdir()]
     assert all(name.endswith(".partial") or name in ("source", "out", "other") for name in left), "nothing under a final name"
+
+
+def test_outputs_of_a_layer_that_overflow_are_met_by_the_next(sound: Path, texts: Path, tmp_path: Path) -> None:
+    name = f"{BASE}.0.feed_forward.experts.down_proj"
+    source = changed(sound, tmp_path / "source", lambda tensors: _huge(tensors, name))
+    with pytest.raises(CalibrationError, match=r"layer 1, input of \S*layers.1.self_attn.qkv: NaN or infinite at token"):
+        quantkit.calibrate(source, tmp_path / "statistics", calibration=options(texts))
+    with pytest.raises(LedgerError, match=r"layers.0.feed_forward.experts.0.down_proj: error or scales are not finite"):
+        quantkit.convert(source, ["w4a16-gptq"], tmp_path / "out", calibration=options(texts))
 
 
 def test_the_sample_is_the_one_that_holds_the_token(sound: Path, tmp_path: Path) -> None:
