@@ -44,7 +44,8 @@ from quantkit.workspace import Workspace
 
 BORROWED_WEIGHT = 0.25  # what a lent token counts beside an own one
 ENOUGH_ROWS = 2.0  # own tokens for each input of an expert's down projection from which nothing is lent
-LEAST_ROWS = 0.125  # and how many for each input are lent at most to one that has fewer of its own; else as many as it has
+LEAST_ROWS = 0.5  # and how many for each input are lent at most to one that has fewer of its own; else as many as it has
+LEAST_TO_LEARN = 0.25  # own tokens for each input from which an expert makes up for the shared one
 
 
 @dataclass(frozen=True)
@@ -270,7 +271,8 @@ class Watcher:
             received = Received(tokens, int(self._counts.borrowed[unit.expert]), float(self._counts.score_mass[unit.expert]))
         evidence = sums.evidence(tokens)
         self._inputs[unit.key] = Evidence(tokens, evidence.mean_square, evidence.peak)
-        seen = Seen(evidence, received or Received(tokens, 0, float(tokens)), self._cache_peaks(), sums.missing)
+        missing = sums.missing if tokens >= LEAST_TO_LEARN * len(evidence.peak) else {}
+        seen = Seen(evidence, received or Received(tokens, 0, float(tokens)), self._cache_peaks(), missing)
         replaced = self._handler.convert(unit, weights, digests, seen)
         del self._open[unit.key]
         return replaced

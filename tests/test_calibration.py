@@ -162,7 +162,8 @@ def best_liked(hooked: Hooked, unit: Unit, enough: float) -> torch.Tensor:
     """The tokens that the expert is to be lent, in no order."""
     assert unit.layer is not None and unit.expert is not None
     chosen = chosen_experts(hooked, unit.layer)[:, unit.expert]
-    wanted = max(0, int(enough * 256) - int(chosen.sum()))  # the experts of tiny models are 256 wide
+    own = int(chosen.sum())
+    wanted = max(0, min(int(enough * 256) - own, max(own, 128)))  # the experts of tiny models are 256 wide
     liking = hooked.logits[unit.layer][:, unit.expert].masked_fill(chosen, -torch.inf)
     return liking.argsort(descending=True)[: min(wanted, int((~chosen).sum()))]
 
@@ -266,7 +267,8 @@ def test_counts_of_experts_are_those_of_the_reference_s_router(source: Path, tex
         first_not_chosen = logits.masked_fill(chosen, -torch.inf).amax(1, keepdim=True)
         margins = ((logits - first_not_chosen) * chosen).sum(0) / chosen.sum(0).clamp(min=1)
         torch.testing.assert_close(counts.margin, margins, rtol=1e-4, atol=1e-5)
-        assert torch.equal(counts.borrowed, torch.minimum(256 - counts.tokens, len(logits) - counts.tokens).clamp(min=0))
+        wanted = torch.minimum(512 - counts.tokens, counts.tokens.clamp(min=128))  # experts are 256 wide
+        assert torch.equal(counts.borrowed, torch.minimum(wanted, len(logits) - counts.tokens).clamp(min=0))
     for layer, expected in hooked.peaks.items():
         assert statistics.cache_peaks[layer] == pytest.approx(expected, rel=1e-5)
 
@@ -441,9 +443,10 @@ def test_experts_that_see_little_are_finite_honest_and_better_than_rounded(starv
     for expert, own in ((1, REPEATED + 2), (2, 0), (3, 1)):
         for projection, inputs in (("gate", 128), ("up", 128), ("down", 256)):
             entry = ledger[f"{base}.experts.{expert}.{projection}_proj"]
-            assert (entry.tokens, entry.borrowed) == (own, total - own)
-            counted = own + calibration.BORROWED_WEIGHT * (total - own)
-            few = 0.3 * inputs / counted if projection == "down" else 0.0
+            lent = min(max(own, 128), total - own)  # half of 256 inputs, or as many as its own
+            assert (entry.tokens, entry.borrowed) == (own, lent)
+            counted = own + calibration.BORROWED_WEIGHT * lent
+            few = 0.3 * max(0.0, inputs / counted - 1)  # too few to make up for anything
             assert entry.damping == pytest.approx(0.01 + few, rel=1e-5)
             assert entry.score_mass == pytest.approx(float(scores[starved.layer_experts == expert, expert].sum()), rel=1e-3)
             assert entry.method == "gptq" and 0 < entry.output_error < 0.3

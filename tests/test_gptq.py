@@ -376,7 +376,7 @@ def test_little_evidence_is_damped_more_where_something_is_missing() -> None:
     weight, rows = gaussian(64, 256, 35), correlated(1000, 256, 36)
     for counted in (1.0, 64.0, 1000.0):
         evidence = evidence_of(rows, counted=counted)
-        assert one(weight, INT4, evidence)[1].damping == 0.01
+        assert one(weight, INT4, evidence)[1].damping == pytest.approx(0.01 + 0.3 * max(0.0, 256 / counted - 1))
         _, statistics = one(weight, INT4, replace(evidence, missing=torch.zeros(64, 256)))
         assert statistics.damping == pytest.approx(0.01 + 0.3 * 256 / counted)
 

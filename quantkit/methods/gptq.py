@@ -16,8 +16,9 @@ Choices:
   for it.  Scales belong to groups of neighbouring inputs in the original order and are fixed beforehand, so nothing but the codes
   changes and no ``g_idx`` is stored.
 * Scales, and zero points, are those of round to nearest, clip search included.
-* Damping: 1 % of the mean of the diagonal is added to it; where the outputs are to make up for something, also 0.3 times the inputs
-  per row seen, for what is learned from few rows does not hold elsewhere.  If H is still not positive definite in float32 the damping grows step by step.  The ledger says to what.
+* Damping: 1 % of the mean of the diagonal is added to it, and 0.3 times the inputs per row seen: as far as that passes 1, or all of
+  it where the outputs are to make up for something.  What is learned from few rows does not hold elsewhere.  If H is still not
+  positive definite in float32 the damping grows step by step.  The ledger says to what.
 * An input that was never active has H_kk = 0; damping alone is left of it, and it is rounded to nearest.  It is not set to zero:
   calibration that is silent about an input is no proof that it is useless.
 """
@@ -42,7 +43,7 @@ from quantkit.team import TILE, Team, factor_upper, spans
 from quantkit.workspace import Workspace
 
 DAMPING = 0.01  # added to the diagonal, relative to its mean
-DAMPING_OF_FEW = 0.3  # and this times inputs per row seen, where the outputs are to make up for something: a regression
+DAMPING_OF_FEW = 0.3  # and this times inputs per row seen, where rows are few
 ESCALATION = (1.0, 3.0, 10.0, 30.0, 100.0)  # factors tried one after the other
 MOST_MADE_UP = 0.25  # of the outputs' own size, that they are asked to make up for what is missing beside them
 PANEL = 4 * BLOCK  # inputs for which the errors of all earlier ones are fed forward in one product
@@ -127,8 +128,9 @@ def _factor(evidence: Evidence, workspace: Workspace, team: Team) -> tuple[torch
     assert evidence.hessian is not None
     hessian, inputs = evidence.hessian, evidence.hessian.shape[0]
     usual = DAMPING
-    if evidence.missing is not None and evidence.rows:
-        usual += DAMPING_OF_FEW * inputs / evidence.rows
+    if evidence.rows:
+        scarce = inputs / evidence.rows
+        usual += DAMPING_OF_FEW * (scarce if evidence.missing is not None else max(0.0, scarce - 1.0))
     diagonal = hessian.diagonal().to(torch.float64)
     mean = float(diagonal.mean())
     if not 0 < mean < float("inf") or not bool(diagonal.isfinite().all()):
