@@ -55,17 +55,17 @@ def quantize_block(
     first,
     panel_first,
     panel_inputs,
-    count,
     inputs,
     rows,
     scale_groups,
     lowest,
     highest,
     SYMMETRIC: tl.constexpr,
+    COUNT: tl.constexpr,
     STEP: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Inputs ``first .. first + count`` of ``ROWS`` rows of one expert; see ``launch``."""
+    """Inputs ``first .. first + COUNT`` of ``ROWS`` rows of one expert; see ``launch``."""
     expert = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     errors += (expert * inputs + first) * rows
@@ -81,7 +81,7 @@ def quantize_block(
     loss = tl.zeros((ROWS,), tl.float32)
     squared = tl.zeros((ROWS,), tl.float32)
     clipped = tl.zeros((ROWS,), tl.float32)
-    for start in range(0, count, STEP):
+    for start in range(0, COUNT, STEP):
         wanted = ()
         for j in tl.static_range(STEP):
             place = (start + j) * rows + row
@@ -165,13 +165,13 @@ def launch(
         block.start,
         panel_first,
         corrections.shape[1],
-        count,
         inputs,
         rows,
         scales.shape[1],
         float(lowest),
         float(highest),
         SYMMETRIC=zero_points is None,
+        COUNT=count,
         STEP=step,
         ROWS=rows_of_program,
         num_warps=WARPS,
