@@ -17,6 +17,7 @@ LINES = {
     "w8a16-channel": "INT8 weights, a scale per row",
     "w8a8": "INT8, a scale per row, INT8 activations per token; for GPUs without FP8",
     "w4a16-gptq": "INT4 weights, groups of 128, chosen by GPTQ on calibration text",
+    "w4a16-awq": "INT4 weights, groups of 128, nearest codes with scales chosen on calibration text",
     "w4a16-rtn": "INT4 weights, groups of 128; a quarter of the size",
     "w4a16-rtn-g64": "INT4 weights, groups of 64",
     "w4a16-rtn-g32": "INT4 weights, groups of 32; the most exact INT4",

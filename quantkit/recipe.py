@@ -48,8 +48,8 @@ from quantkit.scheme import KEEP, Scheme, parse_scheme, scheme_names
 
 QUANTIZABLE_ROLES: tuple[Role, ...] = ("routed_expert", "shared_expert", "dense_mlp", "attention")
 FEED_FORWARD_ROLES: tuple[Role, ...] = ("routed_expert", "shared_expert", "dense_mlp")
-METHOD_NAMES = ("rtn", "gptq")
-METHODS_WITH_EVIDENCE = frozenset({"gptq"})  # these need a Hessian, hence a pass of the corpus through the model
+METHOD_NAMES = ("rtn", "gptq", "awq")
+METHODS_WITH_EVIDENCE = frozenset({"gptq", "awq"})  # these need a Hessian, hence a pass of the corpus through the model
 KV_CACHES = ("fp8",)
 WORKING_SUFFIXES = (".partial", ".replaced")  # of directories in which the writer works
 
@@ -95,6 +95,11 @@ class Rule:
             raise RecipeError(f"unknown method {self.method!r}. Methods: {', '.join(METHOD_NAMES)}")
         if scheme is not None and self.method == "gptq" and scheme.number not in ("int4", "int8"):
             raise RecipeError(f"method gptq is for int4 and int8 schemes; {self.scheme} takes method rtn")
+        if scheme is not None and self.method == "awq":
+            if scheme.number not in ("int4", "int8") or scheme.granularity != "group":
+                raise RecipeError(f"method awq is for int4 and int8 schemes with groups; {self.scheme} takes method rtn")
+            if self.clip_search is False:
+                raise RecipeError("method awq is a search for scales; leave clip_search = false out, or take method rtn")
         if self.clip_search is not None and not isinstance(self.clip_search, bool):
             raise RecipeError(f"clip_search is {self.clip_search!r}; expected true or false")
         _check_bound(self.maximum_error)
@@ -177,6 +182,7 @@ PRESETS: dict[str, Recipe] = {
         "w8a16-channel": ("int8-channel",),
         "w8a8": ("int8-channel-dynamic",),
         "w4a16-gptq": ("int4-g128", "gptq"),
+        "w4a16-awq": ("int4-g128", "awq"),
         "w4a16-rtn": ("int4-g128",),
         "w4a16-rtn-g64": ("int4-g64",),
         "w4a16-rtn-g32": ("int4-g32",),

@@ -23,6 +23,7 @@ from quantkit.llama4 import Unit
 from quantkit.methods import METHODS
 from quantkit.plan import manifest_text
 from quantkit.recipe import Recipe
+from quantkit.team import Team
 from quantkit.workspace import Workspace
 
 
@@ -57,10 +58,18 @@ def write_calibrated(source: Path, recipe: Recipe, output: Path, max_shard_bytes
                     entries.append(ledger.kept_entry(matrix, source_digest))
             else:
                 seen = peaks(unit)
-                evidence = Evidence(100, mean_square=seen[:1], peak=seen[:1].expand(weights[0].shape[1]))
-                results = METHODS[assignment.method](
-                    weights, assignment.scheme, clip_search=assignment.clip_search, workspace=workspace, evidence=evidence
-                )
+                width = weights[0].shape[1]
+                rows = torch.randn(2 * width, width, generator=torch.Generator().manual_seed(width)) * seen[0]
+                evidence = Evidence(100, mean_square=seen[:1], peak=seen[:1].expand(width), hessian=rows.t() @ rows / len(rows))
+                with Team(1) as team:
+                    results = METHODS[assignment.method](
+                        weights,
+                        assignment.scheme,
+                        clip_search=assignment.clip_search,
+                        workspace=workspace,
+                        evidence=evidence,
+                        team=team,
+                    )
                 for matrix, source_digest, (quantized, statistics) in zip(unit.matrices, digests, results, strict=True):
                     encoded = form.encode(matrix.name, quantized)
                     tensors |= {name: tensor.clone() for name, tensor in encoded.items()}

@@ -74,7 +74,7 @@ def test_every_bf16_magnitude_gets_the_oracles_scale(name: str, global_scale: fl
     largest = (np.arange(0x7F80, dtype=np.int32) << 16).view(np.float32)  # every non-negative finite BF16
     codes, scales = np.empty(largest.size, np.int32), np.empty_like(largest)
     divisor = torch.tensor([global_scale]) if scheme.global_scale else None
-    scales_of(rtn._numbers(scheme), largest, float(np.float32(global_scale)), codes, scales)
+    scales_of(rtn.numbers_of(scheme), largest, float(np.float32(global_scale)), codes, scales)
     group = scheme.group_size or 1
     expected, _ = grid.fit(torch.from_numpy(largest).reshape(-1, 1).repeat(1, group), scheme, divisor)
     raw = expected.view(torch.int16 if scheme.scale_number == "bf16" else torch.uint8)

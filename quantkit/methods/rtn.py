@@ -70,7 +70,7 @@ def quantize(
     if scheme.global_scale:
         peaks = (tiles.largest_bits(source, scratch) for source in sources)
         global_scale = grid.fit_global_scale(max(_checked(peak, weights[index], index) for index, peak in enumerate(peaks)))
-    numbers = _numbers(scheme)
+    numbers = numbers_of(scheme)
     search = _search(scheme) if clip_search else _NO_SEARCH
     shared = _shared_scale(numbers, scheme, weights, sources, scratch, search) if scheme.granularity == "tensor" else 0
     results = []
@@ -142,7 +142,7 @@ def _checked(peak: int, weight: torch.Tensor, index: int) -> float:
     )
 
 
-def _numbers(scheme: Scheme) -> Numbers:
+def numbers_of(scheme: Scheme) -> Numbers:
     half_range = grid.HALF_RANGE[scheme.number]
     lowest, highest = grid.INT_RANGE.get(scheme.number, (-half_range, half_range))
     sign_bit, mantissa_bits, smallest_normal = {"fp8": (7, 3, 2.0**-6), "fp4": (3, 1, 1.0)}.get(scheme.number, (0, 0, 1.0))
