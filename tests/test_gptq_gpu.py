@@ -154,7 +154,9 @@ def sample(scheme: str, inputs: int, heights: Sequence[int], missing: float, exp
     weights = [[(torch.randn(height, inputs) ** 3 * 0.02).to(torch.bfloat16) for height in heights] for _ in range(experts)]
     evidence = []
     for _ in range(experts):
-        rows = torch.randn(2 * inputs, inputs) @ (torch.randn(inputs, inputs) / inputs**0.5 + torch.eye(inputs))
+        rows = torch.randn(inputs // 2 if scheme == "int8-g32" else 2 * inputs, inputs) @ (
+            torch.randn(inputs, inputs) / inputs**0.5 + torch.eye(inputs)
+        )
         hessian = rows.t() @ rows / rows.shape[0]
         wanted = torch.randn(rows.shape[0], heights[0]).t() @ rows * (missing / rows.shape[0]) if missing else None
         evidence.append(Evidence(len(rows), hessian.diagonal(), rows.abs().amax(0), hessian, wanted, float(len(rows))))

@@ -127,10 +127,7 @@ def _factor(evidence: Evidence, workspace: Workspace, team: Team) -> tuple[torch
     """
     assert evidence.hessian is not None
     hessian, inputs = evidence.hessian, evidence.hessian.shape[0]
-    usual = DAMPING
-    if evidence.rows:
-        scarce = inputs / evidence.rows
-        usual += DAMPING_OF_FEW * (scarce if evidence.missing is not None else max(0.0, scarce - 1.0))
+    usual = usual_damping(evidence)
     diagonal = hessian.diagonal().to(torch.float64)
     mean = float(diagonal.mean())
     if not 0 < mean < float("inf") or not bool(diagonal.isfinite().all()):
@@ -145,6 +142,14 @@ def _factor(evidence: Evidence, workspace: Workspace, team: Team) -> tuple[torch
             factor.div_(pivots)
             return order, factor, pivots.to(torch.float64).square(), mean, damping
     raise CalibrationError(f"the Hessian of {inputs} inputs is not positive definite even with damping {usual * ESCALATION[-1]:g}")
+
+
+def usual_damping(evidence: Evidence) -> float:
+    """What is added to the diagonal of a Hessian at first, relative to its mean."""
+    if not evidence.rows:
+        return DAMPING
+    scarce = evidence.mean_square.numel() / evidence.rows
+    return DAMPING + DAMPING_OF_FEW * (scarce if evidence.missing is not None else max(0.0, scarce - 1.0))
 
 
 def _permute(team: Team, hessian: torch.Tensor, order: torch.Tensor, factor: float, out: torch.Tensor) -> None:

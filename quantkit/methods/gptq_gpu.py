@@ -27,7 +27,7 @@ from quantkit.evidence import Evidence
 from quantkit.grid import QuantizationStatistics, QuantizedTensor
 from quantkit.kernels.gptq import BLOCK
 from quantkit.methods import rtn
-from quantkit.methods.gptq import DAMPING, DAMPING_OF_FEW, ESCALATION, MOST_MADE_UP
+from quantkit.methods.gptq import ESCALATION, MOST_MADE_UP, usual_damping
 from quantkit.scheme import Scheme
 from quantkit.team import TILE, spans
 from quantkit.workspace import Workspace
@@ -269,7 +269,7 @@ def _factor(weights: Sequence[Sequence[torch.Tensor]], evidence: Sequence[Eviden
         orders.append(order)
         means.append(mean)
         powers.append([_output_power(weight, hessian) for weight in weights[number]])
-        usual.append(DAMPING + (DAMPING_OF_FEW * inputs / seen.rows if seen.missing is not None and seen.rows else 0.0))
+        usual.append(usual_damping(seen))
     dampings = _factor_upper(factor, inputs, usual)
     pivots = factor.diagonal(dim1=1, dim2=2).clone()
     factor.div_(pivots[:, None, :])
