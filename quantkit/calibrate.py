@@ -169,8 +169,11 @@ def run_calibration(
     Raises CalibrationError, OutputError, Interrupted.
     """
     named = identity(checkpoint, corpus, options, recipe)
+    partial, shape = final.with_name(final.name + ".partial"), (corpus.tokens.numel(), checkpoint.config.hidden_size)
     if not (restart or renew) and first == checkpoint.config.num_layers and (final / "statistics.json").is_file():
-        return load_statistics(final)  # a former run had come as far as this
+        if partial.exists():  # a former run had come as far as this, and was killed when it cleaned up
+            CalibrationState(partial, json.loads(json.dumps(named)), shape).remove()
+        return load_statistics(final)
     hessians = any(handler.wants_hessian(unit) for unit in work)
     need, free = calibration_memory(checkpoint.config, corpus, hessians), available_memory()
     if need > free:
@@ -178,8 +181,6 @@ def run_calibration(
             f"calibration needs {need / 1e9:.1f} GB of memory beside the hidden states, and {free / 1e9:.1f} GB are free: close other "
             "programs or use a machine with more. The need follows from the largest expert, not from the number of samples."
         )
-    shape = (corpus.tokens.numel(), checkpoint.config.hidden_size)
-    partial = final.with_name(final.name + ".partial")
     state = CalibrationState(partial, json.loads(json.dumps(named)), shape, restart=restart)
     try:
         found = run_layers(
@@ -210,13 +211,15 @@ def run_calibration(
 
 def _publish(statistics: Statistics, folder: Path, final: Path) -> None:
     """Save the statistics in ``folder`` and rename it to ``final``.  Raises OutputError."""
+    former = folder.with_name("former")
     with output_errors(f"write {final}", resumable=True):
-        shutil.rmtree(folder, ignore_errors=True)
+        for path in (folder, former):
+            shutil.rmtree(path, ignore_errors=True)
         folder.mkdir()
         save_statistics(folder, statistics)
         save_heat_map(folder, statistics)
         if (final / "statistics.json").is_file():
-            shutil.rmtree(final)  # the same calibration, or one that is to be replaced
+            final.rename(former)  # the same calibration, or one that is to be replaced; whole or not there, whenever a kill comes
         folder.rename(final)
         sync_directory(final.parent)
 

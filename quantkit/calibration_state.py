@@ -113,9 +113,18 @@ class CalibrationState:
         return load_statistics(self._statistics(layer))
 
     def remove(self) -> None:
-        """Remove the directory: its work is done."""
-        self.close()
-        shutil.rmtree(self.directory, ignore_errors=True)
+        """Remove the directory: its work is done.  Raises OutputError.
+
+        The journal goes last: what a kill leaves is then known for what it is.
+        """
+        self._maps.clear()
+        with output_errors(f"remove {self.directory}"):
+            for path in self.directory.iterdir():
+                if path.name != JOURNAL:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            (self.directory / JOURNAL).unlink()
+            self.close()
+            self.directory.rmdir()
 
     def close(self) -> None:
         """Let go of files and lock.  Harmless when repeated."""

@@ -21,6 +21,7 @@ from benchmarks.client_reference import write_reference
 from quantkit import datafiles, unit_work
 from quantkit.calibrate import open_corpus
 from quantkit.calibration import CalibrationOptions
+from quantkit.calibration_state import CalibrationState
 from quantkit.checkpoint import Checkpoint
 from quantkit.convert import Progress, convert
 from quantkit.errors import CalibrationError, Interrupted, OutputError, ResumeError
@@ -345,6 +346,51 @@ def test_a_later_target_uses_a_calibration_that_is_finished(
     assert [path.name for path in tmp_path.glob("calibration-*")] == [beside.name]
     assert digests(beside) == before
     assert digests(tmp_path / "w4a16-gptq") == straight["w4a16-gptq"]
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+@pytest.mark.parametrize("cleaned", [[], ["hidden-*.bin"], ["hidden-*.bin", "layer-*/*", "layer-*", "scratch-*"]])
+def test_a_kill_while_a_calibration_is_cleaned_up_leaves_nothing_behind(
+    cleaned: list[str], models: Models, straight: dict[str, dict[str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The statistics are published; of what is then removed the journal goes last."""
+
+    def remove(state: CalibrationState) -> None:
+        for pattern in cleaned:
+            for path in state.directory.glob(pattern):
+                path.rmdir() if path.is_dir() else path.unlink()
+        raise Killed
+
+    monkeypatch.setattr(CalibrationState, "remove", remove)
+    with pytest.raises(Killed):
+        convert(models.sources["scout"], BOTH, tmp_path, calibration=models.options)
+    monkeypatch.undo()
+    assert list(tmp_path.glob("calibration-*.partial"))
+    result = convert(models.sources["scout"], BOTH, tmp_path, calibration=models.options)
+    assert {artifact.name: digests(artifact.directory) for artifact in result.artifacts} == straight
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_kill_while_statistics_are_replaced_loses_none(models: Models, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    convert(models.sources["scout"], ["w4a16-gptq"], tmp_path, calibration=models.options)
+    [statistics] = tmp_path.glob("calibration-*")
+    before, original = digests(statistics), Path.rename
+
+    def rename(path: Path, target: Path) -> None:
+        if target == statistics:
+            raise Killed
+        original(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(Killed):
+        convert(models.sources["scout"], ["fp8-static"], tmp_path, calibration=models.options)
+    monkeypatch.undo()
+    convert(models.sources["scout"], ["fp8-static"], tmp_path, calibration=models.options)
+    assert digests(statistics) == before
+    assert not list(tmp_path.glob("*.partial"))
 
 
 # ------------------------------------------------------------------------------------------------------------ disk, progress
