@@ -173,6 +173,7 @@ class _Handler:
         self._following: dict[tuple[int | None, str], bool] = {}
         self._sequential, self._team, self._report = sequential, team, report
         self._workspace = Workspace()
+        self._layer: int | None = None
 
     def try_largest(self) -> None:
         """Run each method once on the largest unit that awaits it, with made-up numbers, so that a lack of memory shows at once.
@@ -238,6 +239,8 @@ class _Handler:
 
     def convert(self, unit: Unit, weights: Sequence[torch.Tensor], digests: Sequence[str], seen: Seen) -> list[torch.Tensor] | None:
         """Convert a unit for every artifact that lacks it."""
+        if unit.layer != self._layer:  # what a dense layer needed is not kept beside the inputs of the next one
+            self._layer, self._workspace = unit.layer, Workspace()
         for number, run in enumerate(self._runs):
             if run in self._todo[unit.key]:
                 evidence = replace(seen.evidence, missing=seen.missing.get(number))

@@ -129,8 +129,8 @@ def run_layers(
     parts = [state.statistics(layer) for layer in range(start)]
     for part in parts:  # of a former run, which may have asked for less
         _check_tokens(part, minimum_expert_tokens)
-    workspace = Workspace()
     for layer in range(start, layers):
+        workspace = Workspace()  # of this layer's widths: dense layers are wider than experts
         watcher = Watcher(corpus, samples, layer, team, workspace, handler, state.scratch, stop)
         own = [unit for unit in units if unit.layer == layer]
         layer_pass = LayerPass(checkpoint, own, layer, samples, team, watcher, sequential=sequential, workspace=workspace)

@@ -256,6 +256,10 @@ class LayerPass:
                 self._observer.shown(down, inner, part, weight)
                 if number < emitting:
                     emit(part, self._product(inner, narrow[0].t()))
+                del rows, inner
+            del wide, narrow
+            if gate_up.expert is None:  # wider than an expert and once in a layer: not kept beside what the methods need
+                self._workspace.release("wide 0", "wide 1", "narrow 0")
             self._observer.complete(gate_up, (gate, up), digests)
             self._observer.complete(down, (last,), last_digests)
             return

@@ -36,6 +36,11 @@ class Workspace:
         """A buffer as a tensor of that shape, uninitialised."""
         return torch.from_numpy(self.take(name, math.prod(shape) * dtype.itemsize)).view(dtype).view(shape)
 
+    def release(self, *names: str) -> None:
+        """Give the memory of these buffers back; nothing may use them any more."""
+        for name in names:
+            self._buffers.pop(name, None)
+
     @property
     def nbytes(self) -> int:
         """Bytes held."""
