@@ -40,7 +40,7 @@ from llmcompressor.modeling.moe.linearize import load_quantizable_moe
 from llmcompressor.modifiers.gptq import GPTQModifier, base, gptq_quantize
 from llmcompressor.modifiers.quantization import QuantizationModifier  # noqa: F401  (registers what GPTQModifier needs)
 from safetensors.torch import load_file, save_file
-from transformers import Llama4ForConditionalGeneration
+from transformers import AutoTokenizer, Llama4ForConditionalGeneration
 
 IGNORE = ["re:.*lm_head", "re:.*self_attn", "re:.*router", "re:.*vision_model.*", "re:.*multi_modal_projector.*"]
 
@@ -123,6 +123,7 @@ def quantize_model(checkpoint: Path, directory: Path, samples: int) -> None:
     GPTQModifier.calibrate_module = timed("hessian", GPTQModifier.calibrate_module)
     oneshot(
         model=model,
+        processor=AutoTokenizer.from_pretrained(checkpoint),
         dataset=data,
         recipe=modifier(IGNORE),
         max_seq_length=tokens.shape[1],
