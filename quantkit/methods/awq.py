@@ -39,8 +39,9 @@ from quantkit.team import Team, spans
 from quantkit.workspace import Workspace
 
 SWEEPS = 2
-# Offsets of stored scales, in rounds, as in ``rtn.SEARCH``.
-SEARCH = ((-24, -12, 12, 24), (-6, 6), (-3, 3))
+# Offsets of stored scales, in rounds, as in ``rtn.SEARCH``.  More than there, because outputs are less smooth in a scale than
+# weights are, and because judging candidates is a small part of the work beside the products that c takes.
+SEARCH = ((-40, -32, -24, -16, -8, 8, 16, 24, 32), (-4, 4), (-2, 2), (-1, 1))
 _SEARCH = Search(
     np.array([offset for offsets in SEARCH for offset in offsets], np.int64), np.cumsum([len(offsets) for offsets in SEARCH])
 )
