@@ -226,13 +226,21 @@ def _publish(statistics: Statistics, folder: Path, final: Path) -> None:
 
 def calibration_memory(config: Llama4Config, corpus: Corpus, hessians: bool) -> int:
     """Bytes that a calibration holds at most, without the hidden states, which are mapped files."""
-    hidden = config.hidden_size
-    width = max([config.expert_width] + [config.dense_width] * (not all(config.moe_layers)))
-    weights = 3 * hidden * width
-    held = (2 + 4) * weights  # as stored, and in float32
-    held += 4 * min(PORTION, corpus.tokens.numel()) * (3 * hidden + 3 * width)
-    held += 4 * corpus.tokens.numel() * (config.num_experts if any(config.moe_layers) else 0)  # the router's logits
-    if hessians:
-        held += 4 * (hidden**2 + width**2) + 4 * max(hidden, width) ** 2  # of both projections, and a factor
-        held += 2 * hidden * width * (4 + 1 + 1 + 1) + 4 * PANEL * 2 * width  # errors, codes, packed codes, corrections
-    return held
+    tokens, kinds = corpus.tokens.numel(), set(config.moe_layers)
+    logits = 4 * tokens * config.num_experts if True in kinds else 0
+    return logits + max(_layer_memory(config, min(PORTION, tokens), hessians, routed) for routed in kinds)
+
+
+def _layer_memory(config: Llama4Config, rows: int, hessians: bool, routed: bool) -> int:
+    """Bytes for one gated MLP: an expert, or that of a dense layer."""
+    hidden, width = config.hidden_size, config.expert_width if routed else config.dense_width
+    matrix, stored = hidden * width, 2 * 3 * hidden * width
+    shown = 4 * 3 * matrix + 4 * rows * 3 * (hidden + width)  # weights in float32, and a portion on its way
+    if not hessians:
+        return stored + shown
+    sums = 4 * (hidden**2 + width**2)  # of both projections
+    method = 4 * max(hidden, width) ** 2  # a factor
+    method += 2 * matrix * (4 + 1 + 1 + 1) + 4 * PANEL * 2 * width  # errors, codes, packed codes, corrections
+    if not routed:  # one after the other; a sequential pass also holds what gate and up became
+        return stored + sums + max(shown, method + 2 * 4 * matrix)
+    return stored + sums + shown + method + 2 * 4 * matrix  # and what is missing, with what makes up for it
