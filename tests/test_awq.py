@@ -262,6 +262,13 @@ def test_what_is_reported_is_true() -> None:
         assert statistics.output_error == pytest.approx(output_error(weight, quantized, rows), rel=2e-3)
 
 
+def test_the_reported_error_of_many_inputs_and_rows_is_near_the_true_one() -> None:
+    """It is taken from a sample of the rows, and from the Hessian in parts."""
+    weight, rows = gaussian(700, 1408, 34), correlated(1000, 1408, 35)
+    quantized, statistics = one(weight, INT4, evidence_of(rows))
+    assert statistics.output_error == pytest.approx(output_error(weight, quantized, rows), rel=0.03)
+
+
 # ------------------------------------------------------------------------------------------------------------ odd evidence
 
 

@@ -2,7 +2,7 @@
 
 The candidates are, as in the search in ``groups``, stored scales in rounds around the best so far; but each is judged by the form
 e^T H e + 2 c^T e of the rounding errors e that it makes, with H the mean products of the inputs of this group and c what the errors
-of all other groups contribute.  This form is nearly all of the work.
+of all other groups contribute.
 
 Everything is input-major, as in ``gptq``: neighbouring output rows lie side by side and are the lanes of a vector.
 """

@@ -181,6 +181,11 @@ def _output_error(weight: torch.Tensor, quantized: QuantizedTensor, hessian: tor
 
 def _power(rows: torch.Tensor, hessian: torch.Tensor) -> float:
     """Sum of w H w^T over the rows w; H: upper triangle."""
-    upper = torch.mm(rows, hessian.triu())
-    double = 2 * torch.sum(upper * rows, dtype=torch.float64) - torch.sum(rows.square() * hessian.diagonal(), dtype=torch.float64)
-    return max(0.0, float(double))
+    total = 0.0
+    for columns in spans(rows.shape[1]):
+        own = rows[:, columns]
+        upper = torch.mm(rows[:, : columns.start], hessian[: columns.start, columns]) + torch.mm(
+            own, hessian[columns, columns].triu()
+        )
+        total += float(2 * torch.sum(upper * own, dtype=torch.float64))
+    return max(0.0, total - float(torch.sum(rows.square() * hessian.diagonal(), dtype=torch.float64)))
