@@ -3,8 +3,8 @@
     out/calibration-1f2e3d4c.partial/     hidden states, while it runs (see :mod:`quantkit.calibration_state`)
     out/calibration-1f2e3d4c/             statistics.safetensors, statistics.json
 
-The name holds a digest of all that the numbers depend on: version, source, corpus and settings.  So artifacts that were made from the
-same calibration find it again, and one of another corpus stands beside it.
+The name holds a digest of all that the numbers depend on: version, source, corpus and settings.  So artifacts that were made from
+the same calibration find it again, and one of another corpus stands beside it.
 """
 
 from __future__ import annotations
@@ -178,8 +178,8 @@ def run_calibration(
     need, free = calibration_memory(checkpoint.config, corpus, hessians), available_memory()
     if need > free:
         raise CalibrationError(
-            f"calibration needs {need / 1e9:.1f} GB of memory beside the hidden states, and {free / 1e9:.1f} GB are free: close other "
-            "programs or use a machine with more. The need follows from the largest expert, not from the number of samples."
+            f"calibration needs {need / 1e9:.1f} GB of memory beside the hidden states, and {free / 1e9:.1f} GB are free: close "
+            "other programs or use a machine with more. The need follows from the largest expert, not from the number of samples."
         )
     state = CalibrationState(partial, json.loads(json.dumps(named)), shape, restart=restart)
     try:

@@ -1,15 +1,15 @@
 """The calibrated half of a conversion: which recipes need the corpus, what their units are given, which pass serves whom.
 
-Recipes that only ask for ranges (FP8 static, FP8 KV cache) can take them from saved statistics; then their units are converted like all
-others.  A method with Hessians needs the corpus to go through the model.  In that case every unit with matrices is converted as the
-pass comes to it, for all artifacts of the run, so that weights are read once; data-free artifacts ride along.
+Recipes that only ask for ranges (FP8 static, FP8 KV cache) can take them from saved statistics; then their units are converted
+like all others.  A method with Hessians needs the corpus to go through the model.  In that case every unit with matrices is
+converted as the pass comes to it, for all artifacts of the run, so that weights are read once; data-free artifacts ride along.
 """
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +30,7 @@ from quantkit.methods import METHODS
 from quantkit.plan import Plan
 from quantkit.recipe import METHODS_WITH_EVIDENCE, Assignment, Recipe
 from quantkit.scheme import Scheme
+from quantkit.smoothing import smoothing_factors
 from quantkit.statistics import Statistics, check_statistics, load_statistics
 from quantkit.team import Team
 from quantkit.tensor_files import TORCH_DTYPES
@@ -67,12 +68,19 @@ class Calibrated:
         """Load the corpus or the statistics that the recipes need.  Raises CorpusError, CalibrationError."""
         if not any(recipe.needs_calibration for recipe in recipes):
             return cls(checkpoint, options, output, None, None)
+        smooth = [recipe.name for recipe in recipes if any(rule.smooth for rule in recipe.rules)]
+        if smooth and options.sequential:
+            raise CalibrationError(
+                f"{', '.join(smooth)}: smoothing has to know the inputs of a down projection before gate and up are quantized, "
+                "which a sequential calibration does not; leave out --sequential"
+            )
         if options.statistics is None:
             return cls(checkpoint, options, output, open_corpus(checkpoint, options), None)
         hungry = [recipe.name for recipe in recipes if recipe.needs_hessians]
         if hungry:
             raise CalibrationError(
-                f"{', '.join(hungry)}: its method needs Hessians, which saved statistics do not hold; give a corpus instead of --statistics"
+                f"{', '.join(hungry)}: its method needs Hessians, which saved statistics do not hold; "
+                "give a corpus instead of --statistics"
             )
         statistics = load_statistics(options.statistics)
         check_statistics(statistics, checkpoint.config, checkpoint.provenance())
@@ -92,11 +100,19 @@ class Calibrated:
         if self._statistics is None or unit.key not in self._statistics.inputs:
             return None
         evidence = self._statistics.inputs[unit.key]
+        base, _, name = unit.key.rpartition(".")
+        inner = self._statistics.inputs.get(f"{base}.down_proj") if name in ("gate_up_proj", "down_proj") else None
         received = Received(evidence.tokens, 0, float(evidence.tokens))
         if unit.expert is not None and unit.layer is not None:
             counts = self._statistics.experts[unit.layer]
             received = Received(evidence.tokens, int(counts.borrowed[unit.expert]), float(counts.score_mass[unit.expert]))
-        return Seen(evidence, received, self._statistics.cache_peaks[unit.layer or 0], {})
+        return Seen(
+            evidence,
+            received,
+            self._statistics.cache_peaks[unit.layer or 0],
+            {},
+            None if inner is None else smoothing_factors(inner.peak),
+        )
 
     def run(
         self,
@@ -110,7 +126,8 @@ class Calibrated:
     ) -> None:
         """Send the corpus through the model and convert every unit with matrices on the way; nothing when no recipe asks for it.
 
-        report: told each unit that was converted and the bytes written, once for every pass.  Raises what ``run_calibration`` and ``quantize_unit`` raise.
+        report: told each unit that was converted and the bytes written, once for every pass.  Raises what ``run_calibration`` and
+        ``quantize_unit`` raise.
         """
         if self._corpus is None:
             return
@@ -205,8 +222,8 @@ class _Handler:
                 if not isinstance(error, MemoryError) and "memory" not in str(error):
                     raise
                 raise CalibrationError(
-                    f"there is not enough memory to quantize {unit.key} to {scheme.name} with {method}: close other programs, or use a "
-                    "machine with more memory. The need follows from the largest matrix, not from the number of samples."
+                    f"there is not enough memory to quantize {unit.key} to {scheme.name} with {method}: close other programs, or "
+                    "use a machine with more memory. The need follows from the largest matrix, not from the number of samples."
                 ) from error
 
     def wants_hessian(self, unit: Unit) -> bool:

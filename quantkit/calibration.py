@@ -4,15 +4,15 @@ For each unit the inputs of all tokens are summed to a Hessian, their mean squar
 tokens that the router sends to it, scaled by their score as in the model.  A Hessian is formed, used and dropped before the next
 one, so memory is that of one expert, and the work grows with the tokens, not with tokens times experts.
 
-An expert that received fewer than twice as many tokens as it has inputs is lent others, as many as it has or a few: those for which the router likes it best among the tokens it
-did not get, scaled by that expert's own score for them, as if they had been sent to it.  A borrowed token counts less than an own
-one.  How many were lent stands in the ledger and in the coverage.  (``benchmarks/results/calibration.md`` compares with shrinking the
-Hessian toward that of the layer.)
+An expert that received fewer than twice as many tokens as it has inputs is lent others, as many as it has or a few: those for
+which the router likes it best among the tokens it did not get, scaled by that expert's own score for them, as if they had been
+sent to it.  A borrowed token counts less than an own one.  How many were lent stands in the ledger and in the
+coverage.  (``benchmarks/results/calibration.md`` compares with shrinking the Hessian toward that of the layer.)
 
-Routed experts also make up for their shared expert.  Every token passes through both, so a routed expert that is quantized after the
-shared one can be asked for its own output plus what the shared one now lacks: the down projection is then rounded toward the least
-squares solution of that, for its own tokens; for borrowed ones it shall stay what it is.  Of all that was tried this gains most, a
-quarter of the divergence and more.
+Routed experts also make up for their shared expert.  Every token passes through both, so a routed expert that is quantized after
+the shared one can be asked for its own output plus what the shared one now lacks: the down projection is then rounded toward the
+least squares solution of that, for its own tokens; for borrowed ones it shall stay what it is.  Of all that was tried this gains
+most, a quarter of the divergence and more.
 
 What later layers see is the reference by default: then all artifacts of a run share one calibration.  With ``sequential`` they see
 what the layers before became, and each artifact has a calibration of its own.
@@ -38,6 +38,7 @@ from quantkit.evidence import Evidence, Received
 from quantkit.language_model import embed
 from quantkit.layer_pass import Borrowed, LayerPass, Samples
 from quantkit.llama4 import Unit
+from quantkit.smoothing import smoothing_factors
 from quantkit.statistics import ExpertCounts, Statistics, merge
 from quantkit.team import Team, add_gram, add_product
 from quantkit.workspace import Workspace
@@ -52,10 +53,10 @@ LEAST_TO_LEARN = 0.25  # own tokens for each input from which an expert makes up
 class CalibrationOptions:
     """How to calibrate.
 
-    corpus: a file, directory or hub dataset; None for the bundled corpus.  samples: how many, None for all.  sequence_length: tokens
-    of each.  seed: chooses among more samples than asked for.  packing: ``packed`` joins documents, ``documents`` cuts each.
-    minimum_expert_tokens: fail when a routed expert gets fewer.  sequential: later layers see quantized inputs.  statistics: of a former
-    calibration, for recipes that need no Hessians.
+    corpus: a file, directory or hub dataset; None for the bundled corpus.  samples: how many, None for all.  sequence_length:
+    tokens of each.  seed: chooses among more samples than asked for.  packing: ``packed`` joins documents, ``documents`` cuts
+    each. minimum_expert_tokens: fail when a routed expert gets fewer.  sequential: later layers see quantized inputs.  statistics:
+    of a former calibration, for recipes that need no Hessians.
     """
 
     corpus: str | Path | None = None
@@ -72,14 +73,16 @@ class CalibrationOptions:
 class Seen:
     """What calibration saw of a unit.
 
-    missing: by number of the artifact, ``Evidence.missing`` of an expert that makes up for the shared one.  cache_peaks: largest key
-    and value of the layer, known from its output projection on.
+    missing: by number of the artifact, ``Evidence.missing`` of an expert that makes up for the shared one.  smoothing: the factors
+    of the MLP that the unit belongs to, if its down projection's inputs are known by now.  cache_peaks: largest key and value of
+    the layer, known from its output projection on.
     """
 
     evidence: Evidence
     received: Received
     cache_peaks: tuple[float, float]
     missing: Mapping[int, torch.Tensor]
+    smoothing: torch.Tensor | None = None
 
 
 class Handler(Protocol):
@@ -113,8 +116,8 @@ def run_layers(
 ) -> Statistics:
     """Send the corpus through all layers.
 
-    handler: is given every unit with matrices, in the order of the model.  first: the first layer with anything left to do; calibration
-    begins there if its input is on disk, else before.
+    handler: is given every unit with matrices, in the order of the model.  first: the first layer with anything left to do;
+    calibration begins there if its input is on disk, else before.
 
     Raises CalibrationError for values that are not finite (with layer, expert and sample) and for too little data, OutputError,
     Interrupted.
@@ -148,8 +151,8 @@ def _check_tokens(statistics: Statistics, minimum: int) -> None:
         if few:
             more = f" and {len(few) - 8} more" if len(few) > 8 else ""
             raise CalibrationError(
-                f"layer {layer}: {len(few)} experts received fewer than {minimum} tokens: {', '.join(few[:8])}{more}. Calibrate on more "
-                "samples or on text closer to their use, or lower the minimum."
+                f"layer {layer}: {len(few)} experts received fewer than {minimum} tokens: {', '.join(few[:8])}{more}. Calibrate on "
+                "more samples or on text closer to their use, or lower the minimum."
             )
 
 
@@ -272,7 +275,7 @@ class Watcher:
         evidence = sums.evidence(tokens)
         self._inputs[unit.key] = Evidence(tokens, evidence.mean_square, evidence.peak)
         missing = sums.missing if tokens >= LEAST_TO_LEARN * len(evidence.peak) else {}
-        seen = Seen(evidence, received or Received(tokens, 0, float(tokens)), self._cache_peaks(), missing)
+        seen = Seen(evidence, received or Received(tokens, 0, float(tokens)), self._cache_peaks(), missing, self._smoothing(unit))
         replaced = self._handler.convert(unit, weights, digests, seen)
         del self._open[unit.key]
         return replaced
@@ -299,6 +302,11 @@ class Watcher:
             description={},
         )
 
+    def _smoothing(self, unit: Unit) -> torch.Tensor | None:
+        base, _, name = unit.key.rpartition(".")
+        inner = self._open.get(f"{base}.down_proj") if name in ("gate_up_proj", "down_proj") else None
+        return None if inner is None else smoothing_factors(inner.peak)
+
     def _cache_peaks(self) -> tuple[float, float]:
         return float(self._key_peaks.max()), float(self._value_peaks.max())
 
@@ -322,6 +330,6 @@ class Watcher:
         sample, position = divmod(int(tokens[row]), self._samples.length)
         raise CalibrationError(
             f"layer {self._layer}, input of {what}: NaN or infinite at token {position} of sample {sample} "
-            f"({self._corpus.sample_names[sample]}). The weights before it are damaged, or this text drives the model out of range: check "
-            "the source, or leave the text out."
+            f"({self._corpus.sample_names[sample]}). The weights before it are damaged, or this text drives the model out of "
+            "range: check the source, or leave the text out."
         )

@@ -45,8 +45,9 @@ from quantkit.writer import ArtifactWriter, finish_clean_up, publish
 class Progress:
     """A snapshot of a running conversion.
 
-    phase: ``prepare`` (kernels are compiled, on first use of a scheme on a machine), ``convert``, ``calibrate`` or ``check``.  Bytes count source
-    bytes of finished units, or bytes of the artifact read back.  current: scheme, unit or artifact at work.
+    phase: ``prepare`` (kernels are compiled, on first use of a scheme on a machine), ``convert``, ``calibrate`` or
+    ``check``.  Bytes count source bytes of finished units, or bytes of the artifact read back.  current: scheme, unit or artifact
+    at work.
     """
 
     phase: str

@@ -77,10 +77,10 @@ class QuantizationStatistics:
     """What quantizing one matrix did to it; goes to the ledger.
 
     squared_error: sum of (weight - stored value)^2.  squared_weight: sum of weight^2.  clipped: number of weights beyond the
-    largest stored value of their scale.  scale_minimum, scale_maximum: over effective scales (global scale applied).
-    output_error: relative L2 error of the outputs for the inputs seen in calibration; against what they were asked for where that is
-    more than the weights give, and then with the damping's own share, so at most that.  damping: what a method added to the diagonal
-    of the Hessian, relative to its mean.  Both are 0 where calibration played no part.
+    largest stored value of their scale.  scale_minimum, scale_maximum: over effective scales (global scale applied). output_error:
+    relative L2 error of the outputs for the inputs seen in calibration; against what they were asked for where that is more than
+    the weights give, and then with the damping's own share, so at most that.  damping: what a method added to the diagonal of the
+    Hessian, relative to its mean.  Both are 0 where calibration played no part.
     """
 
     squared_error: float

@@ -60,18 +60,20 @@ class Observer(Protocol):
     def complete(self, unit: Unit, weights: Sequence[torch.Tensor], digests: Sequence[str]) -> list[torch.Tensor] | None:
         """All inputs of ``unit`` were shown.  weights: its matrices ``[out, in]`` with the digests of their source bytes.
 
-        Returns what the unit becomes, float32 ``[out, in]``, or None; only looked at by a sequential pass.  It must stay valid until the
-        unit after the next one is complete.
+        Returns what the unit becomes, float32 ``[out, in]``, or None; only looked at by a sequential pass.  It must stay valid
+        until the unit after the next one is complete.
         """
 
     def became(self, gate_up: Unit, down: Unit) -> Iterator[tuple[int, list[torch.Tensor]]]:
         """What the complete shared expert became in each artifact that wants its routed experts to make up for the difference.
 
-        The number of the artifact; gate, up and down, float32 ``[out, in]``.  :meth:`deviated` is called for one before the next is asked for.
+        The number of the artifact; gate, up and down, float32 ``[out, in]``.  :meth:`deviated` is called for one before the next
+        is asked for.
         """
 
     def deviated(self, number: int, tokens: torch.Tensor, rows: torch.Tensor) -> None:
-        """What the shared expert of artifact ``number`` lacks for these tokens: float32 ``[count, hidden]``, original - replaced."""
+        """What the shared expert of artifact ``number`` lacks for these tokens: float32 ``[count, hidden]``, original -
+        replaced."""
 
 
 @dataclass(frozen=True)

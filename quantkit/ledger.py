@@ -33,14 +33,15 @@ _PADDED = ("tokens", "borrowed")  # counts that are known only afterwards
 class LedgerEntry:
     """One line of the ledger.
 
-    asked, applied: scheme names; they must be equal.  source_digest: xxh3-64 of the source bytes of the unit that the tensor
+    asked, applied: scheme names; they must be equal.  smooth: up and down were multiplied by powers of two first, and errors are of
+    those.  source_digest: xxh3-64 of the source bytes of the unit that the tensor
     was made from (for gate and up, the expert's whole gate_up slice).  relative_error: relative L2.  clipped: share of
     weights beyond the largest stored value of their scale.  scale_minimum, scale_maximum: over all scales of the matrix.  A
     kept tensor has zeros there.
 
-    Of a calibrated matrix also: tokens, borrowed: how many of its own, and how many lent ones, its method learned from.  score_mass:
-    sum of the router's scores of its own.  output_error: relative L2 error of its outputs for these.  damping: what was added to the
-    diagonal of the Hessian, relative to its mean; more than the usual 0.01 means that less was not enough.
+    Of a calibrated matrix also: tokens, borrowed: how many of its own, and how many lent ones, its method learned
+    from.  score_mass: sum of the router's scores of its own.  output_error: relative L2 error of its outputs for these.  damping:
+    what was added to the diagonal of the Hessian, relative to its mean; more than the usual 0.01 means that less was not enough.
     """
 
     name: str
@@ -51,6 +52,7 @@ class LedgerEntry:
     applied: str
     method: str
     clip_search: bool
+    smooth: bool
     elements: int
     source_digest: str
     relative_error: float = 0.0
@@ -71,7 +73,9 @@ class LedgerEntry:
 def kept_entry(item: WeightMatrix | SourceTensor, source_digest: str) -> LedgerEntry:
     """The entry of a tensor that is stored as in the source."""
     expert = item.expert if isinstance(item, WeightMatrix) else None
-    return LedgerEntry(item.name, item.role, item.layer, expert, KEEP, KEEP, "copy", False, math.prod(item.shape), source_digest)
+    return LedgerEntry(
+        item.name, item.role, item.layer, expert, KEEP, KEEP, "copy", False, False, math.prod(item.shape), source_digest
+    )
 
 
 def quantized_entry(
@@ -96,6 +100,7 @@ def quantized_entry(
         applied,
         assignment.method,
         assignment.clip_search,
+        assignment.smooth,
         elements,
         source_digest,
         statistics.relative_error,
@@ -157,7 +162,7 @@ def _is_sound(name: str, value: object) -> bool:
     """Whether a member of an entry can have that value at all."""
     if name in _TEXTS:
         return isinstance(value, str) and value.isprintable()
-    if name == "clip_search":
+    if name in ("clip_search", "smooth"):
         return isinstance(value, bool)
     if value is None:
         return name in ("layer", "expert")

@@ -22,6 +22,7 @@ so exceptions stand above the general rule.  A rule matches by role, by layer an
     scheme = "int4-g128"
     method = "rtn"
     clip_search = true
+    smooth = false                           # optional: move ranges of activations from down into up projections
 
     [[rules]]
     scheme = "keep"                          # everything else is stored as in the source
@@ -73,6 +74,7 @@ class Rule:
     method: str = "rtn"
     clip_search: bool | None = None
     maximum_error: float | None = None
+    smooth: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.scheme, str):
@@ -102,6 +104,10 @@ class Rule:
                 raise RecipeError("method awq is a search for scales; leave clip_search = false out, or take method rtn")
         if self.clip_search is not None and not isinstance(self.clip_search, bool):
             raise RecipeError(f"clip_search is {self.clip_search!r}; expected true or false")
+        if not isinstance(self.smooth, bool):
+            raise RecipeError(f"smooth is {self.smooth!r}; expected true or false")
+        if self.smooth and scheme is None:
+            raise RecipeError("smooth = true changes weights, and this rule keeps them as they are")
         _check_bound(self.maximum_error)
 
 
@@ -140,8 +146,10 @@ class Recipe:
     def needs_calibration(self) -> bool:
         """Whether something here can only be known from what the model does with text."""
         quantizing = [(scheme, rule.method) for rule in self.rules if (scheme := parse_scheme(rule.scheme)) is not None]
-        return self.kv_cache is not None or any(
-            scheme.static_activations or method in METHODS_WITH_EVIDENCE for scheme, method in quantizing
+        return (
+            self.kv_cache is not None
+            or any(rule.smooth for rule in self.rules)
+            or any(scheme.static_activations or method in METHODS_WITH_EVIDENCE for scheme, method in quantizing)
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -162,35 +170,37 @@ class Assignment:
     method: str = "rtn"
     clip_search: bool = False
     maximum_error: float | None = None
+    smooth: bool = False
 
 
 # --------------------------------------------------------------------------------------------------------------- presets
 
 
-def _preset(name: str, scheme: str, method: str = "rtn") -> Recipe:
-    return Recipe(name, (Rule(scheme, roles=FEED_FORWARD_ROLES, method=method), Rule(KEEP)))
+def _preset(name: str, scheme: str, method: str = "rtn", smooth: bool = False) -> Recipe:
+    return Recipe(name, (Rule(scheme, roles=FEED_FORWARD_ROLES, method=method, smooth=smooth), Rule(KEEP)))
 
 
 # What every public Llama 4 release does: feed-forward weights quantized, everything else as in the source.
 PRESETS: dict[str, Recipe] = {
-    name: _preset(name, *choice)
-    for name, choice in {
-        "fp8-dynamic": ("fp8-channel-dynamic",),
-        "fp8-block": ("fp8-block-dynamic",),
-        "fp8-static": ("fp8-tensor-static",),
-        "w8a16": ("int8-g128",),
-        "w8a16-channel": ("int8-channel",),
-        "w8a8": ("int8-channel-dynamic",),
-        "w4a16-gptq": ("int4-g128", "gptq"),
-        "w4a16-awq": ("int4-g128", "awq"),
-        "w4a16-rtn": ("int4-g128",),
-        "w4a16-rtn-g64": ("int4-g64",),
-        "w4a16-rtn-g32": ("int4-g32",),
-        "w4a16-rtn-channel": ("int4-channel",),
-        "w4a16-rtn-asym": ("int4-g128-asym",),
-        "nvfp4a16": ("nvfp4",),
-        "mxfp4a16": ("mxfp4",),
-    }.items()
+    recipe.name: recipe
+    for recipe in (
+        _preset("fp8-dynamic", "fp8-channel-dynamic"),
+        _preset("fp8-block", "fp8-block-dynamic"),
+        _preset("fp8-static", "fp8-tensor-static"),
+        _preset("w8a16", "int8-g128"),
+        _preset("w8a16-channel", "int8-channel"),
+        _preset("w8a8", "int8-channel-dynamic", smooth=True),
+        _preset("w8a8-rtn", "int8-channel-dynamic"),
+        _preset("w4a16-gptq", "int4-g128", "gptq"),
+        _preset("w4a16-awq", "int4-g128", "awq"),
+        _preset("w4a16-rtn", "int4-g128"),
+        _preset("w4a16-rtn-g64", "int4-g64"),
+        _preset("w4a16-rtn-g32", "int4-g32"),
+        _preset("w4a16-rtn-channel", "int4-channel"),
+        _preset("w4a16-rtn-asym", "int4-g128-asym"),
+        _preset("nvfp4a16", "nvfp4"),
+        _preset("mxfp4a16", "mxfp4"),
+    )
 }
 
 
@@ -323,7 +333,7 @@ def _assignment(recipe: Recipe, rule: Rule) -> Assignment:
     search = rule.clip_search if rule.clip_search is not None else scheme.number != "fp8"
     stated = rule.maximum_error if rule.maximum_error is not None else recipe.maximum_error
     usual = MAXIMUM_ERROR[scheme.number] * (2 if rule.method in METHODS_WITH_EVIDENCE else 1)
-    return Assignment(scheme, rule.method, search, stated if stated is not None else usual)
+    return Assignment(scheme, rule.method, search, stated if stated is not None else usual, rule.smooth)
 
 
 def _describe(rule: Rule) -> str:

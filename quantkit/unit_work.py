@@ -17,13 +17,14 @@ import xxhash
 from quantkit import ledger
 from quantkit.calibration import Seen
 from quantkit.checkpoint import Checkpoint
-from quantkit.errors import CalibrationError, WeightError
+from quantkit.errors import CalibrationError, RecipeError, WeightError
 from quantkit.formats import FORMATS
 from quantkit.formats.base import DTYPE_BYTES
 from quantkit.llama4 import Unit, WeightMatrix
 from quantkit.methods import METHODS
 from quantkit.plan import ArtifactPlan
 from quantkit.recipe import METHODS_WITH_EVIDENCE, Assignment
+from quantkit.smoothing import smooth
 from quantkit.team import Team
 from quantkit.workspace import Workspace
 from quantkit.writer import ArtifactWriter
@@ -74,8 +75,8 @@ def quantize_unit(
 ) -> None:
     """Quantize, encode, write and commit a unit for one artifact.
 
-    weights: as ``Checkpoint.read_unit`` gives them, with their digests.  seen: what calibration saw, if anything.  Raises WeightError,
-    CalibrationError, LedgerError, OutputError.
+    weights: as ``Checkpoint.read_unit`` gives them, with their digests.  seen: what calibration saw, if anything.  Raises
+    WeightError, CalibrationError, LedgerError, OutputError.
     """
     form, assignments = FORMATS[run.plan.recipe.format], run.plan.assignments
     entries: dict[str, ledger.LedgerEntry] = {}
@@ -89,13 +90,18 @@ def quantize_unit(
                 written[f"{matrix.name}.weight"] = run.writer.write(f"{matrix.name}.weight", _raw(weights[index].contiguous()))
                 entries[matrix.name] = ledger.kept_entry(matrix, digests[index])
             continue
+        given, evidence = [weights[index] for index in group], None if seen is None else seen.evidence
+        if assignment.smooth:
+            if seen is None or seen.smoothing is None:
+                raise RecipeError(f"{matrices[0].name}: smoothing is for gate, up and down projections; leave it out of this rule")
+            given, evidence = smooth(given, [matrix.projection for matrix in matrices], seen.smoothing, seen.evidence)
         try:
             results = METHODS[assignment.method](
-                [weights[index] for index in group],
+                given,
                 assignment.scheme,
                 clip_search=assignment.clip_search,
                 workspace=workspace,
-                evidence=None if seen is None else seen.evidence,
+                evidence=evidence,
                 team=team,
             )
         except (WeightError, CalibrationError) as error:
@@ -121,7 +127,7 @@ def _same_treatment(matrices: Sequence[WeightMatrix], assignments: dict[str, Ass
     groups: dict[object, list[int]] = {}
     for index, matrix in enumerate(matrices):
         assignment = assignments[matrix.name]
-        groups.setdefault((assignment.scheme, assignment.method, assignment.clip_search), []).append(index)
+        groups.setdefault((assignment.scheme, assignment.method, assignment.clip_search, assignment.smooth), []).append(index)
     return list(groups.values())
 
 

@@ -38,6 +38,7 @@ from quantkit.formats.base import OutputTensor
 from quantkit.grid import dequantize
 from quantkit.llama4 import Llama4Config, Unit, WeightMatrix, parse_config, units
 from quantkit.scheme import KEEP, Scheme
+from quantkit.smoothing import found_factors
 from quantkit.strict_json import brief, parse_object
 from quantkit.tensor_files import listing
 from quantkit.workspace import Workspace
@@ -315,7 +316,10 @@ def _check_source(
             raise ArtifactError(f"{kept} tensors are kept, but the ledger lists {listed}")
         worst = 0.0
         for matrix, scheme in chosen:
-            error = _relative_error(checkpoint.read_matrix(matrix), artifact.decode(matrix, scheme))
+            original, decoded = checkpoint.read_matrix(matrix), artifact.decode(matrix, scheme)
+            if matrix.name in entries and entries[matrix.name].smooth and matrix.projection in ("up_proj", "down_proj"):
+                original = original.to(torch.float32) * _smoothing(artifact, checkpoint, matrix, original, decoded)
+            error = _relative_error(original, decoded)
             stated = entries[matrix.name].relative_error if matrix.name in entries else math.nan
             if not abs(error - stated) <= ERROR_TOLERANCE * max(1.0, stated):
                 raise ArtifactError(f"{matrix.name}: relative error to the source is {error:.6f}; the ledger says {stated:.6f}")
@@ -353,6 +357,26 @@ def _digest(pieces: Iterable[memoryview]) -> str:
     for piece in pieces:
         digest.update(piece)
     return digest.hexdigest()
+
+
+def _smoothing(
+    artifact: _Artifact, checkpoint: Checkpoint, matrix: WeightMatrix, original: torch.Tensor, decoded: torch.Tensor
+) -> torch.Tensor:
+    """The powers of two that a smoothed matrix was multiplied with, checked against the other matrix of its MLP.
+
+    Raises ArtifactError when the two do not cancel.
+    """
+    factors = found_factors(original, decoded, matrix.projection)
+    other = "down_proj" if matrix.projection == "up_proj" else "up_proj"
+    partner, scheme = next(
+        (found, scheme)
+        for found, scheme in artifact.schemes.items()
+        if found.name == f"{matrix.name.rpartition('.')[0]}.{other}" and scheme is not None
+    )
+    others = found_factors(checkpoint.read_matrix(partner), artifact.decode(partner, scheme), other)
+    if not torch.equal(factors * others, torch.ones_like(factors)):
+        raise ArtifactError(f"{matrix.name} and {partner.name} were smoothed by factors that do not cancel")
+    return factors[:, None] if matrix.projection == "up_proj" else factors
 
 
 def _relative_error(weight: torch.Tensor, decoded: torch.Tensor) -> float:

@@ -146,7 +146,7 @@ def test_what_gptq_stores_is_nearer_in_its_outputs_and_farther_in_its_weights(mo
 
 
 def test_bytes_depend_neither_on_company_nor_on_order_nor_on_workers(models: Models, tmp_path: Path) -> None:
-    source, together = models.sources["maverick"], ["w4a16-gptq", "fp8-static", ASYMMETRIC, EVERYWHERE, "fp8-dynamic", "w8a8"]
+    source, together = models.sources["maverick"], ["w4a16-gptq", "fp8-static", ASYMMETRIC, EVERYWHERE, "fp8-dynamic", "w8a8-rtn"]
     result = convert(source, together, tmp_path / "together", calibration=models.options, workers=2)
     expected = {artifact.name: digests(artifact.directory) for artifact in result.artifacts}
     turned = convert(source, together[::-1], tmp_path / "turned", calibration=models.options, workers=3)

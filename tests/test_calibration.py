@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional
-from typer.testing import CliRunner
 
 import quantkit
 from quantkit import calibration
@@ -22,6 +21,7 @@ from quantkit.calibration_state import CalibrationState
 from quantkit.checkpoint import Checkpoint
 from quantkit.convert import convert
 from quantkit.corpus import Corpus
+from quantkit.coverage import heat_map_svg
 from quantkit.errors import CalibrationError
 from quantkit.evidence import Evidence
 from quantkit.formats import compressed_tensors
@@ -30,7 +30,6 @@ from quantkit.ledger import read_ledger
 from quantkit.llama4 import Unit, units
 from quantkit.statistics import Statistics, load_statistics
 from quantkit.team import Team, mirror
-from quantkit_cli.app import app
 from tests.reference_model import load_reference, reference_cache
 from tests.speaking_models import (
     EVERYWHERE,
@@ -305,7 +304,8 @@ def test_statistics_of_a_conversion_are_those_of_calibrate(scout: Path, texts: P
     convert(scout, ["w4a16-gptq", "fp8-static"], tmp_path / "out", calibration=options(texts), workers=2)
     [beside] = [path for path in (tmp_path / "out").iterdir() if path.name.startswith("calibration-")]
     assert digests(beside) == digests(result.directory) == digests(tmp_path / "alone")
-    assert {"statistics.json", "statistics.safetensors"} <= set(digests(beside))
+    assert set(digests(beside)) == {"coverage.svg", "statistics.json", "statistics.safetensors"}
+    assert (beside / "coverage.svg").read_text(encoding="utf-8") == heat_map_svg(result.statistics)
     assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".partial")] == []
     with Checkpoint.open(scout) as checkpoint:
         keys = [unit.key for unit in units(checkpoint.config) if unit.matrices]

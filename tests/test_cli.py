@@ -196,8 +196,8 @@ def test_convert_prints_sizes_and_errors(source: Path, artifacts: tuple[Path, di
 
 
 def test_quiet_prints_the_directories_and_nothing_else(source: Path, tmp_path: Path) -> None:
-    result = run("convert", source, "--to", "w8a16", "--to", "w8a8", "-o", tmp_path, "--quiet")
-    assert result.stdout.splitlines() == [str(tmp_path / "w8a16"), str(tmp_path / "w8a8")]
+    result = run("convert", source, "--to", "w8a16", "--to", "w8a8-rtn", "-o", tmp_path, "--quiet")
+    assert result.stdout.splitlines() == [str(tmp_path / "w8a16"), str(tmp_path / "w8a8-rtn")]
     assert result.stderr == ""
 
 

@@ -124,8 +124,8 @@ def test_stop_then_resume_gives_the_same_bytes_and_redoes_nothing(tmp_path: Path
 def test_a_run_may_be_resumed_with_more_targets(tmp_path: Path) -> None:
     stop = threading.Event()
     with pytest.raises(Interrupted):
-        convert(DEMO, ["w8a8"], tmp_path, progress=lambda event: stop.set() if event.units_done == 20 else None, stop=stop)
-    first, second = convert(DEMO, ["w8a8", "mxfp4a16"], tmp_path).artifacts
+        convert(DEMO, ["w8a8-rtn"], tmp_path, progress=lambda event: stop.set() if event.units_done == 20 else None, stop=stop)
+    first, second = convert(DEMO, ["w8a8-rtn", "mxfp4a16"], tmp_path).artifacts
     assert first.units_resumed >= 20
     assert second.units_resumed == 0
     verify(first.directory, DEMO)
@@ -135,20 +135,20 @@ def test_a_run_may_be_resumed_with_more_targets(tmp_path: Path) -> None:
 def test_another_recipe_or_source_may_not_resume(tmp_path: Path, maverick: Path) -> None:
     stop = threading.Event()
     with pytest.raises(Interrupted):
-        convert(DEMO, ["w8a8"], tmp_path, progress=lambda event: stop.set() if event.units_done == 20 else None, stop=stop)
+        convert(DEMO, ["w8a8-rtn"], tmp_path, progress=lambda event: stop.set() if event.units_done == 20 else None, stop=stop)
     with pytest.raises(ResumeError, match="source"):
-        convert(maverick, ["w8a8"], tmp_path)
-    [made] = convert(maverick, ["w8a8"], tmp_path, restart=True).artifacts
+        convert(maverick, ["w8a8-rtn"], tmp_path)
+    [made] = convert(maverick, ["w8a8-rtn"], tmp_path, restart=True).artifacts
     verify(made.directory, maverick)
 
 
 def test_existing_artifacts_are_kept_unless_forced(tmp_path: Path) -> None:
-    [made] = convert(DEMO, ["w8a8"], tmp_path).artifacts
+    [made] = convert(DEMO, ["w8a8-rtn"], tmp_path).artifacts
     before = digests(made.directory)
     with pytest.raises(OutputError, match="--force"):
-        convert(DEMO, ["w8a8"], tmp_path)
+        convert(DEMO, ["w8a8-rtn"], tmp_path)
     assert digests(made.directory) == before
-    convert(DEMO, ["w8a8"], tmp_path, force=True)
+    convert(DEMO, ["w8a8-rtn"], tmp_path, force=True)
     assert digests(made.directory) == before
 
 
@@ -227,12 +227,12 @@ def test_layers_may_differ_and_kept_experts_are_spelled_one_by_one(tmp_path: Pat
 
 
 def test_the_source_is_never_replaced(tmp_path: Path) -> None:
-    source = tmp_path / "w8a8"
+    source = tmp_path / "w8a8-rtn"
     shutil.copytree(DEMO, source)
     (source / "manifest.json").write_text('{"quantkit_manifest": 1}')
     before = digests(source)
     with pytest.raises(OutputError, match="holds the source"):
-        convert(source, "w8a8", tmp_path, force=True)
+        convert(source, "w8a8-rtn", tmp_path, force=True)
     nested = tmp_path / "fp8-dynamic.partial" / "model"
     shutil.copytree(DEMO, nested)
     with pytest.raises(OutputError, match="holds the source"):
@@ -250,44 +250,44 @@ def test_a_kill_in_the_last_clean_up_leaves_nothing_that_a_repetition_does_not_f
     original = Path.unlink
 
     def unlink(path: Path, missing_ok: bool = False) -> None:
-        if path.name == "journal.jsonl" and path.parent.name == "w8a8":
+        if path.name == "journal.jsonl" and path.parent.name == "w8a8-rtn":
             raise Killed
         original(path, missing_ok)
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", unlink)
         with pytest.raises(Killed):
-            convert(DEMO, ["fp8-dynamic", "w8a8"], tmp_path)
-    assert (tmp_path / "w8a8" / "journal.jsonl").is_file()
+            convert(DEMO, ["fp8-dynamic", "w8a8-rtn"], tmp_path)
+    assert (tmp_path / "w8a8-rtn" / "journal.jsonl").is_file()
     with pytest.raises(OutputError, match="fp8-dynamic exists already"):
-        convert(DEMO, ["fp8-dynamic", "w8a8"], tmp_path)
-    for name in ("fp8-dynamic", "w8a8"):
+        convert(DEMO, ["fp8-dynamic", "w8a8-rtn"], tmp_path)
+    for name in ("fp8-dynamic", "w8a8-rtn"):
         verify(tmp_path / name, DEMO)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["fp8-dynamic", "w8a8"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fp8-dynamic", "w8a8-rtn"]
 
 
 @pytest.mark.parametrize("workers", [0, -3, 1.5])
 def test_wrong_options_are_refused_before_any_output(tmp_path: Path, workers: int) -> None:
     with pytest.raises(RecipeError, match="workers is"):
-        convert(DEMO, "w8a8", tmp_path / "out", workers=workers)
+        convert(DEMO, "w8a8-rtn", tmp_path / "out", workers=workers)
     with pytest.raises(RecipeError, match="shard size"):
-        convert(DEMO, "w8a8", tmp_path / "out", max_shard_bytes=2.5e6)  # type: ignore[arg-type]
+        convert(DEMO, "w8a8-rtn", tmp_path / "out", max_shard_bytes=2.5e6)  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
 
 
 def test_another_shard_size_does_not_resume(tmp_path: Path) -> None:
     stop = threading.Event()
     with pytest.raises(Interrupted):
-        convert(DEMO, "w8a8", tmp_path, progress=lambda event: stop.set() if event.units_done == 20 else None, stop=stop)
+        convert(DEMO, "w8a8-rtn", tmp_path, progress=lambda event: stop.set() if event.units_done == 20 else None, stop=stop)
     with pytest.raises(ResumeError, match="max_shard_bytes: was 5000000000, is now 2000000"):
-        convert(DEMO, "w8a8", tmp_path, max_shard_bytes=2_000_000)
+        convert(DEMO, "w8a8-rtn", tmp_path, max_shard_bytes=2_000_000)
 
 
 def test_an_interrupt_before_the_first_unit_leaves_nothing(tmp_path: Path) -> None:
     stop = threading.Event()
     stop.set()
     with pytest.raises(Interrupted):
-        convert(DEMO, ["w8a8", "fp8-dynamic"], tmp_path / "out", stop=stop)
+        convert(DEMO, ["w8a8-rtn", "fp8-dynamic"], tmp_path / "out", stop=stop)
     assert not (tmp_path / "out").exists()
 
 

@@ -27,7 +27,7 @@ from quantkit.scheme import parse_scheme
 
 BLOCK = 32  # inputs of a launch: the interpreter's time grows with the square of it
 CASES = {  # scheme, inputs, rows of the matrices, how much is missing
-    "int4-g32": ("int4-g32", 96, (40, 24), 0.0),
+    "int4-g32": ("int4-g32", 64, (40, 24), 0.0),
     "int4-g32-asym": ("int4-g32-asym", 96, (40, 24), 0.0),
     "int4-channel, little missing": ("int4-channel", 64, (48,), 0.02),
     "int8-channel, too much missing": ("int8-channel", 100, (40,), 5.0),  # 100 inputs are padded
@@ -92,7 +92,7 @@ def compare_kernels() -> dict[str, Any]:
         ("int8", True, (-128, 127), 32),
     ):
         torch.manual_seed(1)
-        experts, inputs, rows, groups_of_row = (1, 128, 64, 4) if name == "int4" else (2, 48, 64, 3)
+        experts, inputs, rows, groups_of_row = (1, 80, 64, 5) if name == "int4" else (2, 48, 64, 3)
         weights, corrections = torch.randn(experts, inputs, rows), torch.randn(experts, inputs, rows) * 0.1
         factor = torch.randn(experts, inputs, inputs) * 0.1
         variances = torch.rand(experts, inputs) + 0.1
@@ -146,6 +146,35 @@ def compare_kernels() -> dict[str, Any]:
             expected.append([float(total) for total in totals])
         found[name] = {"different": different, "expected": expected, "sums": sums.sum(2).tolist(), "tied": codes[0, :4, 0].tolist()}
     return found
+
+
+def round_once() -> list[int]:
+    """The codes of two inputs, the second of which is a hair above a half if a product is added with one rounding, else a half."""
+    from quantkit.kernels import gptq_triton
+
+    hair = 2.0**-12
+    errors, factor = torch.zeros(1, 8, 32), torch.zeros(1, 8, 8)
+    errors[0, 0], errors[0, 1] = 8 + hair, -(0.5 + 2 * hair)  # the first is clipped at 7, its error is 1 + hair
+    factor[0, 0, 1] = 1 + hair  # (1 + hair)^2 - 0.5 - 2 hair = 0.5 + hair^2
+    codes, sums = torch.zeros(1, 8, 32, dtype=torch.int8), torch.zeros(1, 3, 32, dtype=torch.float64)
+    gptq_triton.launch(
+        errors,
+        torch.zeros(1, 8, 32),
+        factor,
+        torch.ones(1, 8),
+        torch.ones(1, 1, 32),
+        None,
+        torch.zeros(1, 8, dtype=torch.int64),
+        torch.arange(8)[None],
+        codes,
+        sums,
+        block=slice(0, 8),
+        panel_first=0,
+        lowest=-8,
+        highest=7,
+        rows_of_program=32,
+    )
+    return codes[0, :2, 5].tolist()  # type: ignore[no-any-return]
 
 
 def sample(scheme: str, inputs: int, heights: Sequence[int], missing: float, experts: int) -> tuple[list[Any], list[Evidence]]:
@@ -232,7 +261,7 @@ def interpret() -> dict[str, Any]:
     """Everything that runs in the interpreter, in one process."""
     torch.set_num_threads(1)
     fuse_in_old_interpreters()
-    return {"kernels": compare_kernels(), "methods": compare_methods(), "devices": compare_devices()}
+    return {"kernels": compare_kernels(), "once": round_once(), "methods": compare_methods(), "devices": compare_devices()}
 
 
 def compile_kernels() -> dict[str, Any]:
@@ -257,8 +286,7 @@ def compile_kernels() -> dict[str, Any]:
             constexprs={(names.index(name),): value for name, value in constants.items()},
             attrs={(place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if TYPES.get(name, "fp32") != "fp32"},
         )
-        options = {"num_warps": gptq_triton.WARPS, "enable_fp_fusion": False}
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=gptq_triton.OPTIONS)
         with tempfile.TemporaryDirectory() as directory:
             cubin = Path(directory) / "kernel.cubin"
             cubin.write_bytes(compiled.asm["cubin"])
@@ -294,6 +322,7 @@ def test_the_kernel_gives_the_cpu_kernels_bits(interpreted: dict[str, Any]) -> N
             assert sums == pytest.approx(expected, rel=1e-5), name
             assert sums[2] == expected[2] > 0, name
     assert interpreted["kernels"]["int4"]["tied"] == [0, 2, 0, -2], "ties go to even"
+    assert interpreted["once"] == [7, 1], "a product is added with one rounding"
 
 
 @needs_triton

@@ -39,11 +39,11 @@ def quantize_block(
 ) -> tuple[float, float, int]:
     """Quantize a block of inputs for the rows ``first_row .. last_row``, whole strips.
 
-    All arrays are flat views of row-major ones.  errors: float32 ``[inputs, rows]``, weights on entry, weight - stored value on return.
-    corrections: float32 ``[inputs, rows]``, what earlier blocks feed forward.  feedback: float32 ``[inputs, inputs]``, of which the
-    strictly upper part is used.  variances: float64 ``[inputs]``, what one squared rounding error at that input costs.  scales,
-    zero_points: float32 ``[groups, rows]``.  groups, places: int64 ``[inputs]``, the group of an input and its row in ``codes``, int8
-    ``[in, rows]``.
+    All arrays are flat views of row-major ones.  errors: float32 ``[inputs, rows]``, weights on entry, weight - stored value on
+    return. corrections: float32 ``[inputs, rows]``, what earlier blocks feed forward.  feedback: float32 ``[inputs, inputs]``, of
+    which the strictly upper part is used.  variances: float64 ``[inputs]``, what one squared rounding error at that input
+    costs.  scales, zero_points: float32 ``[groups, rows]``.  groups, places: int64 ``[inputs]``, the group of an input and its row
+    in ``codes``, int8 ``[in, rows]``.
 
     Returns the sums over these rows of variance * (rounding error)^2 and of (weight - stored value)^2, and how many codes were cut
     off at the ends of the range.

@@ -24,7 +24,7 @@ import triton.language as tl
 
 STEP = 8  # inputs held in registers at once
 ROWS = 64  # output rows of a program
-WARPS = 1  # of a program
+OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}  # one warp to a program; what rounds twice on the CPU rounds twice here
 _WHOLE = tl.constexpr(12582912.0)  # 1.5 * 2^23: float32 numbers near it are whole
 
 
@@ -174,6 +174,5 @@ def launch(
         COUNT=count,
         STEP=step,
         ROWS=rows_of_program,
-        num_warps=WARPS,
-        enable_fp_fusion=False,
+        **OPTIONS,
     )

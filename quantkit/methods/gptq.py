@@ -12,9 +12,9 @@ factorization.  Matrices that share their input (gate and up; q, k and v) share 
 
 Choices:
 
-* Inputs are taken in order of falling H_kk ("activation order"): the most important ones are rounded while all others can still make up
-  for it.  Scales belong to groups of neighbouring inputs in the original order and are fixed beforehand, so nothing but the codes
-  changes and no ``g_idx`` is stored.
+* Inputs are taken in order of falling H_kk ("activation order"): the most important ones are rounded while all others can still
+  make up for it.  Scales belong to groups of neighbouring inputs in the original order and are fixed beforehand, so nothing but
+  the codes changes and no ``g_idx`` is stored.
 * Scales, and zero points, are those of round to nearest, clip search included.
 * Damping: 1 % of the mean of the diagonal is added to it, and 0.3 times the inputs per row seen: as far as that passes 1, or all of
   it where the outputs are to make up for something.  What is learned from few rows does not hold elsewhere.  If H is still not
@@ -60,8 +60,8 @@ def quantize(
 ) -> list[tuple[QuantizedTensor, QuantizationStatistics]]:
     """Quantize matrices that share their input to an integer scheme.
 
-    weights: ``[out, in]``, BF16, F16 or F32, of either stride order.  evidence.hessian: float32 ``[in, in]``; only the upper triangle is
-    read.  Results live in ``workspace`` and are valid until the next call that uses it.
+    weights: ``[out, in]``, BF16, F16 or F32, of either stride order.  evidence.hessian: float32 ``[in, in]``; only the upper
+    triangle is read.  Results live in ``workspace`` and are valid until the next call that uses it.
 
     Raises WeightError for a weight that is NaN or infinite, CalibrationError when the Hessian cannot be factored.
     """
@@ -179,7 +179,8 @@ def _round_all(
 ) -> NDArray[np.float64]:
     """Quantize all inputs, panel by panel and block by block.  ``errors`` holds the weights ``[in, rows]`` in order of work.
 
-    parts: the rows that threads take.  shifts: added to what is fed forward, ``[in, rows]``.  Returns float64 ``[parts, 3]``, the sums that ``quantize_block`` gives.
+    parts: the rows that threads take.  shifts: added to what is fed forward, ``[in, rows]``.  Returns float64 ``[parts, 3]``, the
+    sums that ``quantize_block`` gives.
     """
     inputs, rows = errors.shape
     lowest, highest = grid.INT_RANGE[scheme.number]
@@ -236,9 +237,9 @@ def _shifts(
 ) -> torch.Tensor | None:
     """``missing U^-T D^-1`` in order of work and transposed, ``[in, rows]``; None when nothing is missing.
 
-    The outputs are asked for more than the weights give: for (w + delta) x with delta = missing H^-1, the least squares solution.  In
-    the sum over k that is minimized, delta appears as this constant, one triangular solution instead of the two that delta itself
-    takes.  variances: D for the Hessian as it was given.  power: mean square of the outputs.
+    The outputs are asked for more than the weights give: for (w + delta) x with delta = missing H^-1, the least squares
+    solution.  In the sum over k that is minimized, delta appears as this constant, one triangular solution instead of the two that
+    delta itself takes.  variances: D for the Hessian as it was given.  power: mean square of the outputs.
 
     Outputs that are small beside what is missing, those of an expert with low scores, would be bent out of shape: its scales were
     chosen for the weights as they are, and other tokens come.  So delta is shortened until what it adds is at most MOST_MADE_UP of

@@ -58,7 +58,8 @@ def quantize(
     """Quantize matrices that share their input (gate and up; q, k and v).
 
     weights: ``[out, in]``, BF16, F16 or F32, of either stride order.  Results live in ``workspace`` and are valid until the next
-    call that uses it.  evidence: only looked at for a scheme with static activations, whose scale must reach its peak.  team: not used.
+    call that uses it.  evidence: only looked at for a scheme with static activations, whose scale must reach its peak.  team: not
+    used.
 
     Raises WeightError, which says matrix, row, column and value, for a weight that is NaN or infinite; RecipeError for static
     activations without evidence.
