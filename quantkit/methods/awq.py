@@ -71,8 +71,8 @@ def quantize(
     mean = float(evidence.hessian.diagonal().mean(dtype=torch.float64))
     if not 0 < mean < float("inf"):
         raise CalibrationError(f"the mean square of the inputs is {mean}; AWQ needs inputs that are finite and not all zero")
-    rounded = rtn.quantize(weights, scheme, clip_search=True, workspace=workspace)
-    if not clip_search:
+    rounded = rtn.quantize(weights, scheme, clip_search=clip_search, workspace=workspace)
+    if not clip_search:  # nothing is left of the method; a recipe that says so is refused
         return rounded
     results, first = [], 0
     for weight, (start, statistics) in zip(weights, rounded, strict=True):
