@@ -37,9 +37,15 @@ SETTINGS: dict[str, Any] = {
 
 @dataclass
 class Recorder:
-    """Keeps all that it is told.  coarse: whether it replaces units.  lending: what experts borrow, by the key of gate and up."""
+    """Keeps all that it is told.
+
+    coarse: whether it replaces units.  making_up: whether it asks what shared experts lack then.  lending: what experts borrow, by the
+    key of gate and up.
+    """
 
     coarse: bool = False
+    making_up: bool = False
+    deviations: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     lending: dict[str, Borrowed] = field(default_factory=dict)
     portions: dict[str, list[tuple[torch.Tensor, torch.Tensor, float]]] = field(default_factory=lambda: defaultdict(list))
     routings: dict[int, tuple[torch.Tensor, forward.Routing]] = field(default_factory=dict)
@@ -71,6 +77,15 @@ class Recorder:
         self.completed[unit.key] = [weight.clone() for weight in weights], list(digests)
         self.events.append(("complete", unit.key))
         return [make_coarse(weight) for weight in weights] if self.coarse else None
+
+    def became(self, gate_up: Unit, down: Unit) -> Iterator[tuple[int, list[torch.Tensor]]]:
+        assert "shared_expert" in gate_up.key and "shared_expert" in down.key
+        if self.making_up:
+            yield 3, [make_coarse(weight) for unit in (gate_up, down) for weight in self.completed[unit.key][0]]
+
+    def deviated(self, number: int, tokens: torch.Tensor, rows: torch.Tensor) -> None:
+        assert number == 3
+        self.deviations.append((tokens.clone(), rows.clone()))
 
     def routed_rows(self, key: str, weight: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
         """(tokens, rows) that were shown with this weight, in order of the tokens."""
@@ -272,6 +287,31 @@ def test_experts_without_tokens_complete_too(sequential: bool, source: Path) -> 
     busy = [unit for unit in experts if unit.key in alone.portions]
     assert len(busy) == 2 * len(alone.routings)
     assert all(len(lending.routed_rows(unit.key, 0.5)[0]) == 1 for unit in experts)
+
+
+# ------------------------------------------------------------------------------------------------------- shared expert
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_what_a_shared_expert_lacks_is_original_less_replacement(sequential: bool, source: Path) -> None:
+    """For the inputs that the pass sees; the pass itself stays as it is."""
+    model, replaced = load_reference(source), load_reference(source)
+    make_matrices_coarse(replaced)
+    inputs, _ = hooked(replaced if sequential else model, the_tokens())
+    recorder, alone = Recorder(coarse=True, making_up=True), Recorder(coarse=True)
+    with Checkpoint.open(source) as checkpoint:
+        outputs = [run(checkpoint, the_tokens(), observer, sequential=sequential) for observer in (recorder, alone)]
+        layers = [layer for layer in range(4) if checkpoint.config.moe_layers[layer]]
+    assert torch.equal(*outputs) and alone.deviations == []
+    tokens, rows = (torch.cat(parts) for parts in zip(*recorder.deviations, strict=True))
+    assert torch.equal(tokens, torch.arange(SAMPLES * LENGTH).repeat(len(layers)))
+    for layer, found in zip(layers, rows.split(SAMPLES * LENGTH), strict=True):
+        name = f"model.layers.{layer}.feed_forward.shared_expert"
+        seen = inputs[f"{name}.gate_proj"]
+        with torch.no_grad():
+            expected = model.get_submodule(name)(seen) - replaced.get_submodule(name)(seen)
+        assert float(expected.abs().max()) > 1e-2
+        torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
 
 
 # --------------------------------------------------------------------------------------------------------------- cache
