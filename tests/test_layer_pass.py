@@ -39,8 +39,8 @@ SETTINGS: dict[str, Any] = {
 class Recorder:
     """Keeps all that it is told.
 
-    coarse: whether it replaces units.  making_up: whether it asks what shared experts lack then.  lending: what experts borrow, by the
-    key of gate and up.
+    coarse: whether it replaces units.  making_up: whether it asks what shared experts lack then.  lending: what experts borrow, by
+    the key of gate and up.
     """
 
     coarse: bool = False

@@ -135,8 +135,8 @@ def test_scales_cover_what_was_seen_and_are_shared_by_what_clients_fuse(source: 
             values = {float(tensors[f"{matrix.name}.{part}"]) for matrix in unit.matrices}
             assert len(values) == 1, (unit.key, part)
         assert seen <= 448 * values.pop() < seen * 1.01
-        if unit.key.endswith(".qkv"):
-            base = unit.key.removesuffix(".qkv")
+        if unit.key.endswith(".o_proj"):  # with which keys and values are known
+            base = unit.key.removesuffix(".o_proj")
             assert seen <= 448 * float(tensors[f"{base}.k_scale"]) < seen * 1.01
             assert value_peak <= 448 * float(tensors[f"{base}.v_scale"]) < value_peak * 1.01
     assert len([name for name in tensors if name.endswith(("k_scale", "v_scale"))]) == 2 * len({unit.layer for unit in work})
@@ -202,7 +202,7 @@ def test_the_plan_keeps_the_order_of_the_units(source: Path) -> None:
         assert sorted(names, key=file.offsets.__getitem__) == names
     assert {name for tensors in artifact.outputs.values() for name in (tensor.name for tensor in tensors)} == set(planned)
     keys = {key for key, tensors in artifact.outputs.items() if any(tensor.name in caches for tensor in tensors)}
-    assert keys == {f"language_model.model.layers.{layer}.self_attn.qkv" for layer in range(len(caches) // 2)}
+    assert keys == {f"language_model.model.layers.{layer}.self_attn.o_proj" for layer in range(len(caches) // 2)}
 
 
 def test_recipes_state_the_cache_and_whether_they_need_calibration() -> None:
