@@ -40,7 +40,7 @@ from quantkit.layer_pass import Borrowed, LayerPass, Samples
 from quantkit.llama4 import Unit
 from quantkit.smoothing import smoothing_factors
 from quantkit.statistics import ExpertCounts, Statistics, merge
-from quantkit.team import Team, add_gram, add_product
+from quantkit.team import Team, add_gram, add_product, spans
 from quantkit.workspace import Workspace
 
 BORROWED_WEIGHT = 0.25  # what a lent token counts beside an own one
@@ -178,8 +178,9 @@ class _Inputs:
         if not len(rows):
             return
         self.total += weight * len(rows)
-        self.peak = torch.maximum(self.peak, rows.abs().amax(0))
-        self.squares += weight * rows.square().sum(0, dtype=torch.float64)
+        for part in spans(len(rows)):  # a copy of all rows would be the largest thing held here
+            self.peak = torch.maximum(self.peak, rows[part].abs().amax(0))
+            self.squares += weight * rows[part].square().sum(0, dtype=torch.float64)
         if self.gram is not None:
             add_gram(team, rows if weight == 1.0 else rows * weight**0.5, self.gram)
         for number, total in self.missing.items() if weight == 1.0 else ():  # an expert is not bent for tokens it only borrows
