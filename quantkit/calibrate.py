@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import xxhash
 
-from quantkit.calibration import CalibrationOptions, Handler, Seen, run_layers
+from quantkit.calibration import CalibrationOptions, Handler, Seen, check_tokens, run_layers
 from quantkit.calibration_state import CalibrationState
 from quantkit.checkpoint import Checkpoint
 from quantkit.corpus import Corpus, load_corpus
@@ -69,11 +69,14 @@ def calibrate(
     started, options = time.monotonic(), calibration or CalibrationOptions()
     final = Path(os.path.realpath(output))
     with Checkpoint.open(source, revision) as checkpoint:
-        if final.exists() and not force:
-            raise OutputError(f"{final} exists already: choose another output directory, or replace it with --force")
         if final.exists() and not (final / "statistics.json").is_file():
             raise OutputError(f"{final} holds no statistics of quantkit and is not replaced: move it away")
         corpus = open_corpus(checkpoint, options)
+        if final.exists() and not force:
+            # Killed between its publication and its clean-up, a calibration of this very corpus only has to be cleaned up.
+            unfinished = final.with_name(final.name + ".partial").exists()
+            if not unfinished or load_statistics(final).description.get("corpus") != corpus.description:
+                raise OutputError(f"{final} exists already: choose another output directory, or replace it with --force")
         work = [unit for unit in units(checkpoint.config) if unit.matrices]
         with Team(workers or available_cores()) as team:
             statistics = run_calibration(
@@ -86,7 +89,7 @@ def calibrate(
                 handler=_Onlooker(work, progress),
                 first=checkpoint.config.num_layers,
                 restart=restart,
-                renew=True,
+                renew=force or not final.exists(),
                 stop=stop,
             )
     return CalibrateResult(final, statistics, time.monotonic() - started)
@@ -173,7 +176,9 @@ def run_calibration(
     if not (restart or renew) and first == checkpoint.config.num_layers and (final / "statistics.json").is_file():
         if partial.exists():  # a former run had come as far as this, and was killed when it cleaned up
             CalibrationState(partial, json.loads(json.dumps(named)), shape).remove()
-        return load_statistics(final)
+        finished = load_statistics(final)
+        check_tokens(finished, options.minimum_expert_tokens)
+        return finished
     hessians = any(handler.wants_hessian(unit) for unit in work)
     need, free = calibration_memory(checkpoint.config, corpus, hessians), available_memory()
     if need > free:

@@ -131,7 +131,7 @@ def run_layers(
         state.commit(0, None)
     parts = [state.statistics(layer) for layer in range(start)]
     for part in parts:  # of a former run, which may have asked for less
-        _check_tokens(part, minimum_expert_tokens)
+        check_tokens(part, minimum_expert_tokens)
     for layer in range(start, layers):
         workspace = Workspace()  # of this layer's widths: dense layers are wider than experts
         watcher = Watcher(corpus, samples, layer, team, workspace, handler, state.scratch, stop)
@@ -139,13 +139,14 @@ def run_layers(
         layer_pass = LayerPass(checkpoint, own, layer, samples, team, watcher, sequential=sequential, workspace=workspace)
         layer_pass.run(state.hidden(layer), state.hidden(layer + 1), state.scratch("context", width))
         statistics = watcher.statistics()
-        _check_tokens(statistics, minimum_expert_tokens)
+        check_tokens(statistics, minimum_expert_tokens)
         state.commit(layer + 1, statistics)
         parts.append(statistics)
     return merge(parts)
 
 
-def _check_tokens(statistics: Statistics, minimum: int) -> None:
+def check_tokens(statistics: Statistics, minimum: int) -> None:
+    """Raise CalibrationError when a routed expert received fewer tokens than ``minimum``."""
     for layer, counts in statistics.experts.items():
         few = [f"expert {expert} ({int(tokens)})" for expert, tokens in enumerate(counts.tokens) if tokens < minimum]
         if few:

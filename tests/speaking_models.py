@@ -17,9 +17,7 @@ from tests.tiny_models import write_tiny_model
 LENGTH = 40
 KEEP_REST = Rule("keep")
 ASYMMETRIC = Recipe("asymmetric", (Rule("int4-g64-asym", FEED_FORWARD_ROLES, method="gptq"), KEEP_REST))
-EVERYWHERE = Recipe(
-    "everywhere", (Rule("int8-g64", ("attention",), method="gptq"), *PRESETS["w4a16-gptq"].rules), kv_cache="fp8"
-)
+EVERYWHERE = Recipe("everywhere", (Rule("int8-g64", ("attention",), method="gptq"), *PRESETS["w4a16-gptq"].rules), kv_cache="fp8")
 
 
 def write_speaking_model(directory: Path, kind: str = "scout", seed: int = 0, **overrides: Any) -> Path:
