@@ -120,7 +120,6 @@ def quantize_model(checkpoint: Path, directory: Path, samples: int) -> None:
         print(f"{self._num_compressed_modules} modules quantized after {time.perf_counter() - started:.0f} s", flush=True)
 
     GPTQModifier.compress_module_list = told
-    GPTQModifier.calibrate_module = timed("hessian", GPTQModifier.calibrate_module)
     oneshot(
         model=model,
         processor=AutoTokenizer.from_pretrained(checkpoint),
