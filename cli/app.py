@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 
 DEFAULT_CONTEXT = 131_072
+CALIBRATION_TOKENS = 400_000  # about what the bundled corpus has
 MAXIMUM_WORKERS = 4096
 
 
@@ -162,7 +163,9 @@ def convert(
             from quantkit import plan as make_plan
 
             planned = make_plan(source, to, revision=revision, max_shard_bytes=text.parse_size(max_shard_size))
-            _show_plan(planned, source, output, workers, DEFAULT_CONTEXT, as_json)
+            _show_plan(
+                planned, source, output, workers, DEFAULT_CONTEXT, as_json, (samples or 0) * sequence_length or CALIBRATION_TOKENS
+            )
             return
         if quiet or as_json:
             _silence_downloads(source)
@@ -301,6 +304,9 @@ def plan(
     workers: Workers = None,
     max_shard_size: ShardSize = "5GB",
     context: Context = DEFAULT_CONTEXT,
+    calibration_tokens: Annotated[
+        int, typer.Option(min=1, help="Samples times their length, for recipes that need calibration.")
+    ] = CALIBRATION_TOKENS,
     as_json: AsJson = False,
 ) -> None:
     """Say what a conversion would make and cost, from the config alone.
@@ -313,17 +319,19 @@ def plan(
         from quantkit import plan as make_plan
 
         planned = make_plan(source, to, revision=revision, max_shard_bytes=text.parse_size(max_shard_size))
-        _show_plan(planned, source, output, workers, context, as_json)
+        _show_plan(planned, source, output, workers, context, as_json, calibration_tokens)
 
 
-def _show_plan(plan: Plan, source: str, output: Path, workers: int | None, context: int, as_json: bool) -> None:
+def _show_plan(
+    plan: Plan, source: str, output: Path, workers: int | None, context: int, as_json: bool, calibration_tokens: int
+) -> None:
     from quantkit import estimate_cost, gpu_fits, summarize_roles
 
     from .data import plan_data
     from .tables import print_plan
 
     sample = next(iter(sorted(Path(source).glob("*.safetensors"))), None) if Path(source).is_dir() else None
-    cost = estimate_cost(plan, output, workers=workers, sample=sample)
+    cost = estimate_cost(plan, output, workers=workers, sample=sample, calibration_tokens=calibration_tokens)
     roles: dict[str, list[RoleSummary]] = {artifact.name: summarize_roles(plan, artifact) for artifact in plan.artifacts}
     fits = {artifact.name: gpu_fits(artifact.tensor_bytes, plan.config, context) for artifact in plan.artifacts}
     if as_json:

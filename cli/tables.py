@@ -177,6 +177,9 @@ def _print_cost(console: Console, cost: CostEstimate) -> None:
     table.add_row("reads", text.size(cost.source_bytes))
     table.add_row("writes", f"{text.size(cost.disk_bytes)}, the disk space needed")
     table.add_row("memory", f"at most {text.size(cost.peak_memory_bytes)} for {cost.workers} workers; {gpu}")
+    if cost.calibration_tokens:
+        states = f"{text.size(cost.hidden_state_bytes)} more on disk while it runs"
+        table.add_row("calibration", f"{cost.calibration_tokens:,} tokens through the model; hidden states take {states}")
     if cost.seconds is not None:
         measured = ", ".join(f"{name} {_rate(name, rate)}" for name, rate in cost.rates.items())
         table.add_row("time", f"about {text.duration(cost.seconds)} on this machine")
@@ -187,6 +190,8 @@ def _print_cost(console: Console, cost: CostEstimate) -> None:
 
 
 def _rate(name: str, rate: float) -> str:
+    if name == "calibration":
+        return f"{rate / 1e9:.0f} GFLOP/s per core"
     return f"{text.size(rate)}/s" if name in ("read", "write", "hash") else f"{text.count(rate)} weights/s per core"
 
 

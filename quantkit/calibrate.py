@@ -23,6 +23,7 @@ import torch
 import xxhash
 
 from quantkit.calibration import CalibrationOptions, Handler, Seen, check_tokens, run_layers
+from quantkit.calibration_cost import calibration_memory
 from quantkit.calibration_state import CalibrationState
 from quantkit.checkpoint import Checkpoint
 from quantkit.corpus import Corpus, load_corpus
@@ -30,9 +31,7 @@ from quantkit.coverage import save_heat_map
 from quantkit.errors import CalibrationError, OutputError
 from quantkit.estimate import available_cores, available_memory
 from quantkit.journal import output_errors, sync_directory
-from quantkit.layer_pass import PORTION
-from quantkit.llama4 import Llama4Config, Unit, units
-from quantkit.methods.gptq import PANEL
+from quantkit.llama4 import Unit, units
 from quantkit.recipe import Recipe
 from quantkit.statistics import Statistics, load_statistics, save_statistics
 from quantkit.team import Team
@@ -180,7 +179,8 @@ def run_calibration(
         check_tokens(finished, options.minimum_expert_tokens)
         return finished
     hessians = any(handler.wants_hessian(unit) for unit in work)
-    need, free = calibration_memory(checkpoint.config, corpus, hessians), available_memory()
+    need = calibration_memory(checkpoint.config, corpus.tokens.numel(), hessians)
+    free = available_memory()
     if need > free:
         raise CalibrationError(
             f"calibration needs {need / 1e9:.1f} GB of memory beside the hidden states, and {free / 1e9:.1f} GB are free: close "
@@ -227,25 +227,3 @@ def _publish(statistics: Statistics, folder: Path, final: Path) -> None:
             final.rename(former)  # the same calibration, or one that is to be replaced; whole or not there, whenever a kill comes
         folder.rename(final)
         sync_directory(final.parent)
-
-
-def calibration_memory(config: Llama4Config, corpus: Corpus, hessians: bool) -> int:
-    """Bytes that a calibration holds at most, without the hidden states, which are mapped files."""
-    tokens, kinds = corpus.tokens.numel(), set(config.moe_layers)
-    logits = 4 * tokens * config.num_experts if True in kinds else 0
-    return logits + max(_layer_memory(config, min(PORTION, tokens), hessians, routed) for routed in kinds)
-
-
-def _layer_memory(config: Llama4Config, rows: int, hessians: bool, routed: bool) -> int:
-    """Bytes for one gated MLP: an expert, or that of a dense layer."""
-    hidden, width = config.hidden_size, config.expert_width if routed else config.dense_width
-    matrix, stored = hidden * width, 2 * 3 * hidden * width
-    shown = 4 * 3 * matrix + 4 * rows * 3 * (hidden + width)  # weights in float32, and a portion on its way
-    if not hessians:
-        return stored + shown
-    sums = 4 * (hidden**2 + width**2)  # of both projections
-    method = 4 * max(hidden, width) ** 2  # a factor
-    method += 2 * matrix * (4 + 1 + 1 + 1) + 4 * PANEL * 2 * width  # errors, codes, packed codes, corrections
-    if not routed:  # one after the other; a sequential pass also holds what gate and up became
-        return stored + sums + max(shown, method + 2 * 4 * matrix)
-    return stored + sums + shown + method + 2 * 4 * matrix  # and what is missing, with what makes up for it

@@ -21,12 +21,14 @@ from pathlib import Path
 
 import torch
 
+from quantkit.calibration_cost import calibration_memory, calibration_operations, hidden_state_bytes
 from quantkit.evidence import Evidence
 from quantkit.formats import FORMATS
 from quantkit.formats.base import DTYPE_BYTES
 from quantkit.llama4 import Llama4Config, Unit
 from quantkit.methods import METHODS
 from quantkit.plan import ArtifactPlan, Plan
+from quantkit.recipe import METHODS_WITH_EVIDENCE
 from quantkit.scheme import Scheme
 from quantkit.team import Team
 from quantkit.workspace import Workspace
@@ -35,6 +37,7 @@ GPU_GIGABYTES = (24, 48, 80, 141, 192)
 GPU_COUNTS = (1, 2, 4, 8)
 USABLE_SHARE = 0.92  # of a GPU's memory, what serving engines take by default
 OVERHEAD_BYTES = 2_500_000_000  # per GPU: context, CUDA graphs, activations
+CALIBRATION_TOKENS = 400_000  # about what the bundled corpus has
 COPY_CHUNK_BYTES = 8 << 20  # pass-through copies hold one chunk
 MEMORY_SHARE = 0.25  # of available memory, what the default number of workers may fill
 MAXIMUM_DEFAULT_WORKERS = 32
@@ -42,7 +45,11 @@ MAXIMUM_DEFAULT_WORKERS = 32
 
 @dataclass(frozen=True)
 class CostEstimate:
-    """Cost of one run.  peak_memory_bytes: above the bare import.  seconds is None when nothing could be measured."""
+    """Cost of one run.
+
+    peak_memory_bytes: above the bare import.  seconds is None when nothing could be measured.  calibration_tokens: that go through
+    the model, 0 without calibration.  hidden_state_bytes: disk that they take meanwhile, beside ``disk_bytes``.
+    """
 
     workers: int
     peak_memory_bytes: int
@@ -51,6 +58,8 @@ class CostEstimate:
     source_bytes: int
     seconds: float | None
     rates: dict[str, float]
+    calibration_tokens: int = 0
+    hidden_state_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -106,12 +115,20 @@ def available_memory() -> int:
     return max(0, min(limits))
 
 
-def estimate_cost(plan: Plan, output: Path, *, workers: int | None = None, sample: Path | None = None) -> CostEstimate:
+def estimate_cost(
+    plan: Plan,
+    output: Path,
+    *,
+    workers: int | None = None,
+    sample: Path | None = None,
+    calibration_tokens: int = CALIBRATION_TOKENS,
+) -> CostEstimate:
     """Estimate the run of ``plan`` into ``output``.
 
     sample: a source shard to measure reading with; without it reading is taken to be as fast as writing.  The probe writes 64 MB
     beside the output and removes it.  What cannot be measured is left out of ``rates``; without a rate of writing there is no
-    estimate of the time.  The source is taken to have the dtype that the config states.
+    estimate of the time.  The source is taken to have the dtype that the config states.  calibration_tokens: for recipes that need
+    them, samples times their length; more is taken for a pass than statistics at hand would take.
     """
     count = workers or default_workers(plan)
     largest = sorted((unit_memory(unit, plan.artifacts, plan.config) for unit in plan.units), reverse=True)[:count]
@@ -128,11 +145,25 @@ def estimate_cost(plan: Plan, output: Path, *, workers: int | None = None, sampl
             if name in _schemes(artifact)
         )
         seconds = max(transfer, compute / count) + disk / (rates["hash"] * count)
-    return CostEstimate(count, sum(largest), 0, disk, source, seconds, rates)
+    memory, hidden, tokens = sum(largest), 0, 0
+    if any(artifact.recipe.needs_calibration for artifact in plan.artifacts):
+        learned, tokens = sum(artifact.recipe.needs_hessians for artifact in plan.artifacts), calibration_tokens
+        memory = max(memory, calibration_memory(plan.config, tokens, learned > 0))
+        hidden = hidden_state_bytes(plan.config, tokens, learned)
+        rates["calibration"] = _product_rate()
+        if seconds is not None:
+            threads = workers or available_cores()
+            seconds += calibration_operations(plan.config, tokens, learned) / (rates["calibration"] * threads)
+    return CostEstimate(count, memory, 0, disk, source, seconds, rates, tokens, hidden)
 
 
 def _schemes(artifact: ArtifactPlan) -> dict[str, tuple[Scheme, str, bool]]:
-    return {a.scheme.name: (a.scheme, a.method, a.clip_search) for a in artifact.assignments.values() if a.scheme is not None}
+    """What is quantized without Hessians, by name of the scheme; the others are part of the calibration."""
+    return {
+        given.scheme.name: (given.scheme, given.method, given.clip_search)
+        for given in artifact.assignments.values()
+        if given.scheme is not None and given.method not in METHODS_WITH_EVIDENCE
+    }
 
 
 def _elements(plan: Plan, artifact: ArtifactPlan, scheme: str) -> int:
@@ -140,7 +171,9 @@ def _elements(plan: Plan, artifact: ArtifactPlan, scheme: str) -> int:
         math.prod(matrix.shape)
         for unit in plan.units
         for matrix in unit.matrices
-        if (assigned := artifact.assignments[matrix.name].scheme) is not None and assigned.name == scheme
+        if (given := artifact.assignments[matrix.name]).scheme is not None
+        and given.scheme.name == scheme
+        and given.method not in METHODS_WITH_EVIDENCE
     )
 
 
@@ -176,6 +209,18 @@ def _probe(plan: Plan, output: Path, sample: Path | None) -> dict[str, float]:
                     form.encode("probe", quantized, workspace)
                     rates[name] = max(rates.get(name, 0.0), weight.numel() / (time.perf_counter() - started))
     return rates
+
+
+def _product_rate() -> float:
+    """Floating-point operations per second and core of a product of float32 matrices."""
+    left = torch.ones(1024, 1024)
+    best = 0.0
+    with Team(1):
+        for _ in range(3):
+            started = time.perf_counter()
+            torch.mm(left, left)
+            best = max(best, 2 * 1024**3 / (time.perf_counter() - started))
+    return best
 
 
 def _write_rate(directory: Path, block: bytes) -> float:
