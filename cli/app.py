@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 
 DEFAULT_CONTEXT = 131_072
+DEFAULT_SEQUENCE_LENGTH = 2048
 CALIBRATION_TOKENS = 400_000  # about what the bundled corpus has
 MAXIMUM_WORKERS = 4096
 
@@ -129,7 +130,7 @@ def convert(
     max_shard_size: ShardSize = "5GB",
     corpus: Corpus = None,
     samples: Samples = None,
-    sequence_length: SequenceLength = 2048,
+    sequence_length: SequenceLength = DEFAULT_SEQUENCE_LENGTH,
     seed: Seed = 0,
     packing: Packing = "packed",
     minimum_tokens: MinimumTokens = 0,
@@ -153,9 +154,11 @@ def convert(
     A run that was killed or stopped is resumed by the same command.
     An artifact gets its final name only when it is complete, read back and checked.
     """
-    if statistics is not None and (corpus is not None or samples is not None or sequential):
+    stated = corpus is not None or samples is not None or sequential
+    if statistics is not None and (stated or (sequence_length, seed, packing) != (DEFAULT_SEQUENCE_LENGTH, 0, "packed")):
         raise typer.BadParameter(
-            "saved statistics take the place of a calibration: leave out --calibration, --samples and --sequential",
+            "saved statistics take the place of a calibration: leave out --calibration, --samples, --sequence-length, --seed, "
+            "--packing and --sequential",
             param_hint="--statistics",
         )
     with reporting(as_json, lambda: what_is_left(to, output, sys.argv[1:])):
@@ -195,6 +198,10 @@ def convert(
                 progress=None if quiet or as_json else display.update,
                 stop=stop,
             )
+        if result.statistics is not None:
+            from .coverage import warn_of_cold
+
+            warn_of_cold(result.statistics)
         if quiet:
             for artifact in result.artifacts:
                 print(artifact.directory)
@@ -219,7 +226,7 @@ def calibrate(
     workers: Annotated[int | None, typer.Option(min=1, max=MAXIMUM_WORKERS, help="Cores to compute on. Default: all.")] = None,
     corpus: Corpus = None,
     samples: Samples = None,
-    sequence_length: SequenceLength = 2048,
+    sequence_length: SequenceLength = DEFAULT_SEQUENCE_LENGTH,
     seed: Seed = 0,
     packing: Packing = "packed",
     minimum_tokens: MinimumTokens = 0,

@@ -24,13 +24,13 @@ import xxhash
 
 from quantkit.calibration import CalibrationOptions, Handler, Seen, check_tokens, run_layers
 from quantkit.calibration_cost import calibration_memory
-from quantkit.calibration_state import CalibrationState
+from quantkit.calibration_state import JOURNAL, CalibrationState
 from quantkit.checkpoint import Checkpoint
 from quantkit.corpus import Corpus, load_corpus
 from quantkit.coverage import save_heat_map
-from quantkit.errors import CalibrationError, OutputError
+from quantkit.errors import CalibrationError, CorpusError, OutputError
 from quantkit.estimate import available_cores, available_memory
-from quantkit.journal import output_errors, sync_directory
+from quantkit.journal import Journal, output_errors, sync_directory
 from quantkit.llama4 import Unit, units
 from quantkit.recipe import Recipe
 from quantkit.statistics import Statistics, load_statistics, save_statistics
@@ -121,6 +121,11 @@ class _Onlooker:
 
 def open_corpus(checkpoint: Checkpoint, options: CalibrationOptions) -> Corpus:
     """The corpus that the options name, in tokens of the checkpoint's own tokenizer.  Raises CorpusError."""
+    if options.sequence_length > checkpoint.config.max_positions:
+        raise CorpusError(
+            f"a sequence length of {options.sequence_length} is more than the {checkpoint.config.max_positions} positions that "
+            "this model knows; ask for fewer"
+        )
     return load_corpus(
         options.corpus,
         checkpoint.directory,
@@ -133,7 +138,10 @@ def open_corpus(checkpoint: Checkpoint, options: CalibrationOptions) -> Corpus:
 
 
 def identity(checkpoint: Checkpoint, corpus: Corpus, options: CalibrationOptions, recipe: Recipe | None = None) -> dict[str, Any]:
-    """What must be equal for a calibration to be resumed or used again.  recipe: of the artifact that a sequential one is for."""
+    """What must be equal for a calibration to be resumed or used again.
+
+    recipe: of the artifact that a sequential one is for.
+    """
     return {
         "version": __version__,
         "source": checkpoint.fingerprint(),
@@ -141,6 +149,18 @@ def identity(checkpoint: Checkpoint, corpus: Corpus, options: CalibrationOptions
         "sequential": options.sequential,
         "recipe": recipe.to_dict() if recipe is not None and options.sequential else None,
     }
+
+
+def discard_unfinished(output: Path) -> None:
+    """Remove the hidden states of calibrations in ``output`` that were stopped, whatever they were for; not those at work.
+
+    Raises OutputError.
+    """
+    for partial in sorted(output.glob("calibration-*.partial")):
+        if (partial / JOURNAL).is_file():
+            with output_errors(f"discard {partial}"):
+                Journal(partial / JOURNAL).close()  # OutputError when another run holds it
+                shutil.rmtree(partial)
 
 
 def statistics_directory(output: Path, identity: dict[str, Any]) -> Path:

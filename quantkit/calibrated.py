@@ -18,7 +18,7 @@ import torch
 
 from quantkit import grid
 from quantkit.calibrate import identity, open_corpus, run_calibration, statistics_directory
-from quantkit.calibration import CalibrationOptions, Seen
+from quantkit.calibration import CalibrationOptions, Seen, check_tokens
 from quantkit.checkpoint import Checkpoint
 from quantkit.corpus import Corpus
 from quantkit.errors import CalibrationError
@@ -31,7 +31,7 @@ from quantkit.plan import Plan
 from quantkit.recipe import METHODS_WITH_EVIDENCE, Assignment, Recipe
 from quantkit.scheme import Scheme
 from quantkit.smoothing import smoothing_factors
-from quantkit.statistics import Statistics, check_statistics, load_statistics
+from quantkit.statistics import Statistics, check_statistics, load_statistics, statistics_digest
 from quantkit.team import Team
 from quantkit.tensor_files import TORCH_DTYPES
 from quantkit.unit_work import Run, quantize_unit
@@ -49,7 +49,10 @@ class Report(Protocol):
 
 
 class Calibrated:
-    """What calibration contributes to one conversion.  needs_pass: the corpus goes through the model."""
+    """What calibration contributes to one conversion.
+
+    needs_pass: the corpus goes through the model.  statistics: as far as they are known; of the last pass, after a sequential one.
+    """
 
     def __init__(
         self,
@@ -60,7 +63,7 @@ class Calibrated:
         statistics: Statistics | None,
     ) -> None:
         self._checkpoint, self._options, self._output = checkpoint, options, output
-        self._corpus, self._statistics = corpus, statistics
+        self._corpus, self.statistics = corpus, statistics
         self.needs_pass = corpus is not None
 
     @classmethod
@@ -84,6 +87,7 @@ class Calibrated:
             )
         statistics = load_statistics(options.statistics)
         check_statistics(statistics, checkpoint.config, checkpoint.provenance())
+        check_tokens(statistics, options.minimum_expert_tokens)
         return cls(checkpoint, options, output, None, statistics)
 
     def fingerprint(self, recipe: Recipe) -> dict[str, Any]:
@@ -92,24 +96,33 @@ class Calibrated:
             return {}
         if self._corpus is not None:
             return {"calibration": identity(self._checkpoint, self._corpus, self._options, recipe)}
-        assert self._statistics is not None
-        return {"calibration": self._statistics.description}
+        assert self.statistics is not None
+        return {"calibration": {"statistics": statistics_digest(self.statistics)}}
+
+    def description(self) -> dict[str, Any] | None:
+        """What calibrated artifacts learn from, for their manifests."""
+        if self._corpus is not None:
+            return {"corpus": self._corpus.description, "sequential": self._options.sequential}
+        if self.statistics is None:
+            return None
+        described = self.statistics.description
+        return {"corpus": described["corpus"], "sequential": described["settings"]["sequential"]}
 
     def known(self, unit: Unit) -> Seen | None:
         """What saved statistics say of a unit."""
-        if self._statistics is None or unit.key not in self._statistics.inputs:
+        if self.statistics is None or unit.key not in self.statistics.inputs:
             return None
-        evidence = self._statistics.inputs[unit.key]
+        evidence = self.statistics.inputs[unit.key]
         base, _, name = unit.key.rpartition(".")
-        inner = self._statistics.inputs.get(f"{base}.down_proj") if name in ("gate_up_proj", "down_proj") else None
+        inner = self.statistics.inputs.get(f"{base}.down_proj") if name in ("gate_up_proj", "down_proj") else None
         received = Received(evidence.tokens, 0, float(evidence.tokens))
         if unit.expert is not None and unit.layer is not None:
-            counts = self._statistics.experts[unit.layer]
+            counts = self.statistics.experts[unit.layer]
             received = Received(evidence.tokens, int(counts.borrowed[unit.expert]), float(counts.score_mass[unit.expert]))
         return Seen(
             evidence,
             received,
-            self._statistics.cache_peaks[unit.layer or 0],
+            self.statistics.cache_peaks[unit.layer or 0],
             {},
             None if inner is None else smoothing_factors(inner.peak),
         )
@@ -157,7 +170,7 @@ class Calibrated:
         with Team(workers or available_cores()) as team:
             handler = _Handler(self._checkpoint, work, runs, todo, self._options.sequential, team, report)
             handler.try_largest()
-            run_calibration(
+            self.statistics = run_calibration(
                 self._checkpoint,
                 self._corpus,
                 work,
@@ -195,7 +208,7 @@ class _Handler:
     def try_largest(self) -> None:
         """Run each method once on the largest unit that awaits it, with made-up numbers, so that a lack of memory shows at once.
 
-        The buffers stay for the run itself.  Raises CalibrationError.
+        Raises CalibrationError.
         """
         largest: dict[tuple[str, Scheme], tuple[Unit, Assignment]] = {}
         for unit in sorted(self._units, key=lambda unit: sum(math.prod(matrix.shape) for matrix in unit.matrices)):

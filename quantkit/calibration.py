@@ -7,7 +7,7 @@ one, so memory is that of one expert, and the work grows with the tokens, not wi
 An expert that received fewer than twice as many tokens as it has inputs is lent others, as many as it has or a few: those for
 which the router likes it best among the tokens it did not get, scaled by that expert's own score for them, as if they had been
 sent to it.  A borrowed token counts less than an own one.  How many were lent stands in the ledger and in the
-coverage.  (``benchmarks/results/calibration.md`` compares with shrinking the Hessian toward that of the layer.)
+coverage.  (``benchmarks/results/cold_experts.md`` compares with shrinking the Hessian toward that of the layer.)
 
 Routed experts also make up for their shared expert.  Every token passes through both, so a routed expert that is quantized after
 the shared one can be asked for its own output plus what the shared one now lacks: the down projection is then rounded toward the
@@ -67,6 +67,14 @@ class CalibrationOptions:
     minimum_expert_tokens: int = 0
     sequential: bool = False
     statistics: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "sequence_length", "seed", "minimum_expert_tokens"):
+            value = getattr(self, name)
+            if (isinstance(value, bool) or not isinstance(value, int)) and not (name == "samples" and value is None):
+                raise CalibrationError(f"{name} is {value!r}; expected a whole number")
+        if self.minimum_expert_tokens < 0:
+            raise CalibrationError(f"minimum_expert_tokens is {self.minimum_expert_tokens}; expected 0 or more")
 
 
 @dataclass(frozen=True)
@@ -134,12 +142,11 @@ def run_layers(
         check_tokens(part, minimum_expert_tokens)
     for layer in range(start, layers):
         workspace = Workspace()  # of this layer's widths: dense layers are wider than experts
-        watcher = Watcher(corpus, samples, layer, team, workspace, handler, state.scratch, stop)
+        watcher = Watcher(corpus, samples, layer, team, workspace, handler, state.scratch, minimum_expert_tokens, stop)
         own = [unit for unit in units if unit.layer == layer]
         layer_pass = LayerPass(checkpoint, own, layer, samples, team, watcher, sequential=sequential, workspace=workspace)
         layer_pass.run(state.hidden(layer), state.hidden(layer + 1), state.scratch("context", width))
         statistics = watcher.statistics()
-        check_tokens(statistics, minimum_expert_tokens)
         state.commit(layer + 1, statistics)
         parts.append(statistics)
     return merge(parts)
@@ -208,10 +215,12 @@ class Watcher:
         workspace: Workspace,
         handler: Handler,
         scratch: Callable[[str, int], torch.Tensor],
+        minimum_expert_tokens: int,
         stop: threading.Event | None,
     ) -> None:
         self._corpus, self._samples, self._layer, self._team, self._workspace = corpus, samples, layer, team, workspace
         self._handler, self._scratch, self._stop = handler, scratch, stop
+        self._minimum = minimum_expert_tokens
         self._deviations: dict[int, torch.Tensor] = {}  # by number of the artifact
         self._kinds = corpus.token_kinds.reshape(-1).to(torch.int64)
         self._open: dict[str, _Inputs] = {}
@@ -240,6 +249,7 @@ class Watcher:
             margin.index_add_(0, expert, (largest[:, slot] - largest[:, -1]).to(torch.float64))
             kinds.index_put_((expert, self._kinds[tokens]), torch.ones_like(expert), accumulate=True)
         self._counts = ExpertCounts(layer, count, mass, margin / count.clamp(min=1), kinds, torch.zeros_like(count))
+        check_tokens(self.statistics(), self._minimum)  # before any of them is quantized
 
     def lend(self, unit: Unit) -> Borrowed | None:
         """Tokens for an expert that received too few, best liked first."""

@@ -16,11 +16,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
 
 from quantkit import ledger
+from quantkit.calibrate import discard_unfinished
 from quantkit.calibrated import Calibrated
 from quantkit.calibration import CalibrationOptions
 from quantkit.checkpoint import Checkpoint, load_config
@@ -34,6 +36,7 @@ from quantkit.methods import METHODS
 from quantkit.plan import DEFAULT_MAX_SHARD_BYTES, ArtifactPlan, Plan, RoleSummary, make_plan, manifest_text, summarize_roles
 from quantkit.recipe import WORKING_SUFFIXES, Recipe, resolve_recipe
 from quantkit.scheme import BLOCK_SIZE, KEEP
+from quantkit.statistics import Statistics
 from quantkit.team import Team
 from quantkit.unit_work import Run, copy_unit, quantize_unit, source_bytes
 from quantkit.version import __version__
@@ -81,11 +84,12 @@ class ArtifactResult:
 
 @dataclass(frozen=True)
 class ConvertResult:
-    """What ``convert`` made."""
+    """What ``convert`` made.  statistics: of its calibration, None without one."""
 
     artifacts: tuple[ArtifactResult, ...]
     source_bytes: int
     seconds: float
+    statistics: Statistics | None = None
 
 
 def convert(
@@ -104,10 +108,15 @@ def convert(
 ) -> ConvertResult:
     """Convert a Llama 4 checkpoint to one or several quantized artifacts, each in ``output/<name>``.
 
-    source: local directory or hub repository id (then ``revision`` applies).  to: preset names, recipe files or recipes, one
-    or several. workers: units worked on at once; default by cores and memory.  max_shard_bytes: largest tensor file.  force:
-    replace finished artifacts.  restart: discard partial ones instead of resuming them.  progress: called from worker threads
-    after each unit, one call at a time.  stop: set it to end the run cleanly; the same call later resumes.
+    source: local directory or hub repository id (then ``revision`` applies).
+    to: preset names, recipe files or recipes, one or several.
+    workers: units worked on at once, and threads of a calibration; default by cores and memory.
+    max_shard_bytes: largest tensor file.
+    calibration: on what, for recipes that need it; default: the bundled corpus.
+    force: replace finished artifacts.
+    restart: discard partial ones, and calibrations in ``output`` that were stopped, instead of resuming them.
+    progress: called from worker threads after each unit, one call at a time.
+    stop: set it to end the run cleanly; the same call later resumes.
 
     Raises the errors documented in ``quantkit.errors``; whatever is raised, nothing incomplete stands under a final name and
     finished work can be resumed.
@@ -117,11 +126,14 @@ def convert(
     if workers is not None and (not isinstance(workers, int) or workers < 1):
         raise RecipeError(f"workers is {workers!r}; expected an integer of at least 1")
     with Checkpoint.open(source, revision) as checkpoint:
+        plan_checkpoint(checkpoint, recipes, max_shard_bytes)  # a wrong recipe is refused before a corpus is read
         calibrated = Calibrated.open(checkpoint, recipes, calibration or CalibrationOptions(), Path(output))
-        plan = plan_checkpoint(checkpoint, recipes, max_shard_bytes)
+        plan = plan_checkpoint(checkpoint, recipes, max_shard_bytes, calibrated.description())
         runs: list[Run] = []
         try:
             _open_writers(checkpoint, plan, runs, Path(output), max_shard_bytes, calibrated, force, restart)
+            if restart:
+                discard_unfinished(Path(output))
             count = workers or default_workers(plan)
             report = _Reporter(checkpoint, plan, runs, progress)
             _prepare(runs, report)
@@ -133,7 +145,7 @@ def convert(
             for run in reversed(runs):  # the first one made the directory around them, and may remove it when nothing is left in it
                 run.writer.close()
         source_bytes_read = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
-    return ConvertResult(tuple(results), source_bytes_read, time.monotonic() - started)
+    return ConvertResult(tuple(results), source_bytes_read, time.monotonic() - started, calibrated.statistics)
 
 
 def plan(
@@ -157,7 +169,12 @@ def plan(
     return make_plan(text, config, recipes, max_shard_bytes=max_shard_bytes)
 
 
-def plan_checkpoint(checkpoint: Checkpoint, recipes: Sequence[Recipe], max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES) -> Plan:
+def plan_checkpoint(
+    checkpoint: Checkpoint,
+    recipes: Sequence[Recipe],
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    calibration: dict[str, Any] | None = None,
+) -> Plan:
     """The exact plan for an opened checkpoint; see :func:`quantkit.plan.make_plan`."""
     return make_plan(
         checkpoint.config_text,
@@ -167,6 +184,7 @@ def plan_checkpoint(checkpoint: Checkpoint, recipes: Sequence[Recipe], max_shard
         dtypes={name: tensor.dtype for name, tensor in checkpoint.tensors.items()},
         provenance=checkpoint.provenance(),
         carried=checkpoint.carried_files(),
+        calibration=calibration,
     )
 
 
@@ -332,7 +350,7 @@ def _seal(run: Run, plan: Plan, workers: int, report: _Reporter, stop: threading
     run.writer.seal(
         sidecars,
         plan.carried,
-        lambda files: manifest_text(run.plan.recipe, provenance, files),
+        lambda files: manifest_text(run.plan.recipe, provenance, files, plan.calibration),
         workers=workers,
         stop=stop,
         checked=report.checking(run.plan),

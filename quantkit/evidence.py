@@ -15,10 +15,13 @@ import torch
 class Evidence:
     """Statistics over the rows (tokens) x that reached one unit.
 
-    tokens: rows that the router sent here.  mean_square: mean of x^2, float32 ``[in]``.  peak: largest magnitude, float32
-    ``[in]``. hessian: mean of x x^T, float32 ``[in, in]``, with what a cold expert was given; None where no method asks for
-    it.  missing: mean of d x^T, float32 ``[out, in]``, where d is what the outputs should make up for beside their own error; None
-    for nothing.  rows: how many the means were formed from, borrowed ones counted by their weight.
+    tokens: rows that the router sent here.
+    mean_square: mean of x^2, float32 ``[in]``.
+    peak: largest magnitude, float32 ``[in]``.
+    hessian: mean of x x^T, float32 ``[in, in]``, lent tokens included; None where no method asks for it.
+    missing: mean of d x^T, float32 ``[out, in]``, where d is what the outputs should make up for beside their own error; None for
+        nothing.
+    rows: how many rows the means were formed from, lent ones counted by their weight.
     """
 
     tokens: int

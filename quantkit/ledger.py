@@ -34,14 +34,14 @@ class LedgerEntry:
     """One line of the ledger.
 
     asked, applied: scheme names; they must be equal.  smooth: up and down were multiplied by powers of two first, and errors are of
-    those.  source_digest: xxh3-64 of the source bytes of the unit that the tensor
-    was made from (for gate and up, the expert's whole gate_up slice).  relative_error: relative L2.  clipped: share of
-    weights beyond the largest stored value of their scale.  scale_minimum, scale_maximum: over all scales of the matrix.  A
-    kept tensor has zeros there.
+    the products.  source_digest: xxh3-64 of the source bytes of the unit that the tensor was made from (for gate and up, the
+    expert's whole gate_up slice).  relative_error: relative L2.  clipped: share of weights beyond the largest stored value of their
+    scale.  scale_minimum, scale_maximum: over all scales of the matrix.  A kept tensor has zeros there.
 
-    Of a calibrated matrix also: tokens, borrowed: how many of its own, and how many lent ones, its method learned
-    from.  score_mass: sum of the router's scores of its own.  output_error: relative L2 error of its outputs for these.  damping:
-    what was added to the diagonal of the Hessian, relative to its mean; more than the usual 0.01 means that less was not enough.
+    Of a calibrated matrix also: tokens, borrowed: how many of its own, and how many lent ones, it learned from.  score_mass: sum of
+    the router's scores of its own.  output_error: relative L2 error of its outputs for these; by gptq in a routed expert that makes
+    up for the shared one, an upper bound of the error against what the outputs were asked for, which is more than the original's.
+    damping: what was added to the diagonal of the Hessian, relative to its mean; it grows where tokens are few.
     """
 
     name: str

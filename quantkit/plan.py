@@ -64,13 +64,17 @@ class ArtifactPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """All artifacts of one run over one source.  provenance is None when planned from a config alone."""
+    """All artifacts of one run over one source.
+
+    provenance: None when planned from a config alone.  calibration: what calibrated artifacts learn from, once that is known.
+    """
 
     config: Llama4Config
     units: tuple[Unit, ...]
     artifacts: tuple[ArtifactPlan, ...]
     provenance: dict[str, Any] | None
     carried: tuple[Path, ...]
+    calibration: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -98,10 +102,12 @@ def make_plan(
     dtypes: Mapping[str, str] | None = None,
     provenance: dict[str, Any] | None = None,
     carried: Sequence[Path] = (),
+    calibration: dict[str, Any] | None = None,
 ) -> Plan:
     """Plan all artifacts of a run.
 
     dtypes: source tensor name -> safetensors dtype, from an opened checkpoint; without it the config's dtype is assumed.
+    calibration: what calibrated artifacts learn from; their manifests say it, and are that much shorter in a plan without it.
     Raises RecipeError when a recipe does not fit the model or a format cannot hold it.
     """
     names = [recipe.name for recipe in recipes]
@@ -113,9 +119,10 @@ def make_plan(
         raise RecipeError(f"the largest shard size is {max_shard_bytes}; expected a positive whole number of bytes")
     work = units(config)
     artifacts = tuple(
-        _plan_artifact(config_text, config, work, recipe, max_shard_bytes, dtypes, provenance, carried) for recipe in recipes
+        _plan_artifact(config_text, config, work, recipe, max_shard_bytes, dtypes, provenance, carried, calibration)
+        for recipe in recipes
     )
-    return Plan(config, tuple(work), artifacts, provenance, tuple(carried))
+    return Plan(config, tuple(work), artifacts, provenance, tuple(carried), calibration)
 
 
 def _plan_artifact(
@@ -127,6 +134,7 @@ def _plan_artifact(
     dtypes: Mapping[str, str] | None,
     provenance: dict[str, Any] | None,
     carried: Sequence[Path],
+    calibration: dict[str, Any] | None,
 ) -> ArtifactPlan:
     if recipe.format not in FORMATS:
         raise RecipeError(f"recipe {recipe.name!r}: unknown format {recipe.format!r}. Formats: {', '.join(FORMATS)}")
@@ -159,7 +167,7 @@ def _plan_artifact(
     sizes["ledger.json"] = len(ledger.ledger_text(recipe.name, _blank_entries(work, assignments)))
     if provenance is not None:
         blank = {name: {"size": size, "sha256": "0" * 64} for name, size in sizes.items()}
-        sizes["manifest.json"] = len(manifest_text(recipe, provenance, blank))
+        sizes["manifest.json"] = len(manifest_text(recipe, provenance, blank, calibration))
     return ArtifactPlan(recipe, assignments, outputs, files, sidecars, sizes, tuple(notes))
 
 
@@ -182,8 +190,14 @@ def _blank_entries(work: list[Unit], assignments: Mapping[str, Assignment]) -> l
     return entries
 
 
-def manifest_text(recipe: Recipe, provenance: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> bytes:
+def manifest_text(
+    recipe: Recipe,
+    provenance: Mapping[str, Any],
+    files: Mapping[str, Mapping[str, Any]],
+    calibration: Mapping[str, Any] | None = None,
+) -> bytes:
     """``manifest.json``: which source and recipe, by which version, and the size and sha256 of every other file."""
+    ordered = json.loads(json.dumps(calibration, sort_keys=True))  # the same wherever it was read from
     content = {
         "quantkit_manifest": MANIFEST_VERSION,
         "quantkit_version": __version__,
@@ -191,6 +205,7 @@ def manifest_text(recipe: Recipe, provenance: Mapping[str, Any], files: Mapping[
         "format": recipe.format,
         "recipe": recipe.to_dict(),
         "source": provenance,
+        **({"calibration": ordered} if calibration and recipe.needs_calibration else {}),
         "files": {name: files[name] for name in sorted(files)},
     }
     return (json.dumps(content, indent=2) + "\n").encode()

@@ -318,11 +318,30 @@ def assign(recipe: Recipe, units: list[Unit]) -> dict[str, Assignment]:
                 break
             else:
                 problems.append(f'no rule matches {item.name} (role {item.role}); end the recipe with a rule scheme = "keep"')
+    problems += _smoothing_problems(units, result)
     problems += [f"rule {i + 1} ({_describe(rule)}) decides no tensor" for i, rule in enumerate(recipe.rules) if not used[i]]
     if problems:
         shown = problems[:12] + ([f"and {len(problems) - 12} more"] if len(problems) > 12 else [])
         raise RecipeError(f"recipe {recipe.name!r} does not fit this model:\n  " + "\n  ".join(shown))
     return result
+
+
+def _smoothing_problems(units: list[Unit], assignments: Mapping[str, Assignment]) -> list[str]:
+    """What stands against smoothing: it takes up and down of one MLP, both quantized, both smoothed."""
+    matrices = {matrix.name: matrix for unit in units for matrix in unit.matrices}
+    problems = []
+    for name, matrix in matrices.items():
+        given = assignments.get(name)
+        if given is None:
+            continue
+        if given.smooth and matrix.role not in FEED_FORWARD_ROLES:
+            problems.append(f"smooth = true reaches {name}; it is for gate, up and down projections only")
+        elif matrix.projection == "up_proj":
+            other = f"{name.removesuffix('up_proj')}down_proj"
+            partner = assignments.get(other)
+            if partner is not None and partner.smooth != given.smooth:
+                problems.append(f"{name} and {other} belong together: smooth both or neither")
+    return problems
 
 
 def _assignment(recipe: Recipe, rule: Rule) -> Assignment:

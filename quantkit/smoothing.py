@@ -42,10 +42,11 @@ def smooth(
     """Weights and evidence of one unit of the MLP after smoothing; ``up_proj`` and ``down_proj`` change."""
     changed = []
     for weight, projection in zip(weights, projections, strict=True):
+        exact = weight.to(torch.float32) if weight.dtype == torch.float16 else weight  # float16 has few exponents
         if projection == "up_proj":
-            weight = weight / factors.to(weight.dtype)[:, None]
+            weight = exact / factors.to(exact.dtype)[:, None]
         elif projection == "down_proj":
-            weight = weight * factors.to(weight.dtype)
+            weight = exact * factors.to(exact.dtype)
         changed.append(weight)
     if "down_proj" not in projections:
         return changed, evidence
@@ -59,14 +60,13 @@ def smooth(
     )
 
 
-def found_factors(source: torch.Tensor, stored: torch.Tensor, projection: str) -> torch.Tensor:
-    """The powers of two between a source weight and what is stored of it: of each row of ``up_proj``, each column of ``down_proj``.
+def found_factors(source: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+    """The power of two between each row of an up projection ``[width, in]`` and what is stored of it: ``1 / s``, float32.
 
-    float32; 1 where the source is zero.  Raises ArtifactError when the two are so far apart that no power of two can be told.
+    1 where the source is zero.  Raises ArtifactError when the two are so far apart that no power of two can be told.
     """
-    dimension = 1 if projection == "up_proj" else 0
-    norms = [weight.to(torch.float64).square().sum(dimension).sqrt() for weight in (source, stored)]
+    norms = [weight.to(torch.float64).square().sum(1).sqrt() for weight in (source, stored)]
     exponents = torch.where(norms[0] > 0, torch.log2(norms[1] / norms[0]), 0.0)
     if not bool((exponents.abs() <= LARGEST + 0.5).all()):
-        raise ArtifactError("a smoothed weight is no power of two away from the source")
+        raise ArtifactError("a smoothed up projection is no power of two away from the source")
     return torch.exp2(exponents.round()).to(torch.float32)

@@ -72,7 +72,7 @@ def multiply(team: Team, left: torch.Tensor, right: torch.Tensor, out: torch.Ten
 
 
 def add_gram(team: Team, rows: torch.Tensor, total: torch.Tensor) -> None:
-    """Add ``rows^T rows`` to the upper triangle of ``total [in, in]``; see :func:`mirror`.  rows: ``[count, in]``."""
+    """Add ``rows^T rows`` to the upper triangle of ``total [in, in]``.  rows: ``[count, in]``."""
     tiles = spans(rows.shape[1], TILE)
 
     def add(at: tuple[slice, slice]) -> None:
@@ -90,15 +90,6 @@ def add_product(team: Team, left: torch.Tensor, right: torch.Tensor, total: torc
         total[at].addmm_(left[:, one].t(), right[:, other])
 
     team.run(add, [(one, other) for one in spans(left.shape[1], TILE) for other in spans(right.shape[1], TILE)])
-
-
-def mirror(total: torch.Tensor) -> torch.Tensor:
-    """Copy the upper triangle of a square matrix to the lower one, in place."""
-    for columns in spans(total.shape[0], TILE):
-        corner = total[columns, columns]
-        corner.copy_(torch.triu(corner) + torch.triu(corner, 1).t())
-        total[columns.stop :, columns] = total[columns, columns.stop :].t()
-    return total
 
 
 def factor_upper(team: Team, matrix: torch.Tensor) -> bool:

@@ -106,7 +106,7 @@ def quantize_unit(
             )
         except (WeightError, CalibrationError) as error:
             raise type(error)(f"{_describe(unit, matrices)}: {error}") from error
-        learned = assignment.method in METHODS_WITH_EVIDENCE or assignment.scheme.static_activations
+        learned = assignment.method in METHODS_WITH_EVIDENCE or assignment.scheme.static_activations or assignment.smooth
         for index, matrix, (quantized, statistics) in zip(group, matrices, results, strict=True):
             received = seen.received if seen is not None and learned else None
             entry = ledger.quantized_entry(

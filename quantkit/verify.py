@@ -315,15 +315,10 @@ def _check_source(
         if kept != listed:
             raise ArtifactError(f"{kept} tensors are kept, but the ledger lists {listed}")
         worst = 0.0
-        for matrix, scheme in chosen:
-            original, decoded = checkpoint.read_matrix(matrix), artifact.decode(matrix, scheme)
-            if matrix.name in entries and entries[matrix.name].smooth and matrix.projection in ("up_proj", "down_proj"):
-                original = original.to(torch.float32) * _smoothing(artifact, checkpoint, matrix, original, decoded)
-            error = _relative_error(original, decoded)
-            stated = entries[matrix.name].relative_error if matrix.name in entries else math.nan
-            if not abs(error - stated) <= ERROR_TOLERANCE * max(1.0, stated):
-                raise ArtifactError(f"{matrix.name}: relative error to the source is {error:.6f}; the ledger says {stated:.6f}")
-            worst = max(worst, error)
+        for matrix, _ in chosen:
+            smoothed = matrix.name in entries and entries[matrix.name].smooth
+            for each in _with_partner(artifact, matrix) if smoothed else [matrix]:
+                worst = max(worst, _compare(artifact, checkpoint, each, entries.get(each.name), smoothed))
         sampled = f"{len(chosen)} matrices are as far from it as the ledger says (worst {worst:.4f})"
         return f"{kept} kept tensors equal the source; {sampled}"
 
@@ -359,24 +354,40 @@ def _digest(pieces: Iterable[memoryview]) -> str:
     return digest.hexdigest()
 
 
-def _smoothing(
-    artifact: _Artifact, checkpoint: Checkpoint, matrix: WeightMatrix, original: torch.Tensor, decoded: torch.Tensor
-) -> torch.Tensor:
-    """The powers of two that a smoothed matrix was multiplied with, checked against the other matrix of its MLP.
+def _compare(
+    artifact: _Artifact, checkpoint: Checkpoint, matrix: WeightMatrix, entry: ledger.LedgerEntry | None, smoothed: bool
+) -> float:
+    """The relative error of a matrix to the source.  Raises ArtifactError when the ledger says something else."""
+    scheme = artifact.schemes[matrix]
+    assert scheme is not None
+    original, decoded = checkpoint.read_matrix(matrix), artifact.decode(matrix, scheme)
+    if smoothed and matrix.projection in ("up_proj", "down_proj"):
+        original = original.to(torch.float32) * _smoothing(artifact, checkpoint, matrix)
+    error, stated = _relative_error(original, decoded), math.nan if entry is None else entry.relative_error
+    if not abs(error - stated) <= ERROR_TOLERANCE * max(1.0, stated):
+        raise ArtifactError(f"{matrix.name}: relative error to the source is {error:.6f}; the ledger says {stated:.6f}")
+    return error
 
-    Raises ArtifactError when the two do not cancel.
+
+def _with_partner(artifact: _Artifact, matrix: WeightMatrix) -> list[WeightMatrix]:
+    """A smoothed matrix, and the one that the same powers of two were taken from or put into."""
+    if matrix.projection not in ("up_proj", "down_proj"):
+        return [matrix]
+    base = matrix.name.rpartition(".")[0]
+    return [found for found in artifact.schemes if found.name in (f"{base}.up_proj", f"{base}.down_proj")]
+
+
+def _smoothing(artifact: _Artifact, checkpoint: Checkpoint, matrix: WeightMatrix) -> torch.Tensor:
+    """The powers of two that a smoothed up or down projection was multiplied with, to be multiplied with the source.
+
+    Both are told by the up projection: each of its rows has scales of its own, so the size of a row survives rounding.
     """
-    factors = found_factors(original, decoded, matrix.projection)
-    other = "down_proj" if matrix.projection == "up_proj" else "up_proj"
-    partner, scheme = next(
-        (found, scheme)
-        for found, scheme in artifact.schemes.items()
-        if found.name == f"{matrix.name.rpartition('.')[0]}.{other}" and scheme is not None
-    )
-    others = found_factors(checkpoint.read_matrix(partner), artifact.decode(partner, scheme), other)
-    if not torch.equal(factors * others, torch.ones_like(factors)):
-        raise ArtifactError(f"{matrix.name} and {partner.name} were smoothed by factors that do not cancel")
-    return factors[:, None] if matrix.projection == "up_proj" else factors
+    up = next(found for found in _with_partner(artifact, matrix) if found.projection == "up_proj")
+    scheme = artifact.schemes[up]
+    if scheme is None:
+        raise ArtifactError(f"{up.name} is not quantized, so {matrix.name} cannot have been smoothed")
+    factors = found_factors(checkpoint.read_matrix(up), artifact.decode(up, scheme))
+    return factors[:, None] if matrix is up else 1 / factors
 
 
 def _relative_error(weight: torch.Tensor, decoded: torch.Tensor) -> float:

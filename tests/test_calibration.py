@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional
+from triangles import mirror
 
 import quantkit
 from quantkit import calibration
@@ -29,7 +30,7 @@ from quantkit.grid import cover_peak, dequantize
 from quantkit.ledger import read_ledger
 from quantkit.llama4 import Unit, units
 from quantkit.statistics import Statistics, load_statistics
-from quantkit.team import Team, mirror
+from quantkit.team import Team
 from tests.reference_model import load_reference, reference_cache
 from tests.speaking_models import (
     EVERYWHERE,

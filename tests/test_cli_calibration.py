@@ -60,7 +60,7 @@ class Library:
 
     def convert(self, *arguments: Any, **options: Any) -> Any:
         self.calls.append((arguments, options))
-        return SimpleNamespace(artifacts=(), source_bytes=0, seconds=1.0)
+        return SimpleNamespace(artifacts=(), source_bytes=0, seconds=1.0, statistics=None)
 
 
 @pytest.fixture

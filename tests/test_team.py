@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from triangles import mirror
 
 from quantkit import team as team_module
-from quantkit.team import Team, add_gram, factor_upper, mirror, multiply, spans
+from quantkit.team import Team, add_gram, factor_upper, multiply, spans
 
 THREADS = (1, 2, 3)
 
