@@ -162,10 +162,15 @@ def convert(
             param_hint="--statistics",
         )
     with reporting(as_json, lambda: what_is_left(to, output, sys.argv[1:])):
+        from quantkit import CalibrationOptions
+
+        options = CalibrationOptions(
+            corpus, samples, sequence_length, seed, packing, minimum_tokens, sequential=sequential, statistics=statistics
+        )
         if dry_run:
             from quantkit import plan as make_plan
 
-            planned = make_plan(source, to, revision=revision, max_shard_bytes=text.parse_size(max_shard_size))
+            planned = make_plan(source, to, revision=revision, max_shard_bytes=text.parse_size(max_shard_size), calibration=options)
             _show_plan(
                 planned, source, output, workers, DEFAULT_CONTEXT, as_json, (samples or 0) * sequence_length or CALIBRATION_TOKENS
             )
@@ -174,7 +179,6 @@ def convert(
             _silence_downloads(source)
         from rich.console import Console
 
-        from quantkit import CalibrationOptions
         from quantkit import convert as run_convert
 
         from .data import convert_data
@@ -190,9 +194,7 @@ def convert(
                 revision=revision,
                 workers=workers,
                 max_shard_bytes=text.parse_size(max_shard_size),
-                calibration=CalibrationOptions(
-                    corpus, samples, sequence_length, seed, packing, minimum_tokens, sequential=sequential, statistics=statistics
-                ),
+                calibration=options,
                 force=force,
                 restart=restart,
                 progress=None if quiet or as_json else display.update,

@@ -154,17 +154,23 @@ def plan(
     *,
     revision: str | None = None,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    calibration: CalibrationOptions | None = None,
 ) -> Plan:
     """Plan the same run without doing it.
 
     With weights in a local directory every file size is exact and the source is checked as ``convert`` would; from a hub id, a
     ``config.json`` or a directory that holds only that, no weights are fetched and tensor files, config and index are exact.
+    calibration: as for ``convert``; without it no corpus is read, and what calibrated manifests say of it is not counted.
     """
     recipes = _resolve(to)
     path = Path(source).expanduser()
     if os.path.isdir(path) and any(path.glob("*.safetensors")):
         with Checkpoint.open(source, revision) as checkpoint:
-            return plan_checkpoint(checkpoint, recipes, max_shard_bytes)
+            made = plan_checkpoint(checkpoint, recipes, max_shard_bytes)
+            if calibration is None:
+                return made
+            known = Calibrated.open(checkpoint, recipes, calibration, Path()).description()
+            return plan_checkpoint(checkpoint, recipes, max_shard_bytes, known)
     text, config, _ = load_config(source, revision)
     return make_plan(text, config, recipes, max_shard_bytes=max_shard_bytes)
 
