@@ -93,6 +93,7 @@ Corpus = Annotated[
 Samples = Annotated[
     int | None, typer.Option(metavar="N", min=1, help="Samples to calibrate on. Default: all.", rich_help_panel="Calibration")
 ]
+Device = Annotated[str, typer.Option(metavar="cpu|cuda", help="Where a calibration computes.", rich_help_panel="Calibration")]
 SequenceLength = Annotated[int, typer.Option(metavar="N", min=2, help="Tokens of a sample.", rich_help_panel="Calibration")]
 Seed = Annotated[int, typer.Option(metavar="N", help="Chooses the samples.", rich_help_panel="Calibration")]
 Packing = Annotated[
@@ -131,6 +132,7 @@ def convert(
     corpus: Corpus = None,
     samples: Samples = None,
     sequence_length: SequenceLength = DEFAULT_SEQUENCE_LENGTH,
+    device: Device = "cpu",
     seed: Seed = 0,
     packing: Packing = "packed",
     minimum_tokens: MinimumTokens = 0,
@@ -165,7 +167,7 @@ def convert(
         from quantkit import CalibrationOptions
 
         options = CalibrationOptions(
-            corpus, samples, sequence_length, seed, packing, minimum_tokens, sequential=sequential, statistics=statistics
+            corpus, samples, sequence_length, seed, packing, minimum_tokens, sequential, statistics, device
         )
         if dry_run:
             from quantkit import plan as make_plan
@@ -229,6 +231,7 @@ def calibrate(
     corpus: Corpus = None,
     samples: Samples = None,
     sequence_length: SequenceLength = DEFAULT_SEQUENCE_LENGTH,
+    device: Device = "cpu",
     seed: Seed = 0,
     packing: Packing = "packed",
     minimum_tokens: MinimumTokens = 0,
@@ -259,7 +262,7 @@ def calibrate(
             result = run_calibrate(
                 source,
                 output,
-                calibration=CalibrationOptions(corpus, samples, sequence_length, seed, packing, minimum_tokens),
+                calibration=CalibrationOptions(corpus, samples, sequence_length, seed, packing, minimum_tokens, device=device),
                 revision=revision,
                 workers=workers,
                 force=force,

@@ -77,7 +77,7 @@ def calibrate(
             if not unfinished or load_statistics(final).description.get("corpus") != corpus.description:
                 raise OutputError(f"{final} exists already: choose another output directory, or replace it with --force")
         work = [unit for unit in units(checkpoint.config) if unit.matrices]
-        with Team(workers or available_cores()) as team:
+        with Team(workers or available_cores(), options.accelerator()) as team:
             statistics = run_calibration(
                 checkpoint,
                 corpus,
@@ -147,6 +147,7 @@ def identity(checkpoint: Checkpoint, corpus: Corpus, options: CalibrationOptions
         "source": checkpoint.fingerprint(),
         "corpus": corpus.description,
         "sequential": options.sequential,
+        **({} if options.accelerator() is None else {"device": options.device}),
         "recipe": recipe.to_dict() if recipe is not None and options.sequential else None,
     }
 

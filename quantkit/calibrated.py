@@ -26,7 +26,6 @@ from quantkit.estimate import available_cores
 from quantkit.evidence import Evidence, Received
 from quantkit.formats import FORMATS
 from quantkit.llama4 import Unit
-from quantkit.methods import METHODS
 from quantkit.plan import Plan
 from quantkit.recipe import METHODS_WITH_EVIDENCE, Assignment, Recipe
 from quantkit.scheme import Scheme
@@ -34,7 +33,7 @@ from quantkit.smoothing import smoothing_factors
 from quantkit.statistics import Statistics, check_statistics, load_statistics, statistics_digest
 from quantkit.team import Team
 from quantkit.tensor_files import TORCH_DTYPES
-from quantkit.unit_work import Run, quantize_unit
+from quantkit.unit_work import Run, apply_method, quantize_unit
 from quantkit.workspace import Workspace
 
 
@@ -69,6 +68,7 @@ class Calibrated:
     @classmethod
     def open(cls, checkpoint: Checkpoint, recipes: Sequence[Recipe], options: CalibrationOptions, output: Path) -> Calibrated:
         """Load the corpus or the statistics that the recipes need.  Raises CorpusError, CalibrationError."""
+        options.accelerator()  # raises when it is not there
         if not any(recipe.needs_calibration for recipe in recipes):
             return cls(checkpoint, options, output, None, None)
         smooth = [recipe.name for recipe in recipes if any(rule.smooth for rule in recipe.rules)]
@@ -167,7 +167,7 @@ class Calibrated:
         unfinished = [unit.layer for unit in work if todo[unit.key] and unit.layer is not None]
         recipe = runs[0].plan.recipe
         named = identity(self._checkpoint, self._corpus, self._options, recipe)
-        with Team(workers or available_cores()) as team:
+        with Team(workers or available_cores(), self._options.accelerator()) as team:
             handler = _Handler(self._checkpoint, work, runs, todo, self._options.sequential, team, report)
             handler.try_largest()
             self.statistics = run_calibration(
@@ -223,14 +223,7 @@ class _Handler:
             missing = torch.zeros(unit.matrices[0].shape) if len(weights) == 1 else None
             try:
                 evidence = Evidence(width, torch.ones(width), torch.ones(width), torch.eye(width), missing, float(width))
-                METHODS[method](
-                    weights,
-                    scheme,
-                    clip_search=assignment.clip_search,
-                    workspace=self._workspace,
-                    evidence=evidence,
-                    team=self._team,
-                )
+                apply_method(assignment, scheme, weights, self._workspace, evidence, self._team)
             except (MemoryError, RuntimeError) as error:
                 if not isinstance(error, MemoryError) and "memory" not in str(error):
                     raise

@@ -53,10 +53,15 @@ LEAST_TO_LEARN = 0.25  # own tokens for each input from which an expert makes up
 class CalibrationOptions:
     """How to calibrate.
 
-    corpus: a file, directory or hub dataset; None for the bundled corpus.  samples: how many, None for all.  sequence_length:
-    tokens of each.  seed: chooses among more samples than asked for.  packing: ``packed`` joins documents, ``documents`` cuts
-    each. minimum_expert_tokens: fail when a routed expert gets fewer.  sequential: later layers see quantized inputs.  statistics:
-    of a former calibration, for recipes that need no Hessians.
+    corpus: a file, directory or hub dataset; None for the bundled corpus.
+    samples: how many, None for all.
+    sequence_length: tokens of each.
+    seed: chooses among more samples than asked for.
+    packing: ``packed`` joins documents, ``documents`` cuts each.
+    minimum_expert_tokens: fail when a routed expert gets fewer.
+    sequential: later layers see quantized inputs.
+    statistics: of a former calibration, for recipes that need no Hessians.
+    device: ``cpu``, or ``cuda`` for large products, attention and GPTQ on a GPU (extra "cuda").
     """
 
     corpus: str | Path | None = None
@@ -67,6 +72,7 @@ class CalibrationOptions:
     minimum_expert_tokens: int = 0
     sequential: bool = False
     statistics: Path | None = None
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         for name in ("samples", "sequence_length", "seed", "minimum_expert_tokens"):
@@ -75,6 +81,20 @@ class CalibrationOptions:
                 raise CalibrationError(f"{name} is {value!r}; expected a whole number")
         if self.minimum_expert_tokens < 0:
             raise CalibrationError(f"minimum_expert_tokens is {self.minimum_expert_tokens}; expected 0 or more")
+
+    def accelerator(self) -> torch.device | None:
+        """The GPU that ``device`` names, None for the CPU.  Raises CalibrationError when there is no such GPU."""
+        if self.device == "cpu":
+            return None
+        try:
+            device = torch.device(self.device)
+        except (RuntimeError, TypeError) as error:
+            raise CalibrationError(f"device is {self.device!r}; expected cpu, cuda or cuda:N") from error
+        if device.type != "cuda" or (device.index or 0) >= torch.cuda.device_count():
+            raise CalibrationError(
+                f"there is no device {self.device!r} here; expected cpu, or one of {torch.cuda.device_count()} CUDA GPUs"
+            )
+        return device
 
 
 @dataclass(frozen=True)

@@ -157,18 +157,19 @@ class LayerPass:
 
         for tokens in self._portions(samples.tokens):
             self._observer.shown(joined, rows_of(tokens), tokens, 1.0)
-        query, key, value = self._ready(joined, self._readers[0])
-        biases = [self._bias(name) for name in ("q_proj", "k_proj", "v_proj")]
+        device = self._team.device or torch.device("cpu")
+        projections = [weight.to(device) for weight in self._ready(joined, self._readers[0])]
+        biases = [None if bias is None else bias.to(device) for bias in map(self._bias, ("q_proj", "k_proj", "v_proj"))]
 
         def attend(sample: int) -> None:
             tokens = torch.arange(sample * samples.length, sample * samples.length + samples.lengths[sample])
-            rows = rows_of(tokens)
+            rows = rows_of(tokens).to(device)
             queries, keys, values = (
                 rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
-                for weight, bias in zip((query, key, value), biases, strict=True)
+                for weight, bias in zip(projections, biases, strict=True)
             )
             self._observer.cached(self._layer, forward.cached_keys(config, self._layer, keys), values, sample)
-            context[tokens] = forward.attend(config, self._layer, queries, keys, values)
+            context[tokens] = forward.attend(config, self._layer, queries, keys, values).cpu()
 
         self._team.run(attend, [sample for sample, length in enumerate(samples.lengths) if length])
         for tokens in self._portions(samples.tokens):

@@ -4,7 +4,10 @@ BLAS libraries choose how to split a product by the number of threads, so their 
 Here every routine is cut into tiles of fixed size, each of which is computed by one thread that has BLAS to itself: the bytes do
 not depend on how many threads there are, so a resumed run and a run on more cores give the same artifact.
 
-All matrices are float32 on the CPU; products accumulate in float32.
+With a device (a GPU) whole products go there and back instead, in full float32; then the bytes depend on the device and its
+libraries.
+
+All matrices are float32 and lie on the CPU; products accumulate in float32.
 """
 
 from __future__ import annotations
@@ -23,10 +26,14 @@ FACTOR_BLOCK = 256  # columns that are factored at once
 
 
 class Team:
-    """``threads`` threads, each with a single-threaded BLAS while the team exists.  A context manager."""
+    """``threads`` threads, each with a single-threaded BLAS while the team exists.  A context manager.
 
-    def __init__(self, threads: int) -> None:
+    device: where large products are computed; None for the threads themselves.
+    """
+
+    def __init__(self, threads: int, device: torch.device | None = None) -> None:
         self.threads = threads
+        self.device = device
         self._torch_threads = torch.get_num_threads()
         self._executor: ThreadPoolExecutor | None = None
 
@@ -61,6 +68,8 @@ def spans(count: int, size: int = TILE) -> list[slice]:
 
 def multiply(team: Team, left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """``out = left @ right``, in tiles of fixed size."""
+    if team.device is not None:
+        return out.copy_(torch.mm(left.to(team.device), right.to(team.device)))
     tiles = [(rows, columns) for rows in spans(left.shape[0], TILE // 2) for columns in spans(right.shape[1], 2 * TILE)]
 
     def tile(at: tuple[slice, slice]) -> None:
@@ -73,6 +82,10 @@ def multiply(team: Team, left: torch.Tensor, right: torch.Tensor, out: torch.Ten
 
 def add_gram(team: Team, rows: torch.Tensor, total: torch.Tensor) -> None:
     """Add ``rows^T rows`` to the upper triangle of ``total [in, in]``.  rows: ``[count, in]``."""
+    if team.device is not None:
+        there = rows.to(team.device)
+        total += torch.mm(there.t(), there).to(total.device)
+        return
     tiles = spans(rows.shape[1], TILE)
 
     def add(at: tuple[slice, slice]) -> None:
@@ -84,6 +97,9 @@ def add_gram(team: Team, rows: torch.Tensor, total: torch.Tensor) -> None:
 
 def add_product(team: Team, left: torch.Tensor, right: torch.Tensor, total: torch.Tensor) -> None:
     """Add ``left^T right`` to ``total [left columns, right columns]``.  left, right: ``[count, columns]``."""
+    if team.device is not None:
+        total += torch.mm(left.to(team.device).t(), right.to(team.device)).to(total.device)
+        return
 
     def add(at: tuple[slice, slice]) -> None:
         one, other = at

@@ -14,16 +14,18 @@ import numpy as np
 import torch
 import xxhash
 
-from quantkit import ledger
+from quantkit import grid, ledger
 from quantkit.calibration import Seen
 from quantkit.checkpoint import Checkpoint
 from quantkit.errors import CalibrationError, RecipeError, WeightError
+from quantkit.evidence import Evidence
 from quantkit.formats import FORMATS
 from quantkit.formats.base import DTYPE_BYTES
 from quantkit.llama4 import Unit, WeightMatrix
-from quantkit.methods import METHODS
+from quantkit.methods import METHODS, gptq_gpu
 from quantkit.plan import ArtifactPlan
 from quantkit.recipe import METHODS_WITH_EVIDENCE, Assignment
+from quantkit.scheme import Scheme
 from quantkit.smoothing import smooth
 from quantkit.team import Team
 from quantkit.workspace import Workspace
@@ -96,14 +98,7 @@ def quantize_unit(
                 raise RecipeError(f"{matrices[0].name}: smoothing is for gate, up and down projections; leave it out of this rule")
             given, evidence = smooth(given, [matrix.projection for matrix in matrices], seen.smoothing, seen.evidence)
         try:
-            results = METHODS[assignment.method](
-                given,
-                assignment.scheme,
-                clip_search=assignment.clip_search,
-                workspace=workspace,
-                evidence=evidence,
-                team=team,
-            )
+            results = apply_method(assignment, assignment.scheme, given, workspace, evidence, team)
         except (WeightError, CalibrationError) as error:
             raise type(error)(f"{_describe(unit, matrices)}: {error}") from error
         learned = assignment.method in METHODS_WITH_EVIDENCE or assignment.scheme.static_activations or assignment.smooth
@@ -120,6 +115,25 @@ def quantize_unit(
         for name, tensor in form.encode_kv_cache(unit, *seen.cache_peaks).items():
             written[name] = run.writer.write(name, _raw(tensor))
     run.writer.commit(unit.key, written, [entries[matrix.name].to_dict() for matrix in unit.matrices])
+
+
+def apply_method(
+    assignment: Assignment,
+    scheme: Scheme,
+    weights: Sequence[torch.Tensor],
+    workspace: Workspace,
+    evidence: Evidence | None,
+    team: Team | None,
+) -> list[tuple[grid.QuantizedTensor, grid.QuantizationStatistics]]:
+    """What the method makes of these weights; GPTQ where the team has its GPU, if it has one."""
+    if assignment.method == "gptq" and team is not None and team.device is not None and evidence is not None:
+        [found] = gptq_gpu.quantize_batch(
+            [weights], scheme, [evidence], team.device, clip_search=assignment.clip_search, workspace=workspace
+        )
+        return found
+    return METHODS[assignment.method](
+        weights, scheme, clip_search=assignment.clip_search, workspace=workspace, evidence=evidence, team=team
+    )
 
 
 def _same_treatment(matrices: Sequence[WeightMatrix], assignments: dict[str, Assignment]) -> list[list[int]]:
