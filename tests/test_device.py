@@ -49,7 +49,9 @@ def test_a_conversion_with_a_device_gives_gptq_to_it(tmp_path: Path, monkeypatch
     monkeypatch.setattr(unit_work.gptq_gpu, "quantize_batch", quantize_batch)
     monkeypatch.setattr(CalibrationOptions, "accelerator", lambda self: DEVICE)
     [there] = convert(source, "w4a16-gptq", tmp_path / "device", calibration=given).artifacts
-    assert set(calls) == {(1, DEVICE)} and len(calls) == 2 * (2 + 2 * 4)  # layers; shared and routed experts, two units each
+    assert set(calls) == {(1, DEVICE)} and len(calls) == 1 + 2 * (
+        2 + 2 * 4
+    )  # a trial; layers of shared and routed experts, two units each
     assert all(check.ok for check in verify(there.directory, source, sample=100).checks)
     for role, (mean, _) in plain.relative_errors.items():
         assert there.relative_errors[role][0] == pytest.approx(mean, rel=1e-2)
