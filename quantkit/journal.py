@@ -44,6 +44,8 @@ _ADVICE = {
     errno.EPERM: "operation not permitted: make the directory writable, or choose another output directory",
     errno.EFBIG: "the file would pass the largest size allowed (ulimit -f, file system): raise the limit or choose smaller shards",
     errno.EIO: "the disk reported an input/output error: check the disk before using it again",
+    errno.ENOENT: "there is no such directory, or none can be made there: choose another output directory",
+    errno.ENOTDIR: "a part of this path is a file: choose another output directory",
     errno.EMFILE: "too many open files: raise the limit (ulimit -n) or choose larger shards",
 }
 _RESUMABLE = ". Finished units are kept: run the same command again to continue"
