@@ -29,7 +29,7 @@ from quantkit.llama4 import Unit
 from quantkit.plan import Plan
 from quantkit.recipe import METHODS_WITH_EVIDENCE, Assignment, Recipe
 from quantkit.scheme import Scheme
-from quantkit.smoothing import smoothing_factors
+from quantkit.smoothing import inner_unit, smoothing_factors
 from quantkit.statistics import Statistics, check_statistics, load_statistics, statistics_digest
 from quantkit.team import Team
 from quantkit.tensor_files import TORCH_DTYPES
@@ -113,8 +113,7 @@ class Calibrated:
         if self.statistics is None or unit.key not in self.statistics.inputs:
             return None
         evidence = self.statistics.inputs[unit.key]
-        base, _, name = unit.key.rpartition(".")
-        inner = self.statistics.inputs.get(f"{base}.down_proj") if name in ("gate_up_proj", "down_proj") else None
+        inner = self.statistics.inputs.get(inner_unit(unit.key) or "")
         received = Received(evidence.tokens, 0, float(evidence.tokens))
         if unit.expert is not None and unit.layer is not None:
             counts = self.statistics.experts[unit.layer]

@@ -38,7 +38,7 @@ from quantkit.evidence import Evidence, Received
 from quantkit.language_model import embed
 from quantkit.layer_pass import Borrowed, LayerPass, Samples
 from quantkit.llama4 import Unit
-from quantkit.smoothing import smoothing_factors
+from quantkit.smoothing import inner_unit, smoothing_factors
 from quantkit.statistics import ExpertCounts, Statistics, merge
 from quantkit.team import Team, add_gram, add_product, spans
 from quantkit.workspace import Workspace
@@ -335,8 +335,7 @@ class Watcher:
         )
 
     def _smoothing(self, unit: Unit) -> torch.Tensor | None:
-        base, _, name = unit.key.rpartition(".")
-        inner = self._open.get(f"{base}.down_proj") if name in ("gate_up_proj", "down_proj") else None
+        inner = self._open.get(inner_unit(unit.key) or "")
         return None if inner is None else smoothing_factors(inner.peak)
 
     def _cache_peaks(self) -> tuple[float, float]:

@@ -126,9 +126,7 @@ def convert(
     if workers is not None and (not isinstance(workers, int) or workers < 1):
         raise RecipeError(f"workers is {workers!r}; expected an integer of at least 1")
     with Checkpoint.open(source, revision) as checkpoint:
-        plan_checkpoint(checkpoint, recipes, max_shard_bytes)  # a wrong recipe is refused before a corpus is read
-        calibrated = Calibrated.open(checkpoint, recipes, calibration or CalibrationOptions(), Path(output))
-        plan = plan_checkpoint(checkpoint, recipes, max_shard_bytes, calibrated.description())
+        plan, calibrated = _plan_calibrated(checkpoint, recipes, max_shard_bytes, calibration or CalibrationOptions(), Path(output))
         runs: list[Run] = []
         try:
             _open_writers(checkpoint, plan, runs, Path(output), max_shard_bytes, calibrated, force, restart)
@@ -166,13 +164,21 @@ def plan(
     path = Path(source).expanduser()
     if os.path.isdir(path) and any(path.glob("*.safetensors")):
         with Checkpoint.open(source, revision) as checkpoint:
-            made = plan_checkpoint(checkpoint, recipes, max_shard_bytes)
             if calibration is None:
-                return made
-            known = Calibrated.open(checkpoint, recipes, calibration, Path()).description()
-            return plan_checkpoint(checkpoint, recipes, max_shard_bytes, known)
+                return plan_checkpoint(checkpoint, recipes, max_shard_bytes)
+            return _plan_calibrated(checkpoint, recipes, max_shard_bytes, calibration, Path())[0]
     text, config, _ = load_config(source, revision)
     return make_plan(text, config, recipes, max_shard_bytes=max_shard_bytes)
+
+
+def _plan_calibrated(
+    checkpoint: Checkpoint, recipes: Sequence[Recipe], max_shard_bytes: int, options: CalibrationOptions, output: Path
+) -> tuple[Plan, Calibrated]:
+    """The plan and its calibration.  A wrong recipe is refused before a corpus is read; without one there is nothing to add."""
+    made = plan_checkpoint(checkpoint, recipes, max_shard_bytes)
+    calibrated = Calibrated.open(checkpoint, recipes, options, output)
+    description = calibrated.description()
+    return (made if description is None else plan_checkpoint(checkpoint, recipes, max_shard_bytes, description)), calibrated
 
 
 def plan_checkpoint(

@@ -24,6 +24,12 @@ STRENGTH = 0.5  # the power of an input's peak that moves into the weights
 LARGEST = 8  # exponents lie between -8 and 8
 
 
+def inner_unit(key: str) -> str | None:
+    """Key of the unit whose inputs decide how the MLP of unit ``key`` is smoothed: its down projection; None outside of MLPs."""
+    base, _, name = key.rpartition(".")
+    return f"{base}.down_proj" if name in ("gate_up_proj", "down_proj") else None
+
+
 def smoothing_factors(peak: torch.Tensor) -> torch.Tensor:
     """s for one MLP, float32 ``[width]``, powers of two; peak: of the inputs of its down projection, ``[width]``.
 

@@ -17,7 +17,7 @@ import xxhash
 from quantkit import grid, ledger
 from quantkit.calibration import Seen
 from quantkit.checkpoint import Checkpoint
-from quantkit.errors import CalibrationError, RecipeError, WeightError
+from quantkit.errors import CalibrationError, WeightError
 from quantkit.evidence import Evidence
 from quantkit.formats import FORMATS
 from quantkit.formats.base import DTYPE_BYTES
@@ -94,8 +94,7 @@ def quantize_unit(
             continue
         given, evidence = [weights[index] for index in group], None if seen is None else seen.evidence
         if assignment.smooth:
-            if seen is None or seen.smoothing is None:
-                raise RecipeError(f"{matrices[0].name}: smoothing is for gate, up and down projections; leave it out of this rule")
+            assert seen is not None and seen.smoothing is not None  # recipes that could do without were refused
             given, evidence = smooth(given, [matrix.projection for matrix in matrices], seen.smoothing, seen.evidence)
         try:
             results = apply_method(assignment, assignment.scheme, given, workspace, evidence, team)
