@@ -23,6 +23,7 @@ T = TypeVar("T")
 
 TILE = 1024  # rows and columns of the tiles that threads take
 FACTOR_BLOCK = 256  # columns that are factored at once
+SAMPLED_ROWS = 128  # at least, from which the size of outputs is told
 
 
 class Team:
@@ -134,3 +135,24 @@ def factor_upper(team: Team, matrix: torch.Tensor) -> bool:
         team.run(solve, above)
         team.run(update, [(one, other) for number, one in enumerate(above) for other in above[number:]])
     return True
+
+
+def sampled(weight: torch.Tensor) -> torch.Tensor:
+    """At most some 250 rows of a matrix ``[out, in]``, spread evenly."""
+    return weight[:: max(1, weight.shape[0] // SAMPLED_ROWS)]
+
+
+def output_power(team: Team, rows: torch.Tensor, hessian: torch.Tensor) -> float:
+    """Mean over ``rows [count, in]``, of w H w^T: the mean square of outputs, or of their errors.  H: upper triangle."""
+    parts = spans(hessian.shape[0])
+    powers = [0.0] * len(parts)
+
+    def add(number: int) -> None:
+        part = parts[number]
+        own, corner, later = rows[:, part], hessian[part, part], slice(part.stop, None)
+        products = torch.sum(torch.mm(own, corner.triu()) * own, dtype=torch.float64)
+        products += torch.sum(torch.mm(own, hessian[part, later]) * rows[:, later], dtype=torch.float64)
+        powers[number] = float(2 * products - torch.sum(own.square() * corner.diagonal(), dtype=torch.float64))
+
+    team.run(add, range(len(parts)))
+    return sum(powers) / rows.shape[0]

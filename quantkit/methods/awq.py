@@ -35,7 +35,7 @@ from quantkit.kernels.awq import STRIP, Group, search_group, write_codes
 from quantkit.kernels.tiles import Search
 from quantkit.methods import rtn
 from quantkit.scheme import Scheme
-from quantkit.team import Team, spans
+from quantkit.team import Team, output_power, sampled, spans
 from quantkit.workspace import Workspace
 
 SWEEPS = 2
@@ -46,7 +46,6 @@ _SEARCH = Search(
     np.array([offset for offsets in SEARCH for offset in offsets], np.int64), np.cumsum([len(offsets) for offsets in SEARCH])
 )
 PART = 512  # rows that a thread takes: their weights and errors are some 20 MB
-SAMPLED_ROWS = 128  # from which the error of the outputs is reported
 
 
 def quantize(
@@ -89,7 +88,7 @@ def quantize(
                     clipped=clipped,
                     scale_minimum=float(scale.min()),
                     scale_maximum=float(scale.max()),
-                    output_error=_output_error(weight, quantized, evidence.hessian),
+                    output_error=_output_error(team, weight, quantized, evidence.hessian),
                 ),
             )
         )
@@ -168,24 +167,12 @@ def _metric(corner: torch.Tensor, mean: float) -> torch.Tensor:
     return (torch.triu(corner) * 2 - torch.diag(corner.diagonal())) / mean
 
 
-def _output_error(weight: torch.Tensor, quantized: QuantizedTensor, hessian: torch.Tensor) -> float:
+def _output_error(team: Team, weight: torch.Tensor, quantized: QuantizedTensor, hessian: torch.Tensor) -> float:
     """Relative L2 error of the outputs, from a sample of the rows."""
-    step = max(1, weight.shape[0] // SAMPLED_ROWS)
-    rows, zero_point = weight[::step].to(torch.float32), quantized.zero_point
+    rows, zero_point = sampled(weight).to(torch.float32), quantized.zero_point
     sample = QuantizedTensor(
-        quantized.scheme, quantized.codes[::step], quantized.scale[::step], None if zero_point is None else zero_point[::step]
+        quantized.scheme, sampled(quantized.codes), sampled(quantized.scale), None if zero_point is None else sampled(zero_point)
     )
-    signal = _power(rows, hessian)
-    return (_power(rows - grid.dequantize(sample), hessian) / signal) ** 0.5 if signal else 0.0
-
-
-def _power(rows: torch.Tensor, hessian: torch.Tensor) -> float:
-    """Sum of w H w^T over the rows w; H: upper triangle."""
-    total = 0.0
-    for columns in spans(rows.shape[1]):
-        own = rows[:, columns]
-        upper = torch.mm(rows[:, : columns.start], hessian[: columns.start, columns]) + torch.mm(
-            own, hessian[columns, columns].triu()
-        )
-        total += float(2 * torch.sum(upper * own, dtype=torch.float64))
-    return max(0.0, total - float(torch.sum(rows.square() * hessian.diagonal(), dtype=torch.float64)))
+    signal = output_power(team, rows, hessian)
+    noise = max(0.0, output_power(team, rows - grid.dequantize(sample), hessian))
+    return (noise / signal) ** 0.5 if signal else 0.0

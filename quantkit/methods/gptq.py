@@ -39,7 +39,7 @@ from quantkit.grid import QuantizationStatistics, QuantizedTensor
 from quantkit.kernels.gptq import BLOCK, STRIP, permute_rows, quantize_block, transpose_codes
 from quantkit.methods import rtn
 from quantkit.scheme import Scheme
-from quantkit.team import TILE, Team, factor_upper, spans
+from quantkit.team import TILE, Team, factor_upper, output_power, sampled, spans
 from quantkit.workspace import Workspace
 
 DAMPING = 0.01  # added to the diagonal, relative to its mean
@@ -86,7 +86,7 @@ def quantize(
         if quantized.zero_point is not None:
             zero_points[:, columns] = quantized.zero_point.t()
     codes = workspace.tensor("gptq codes", torch.int8, inputs, rows)
-    powers = [_output_power(team, weight, evidence.hessian) for weight in weights]
+    powers = [output_power(team, sampled(weight).to(torch.float32), evidence.hessian) for weight in weights]
     shifts = _shifts(team, workspace, evidence.missing, order, factor, variances * mean, rows, powers[0])
     parts = [
         slice(start + part.start, start + part.stop) for start, height in zip(first, heights, strict=True) for part in spans(height)
@@ -284,20 +284,3 @@ def _transpose(team: Team, codes: torch.Tensor, out: torch.Tensor) -> None:
         transpose_codes(source, target, rows.start, rows.stop)
 
     team.run(part, spans(out.shape[0], TILE // 4))
-
-
-def _output_power(team: Team, weight: torch.Tensor, hessian: torch.Tensor) -> float:
-    """Mean over (a sample of) the rows w of w H w^T, the mean square of the outputs.  H: upper triangle."""
-    rows = weight[:: max(1, weight.shape[0] // 128)].to(torch.float32)
-    parts = spans(hessian.shape[0])
-    powers = [0.0] * len(parts)
-
-    def add(number: int) -> None:
-        part = parts[number]
-        own, corner, later = rows[:, part], hessian[part, part], slice(part.stop, None)
-        products = torch.sum(torch.mm(own, corner.triu()) * own, dtype=torch.float64)
-        products += torch.sum(torch.mm(own, hessian[part, later]) * rows[:, later], dtype=torch.float64)
-        powers[number] = float(2 * products - torch.sum(own.square() * corner.diagonal(), dtype=torch.float64))
-
-    team.run(add, range(len(parts)))
-    return sum(powers) / rows.shape[0]
