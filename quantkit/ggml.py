@@ -1,8 +1,8 @@
 """The numbers that llama.cpp's tensor types store.  Data only.
 
-A type cuts each row into blocks of ``block`` weights, stored in ``nbytes`` bytes.  In the types with two levels of scales ("K" types
-and most "IQ" ones) a block of 256 is cut again into groups, each with a small integer that multiplies the block's scale.  With the
-names that :class:`quantkit.grid.QuantizedTensor` uses the stored value of a weight is
+A type cuts each row into blocks of ``block`` weights, stored in ``nbytes`` bytes.  In the types with two levels of scales ("K"
+types and most "IQ" ones) a block of 256 is cut again into groups, each with a small integer that multiplies the block's
+scale.  With the names that :class:`quantkit.grid.QuantizedTensor` uses the stored value of a weight is
 
     scale * level                                                     Q8_0, Q4_0, Q5_0, IQ4_NL, MXFP4
     scale * level + minimum                                           Q4_1, Q5_1
@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-FP4_LEVELS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # doubled, so that they are whole; the scale is half as large
+FP4_LEVELS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # doubled, so that they are whole; the scale is halved
 
 
 @dataclass(frozen=True)

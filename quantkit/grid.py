@@ -62,6 +62,10 @@ class QuantizedTensor:
     zero_point: int8, shape of scale, only when the scheme is not symmetric.
     global_scale: float32 ``[1]``, a divisor, only when the scheme has one.
     input_scale: bfloat16 ``[1]``, what one step of an activation is worth, only when the scheme has static activations.
+
+    Of llama.cpp's types (:mod:`quantkit.ggml`, which has the formula): codes: int8, as stored, so not yet without offset; for
+    floating types the numbers themselves.  scale: float16 ``[out, in / block]``, uint8 exponent for MXFP4.  group_scale: int8
+    ``[out, in / group]``.  minimum: float16, shape of scale.  group_minimum: int8, shape of group_scale.
     """
 
     scheme: Scheme
@@ -70,6 +74,9 @@ class QuantizedTensor:
     zero_point: torch.Tensor | None = None
     global_scale: torch.Tensor | None = None
     input_scale: torch.Tensor | None = None
+    group_scale: torch.Tensor | None = None
+    minimum: torch.Tensor | None = None
+    group_minimum: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +120,8 @@ def effective_scale(scheme: Scheme, scale: torch.Tensor, global_scale: torch.Ten
 def dequantize(quantized: QuantizedTensor) -> torch.Tensor:
     """The stored values, float32 ``[out, in]``."""
     scheme, codes = quantized.scheme, quantized.codes
+    if scheme.number == "ggml":
+        return dequantize_blocks(quantized)
     if scheme.number == "fp4":
         magnitude = torch.tensor(FP4_VALUES, dtype=torch.float32)
         values = torch.cat([magnitude, -magnitude])[codes.to(torch.int32)]
@@ -122,6 +131,38 @@ def dequantize(quantized: QuantizedTensor) -> torch.Tensor:
         values -= _spread(scheme, quantized.zero_point, codes.shape)
     values *= _spread(scheme, effective_scale(scheme, quantized.scale, quantized.global_scale), codes.shape)
     return values
+
+
+def dequantize_blocks(quantized: QuantizedTensor) -> torch.Tensor:
+    """The stored values of one of llama.cpp's types, float32 ``[out, in]``, with its own order of operations."""
+    kind, codes = quantized.scheme.block_type, quantized.codes
+    if kind.floating:
+        return codes.to(torch.float32)
+    if kind.levels is not None:
+        level = torch.tensor(kind.levels, dtype=torch.float32)[codes.to(torch.int64)]
+    else:
+        level = codes.to(torch.float32) - kind.offset
+    step, minimum = block_steps(quantized)
+    columns = codes.shape[1]
+    values = step.repeat_interleave(columns // step.shape[1], 1) * level
+    return values if minimum is None else values - minimum.repeat_interleave(columns // minimum.shape[1], 1)
+
+
+def block_steps(quantized: QuantizedTensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What one level is worth and what is subtracted, float32 ``[out, groups]``; per block in types without groups."""
+    kind = quantized.scheme.block_type
+    if quantized.scheme.scale_number == "e8m0":  # levels are doubled, so half the power of two
+        step = torch.ldexp(torch.ones(quantized.scale.shape), quantized.scale.to(torch.int32) - E8M0_BIAS - 1)
+    else:
+        step = quantized.scale.to(torch.float32)
+    minimum = None if quantized.minimum is None else quantized.minimum.to(torch.float32)
+    if quantized.group_scale is None:
+        return step, None if minimum is None else -minimum
+    per_block = kind.block // kind.group
+    step = step.repeat_interleave(per_block, 1) * quantized.group_scale.to(torch.float32)
+    if minimum is None or quantized.group_minimum is None:
+        return step, None
+    return step, minimum.repeat_interleave(per_block, 1) * quantized.group_minimum.to(torch.float32)
 
 
 def fit_global_scale(largest: float) -> torch.Tensor:

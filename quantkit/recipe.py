@@ -45,7 +45,7 @@ from typing import Any, Literal
 
 from quantkit.errors import RecipeError
 from quantkit.llama4 import ROLES, Role, Unit
-from quantkit.scheme import KEEP, Scheme, parse_scheme, scheme_names
+from quantkit.scheme import GGML, KEEP, Scheme, parse_scheme, scheme_names
 
 QUANTIZABLE_ROLES: tuple[Role, ...] = ("routed_expert", "shared_expert", "dense_mlp", "attention")
 FEED_FORWARD_ROLES: tuple[Role, ...] = ("routed_expert", "shared_expert", "dense_mlp")
@@ -78,7 +78,7 @@ class Rule:
 
     def __post_init__(self) -> None:
         if not isinstance(self.scheme, str):
-            raise RecipeError(f"needs a scheme, one of {', '.join(scheme_names())}")
+            raise RecipeError(f"needs a scheme, one of {', '.join([*scheme_names(), *GGML])}")
         scheme = parse_scheme(self.scheme)
         if self.roles is not None:
             if not isinstance(self.roles, tuple) or not self.roles or not all(isinstance(role, str) for role in self.roles):

@@ -7,7 +7,8 @@ bytes are laid out (a *format*).
 Names are canonical and parse back: ``int4-g128``, ``int4-g32-asym``, ``int8-channel``, ``int8-channel-dynamic`` (activations
 quantized per token), ``fp8-channel-dynamic``, ``fp8-block-dynamic`` (128 x 128 blocks), ``fp8-tensor-static`` (one scale for
 the matrices of a unit, activations quantized with a stored scale), ``nvfp4``, ``mxfp4`` and ``keep`` (stored as in the
-source).  In every scheme the stored value of a weight is
+source).  The tensor types of llama.cpp are schemes too, under their own names (``Q4_K``, ``IQ4_XS``, ``F16``; see
+:mod:`quantkit.ggml`).  In every other scheme the stored value of a weight is
 
     value = (code - zero_point) * scale                          int4, int8, fp8, mxfp4
     value = code * scale / global_scale                          nvfp4 (scale is itself FP8)
@@ -21,11 +22,12 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from quantkit import ggml
 from quantkit.errors import RecipeError
 
-Number = Literal["int4", "int8", "fp8", "fp4"]
+Number = Literal["int4", "int8", "fp8", "fp4", "ggml"]
 Granularity = Literal["tensor", "channel", "group", "block"]
-ScaleNumber = Literal["bf16", "fp8", "e8m0"]
+ScaleNumber = Literal["bf16", "fp8", "e8m0", "f16"]
 
 BLOCK_SIZE = 128  # rows and columns that share one scale in fp8-block; what every client's kernels expect
 GROUP_SIZES = (32, 64, 128)
@@ -57,8 +59,13 @@ class Scheme:
     static_activations: bool = False
 
     @property
+    def block_type(self) -> ggml.BlockType:
+        """The type of llama.cpp that this scheme is; only for number ``ggml``."""
+        return ggml.TYPES[self.name]
+
+    @property
     def bits(self) -> int:
-        """Bits per stored code, scales not counted."""
+        """Bits per stored code, scales not counted; not for number ``ggml``."""
         return {"int4": 4, "fp4": 4, "int8": 8, "fp8": 8}[self.number]
 
     def scale_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
@@ -73,6 +80,9 @@ class Scheme:
 
     def misfit(self, out_features: int, in_features: int) -> str | None:
         """Why this scheme cannot hold a weight ``[out, in]``, or None when it can."""
+        if self.number == "ggml":
+            block = self.block_type.block
+            return f"input size {in_features} is not a multiple of the block of {block}" if in_features % block else None
         if self.granularity == "group" and in_features % self.group_size:
             return f"input size {in_features} is not a multiple of the group size {self.group_size}"
         if self.granularity == "block" and (in_features % BLOCK_SIZE or out_features % BLOCK_SIZE):
@@ -96,6 +106,10 @@ FP8_TENSOR = Scheme("fp8-tensor-static", "fp8", "tensor", static_activations=Tru
 INT8_DYNAMIC = Scheme("int8-channel-dynamic", "int8", "channel", dynamic_activations=True)
 
 _FIXED = {scheme.name: scheme for scheme in (NVFP4, MXFP4, FP8_CHANNEL, FP8_BLOCK, FP8_TENSOR, INT8_DYNAMIC)}
+GGML = {
+    kind.name: Scheme(kind.name, "ggml", "group", kind.block, scale_number="e8m0" if kind.name == "MXFP4" else "f16")
+    for kind in ggml.TYPES.values()
+}
 _INTEGER = re.compile(r"(int4|int8)-(?:g(\d+)|channel)(-asym)?")
 
 
@@ -106,11 +120,11 @@ def parse_scheme(name: str) -> Scheme | None:
     """
     if name == KEEP:
         return None
-    if name in _FIXED:
-        return _FIXED[name]
+    if name in _FIXED or name in GGML:
+        return _FIXED[name] if name in _FIXED else GGML[name]
     match = _INTEGER.fullmatch(name)
     if not match:
-        raise RecipeError(f"unknown scheme {name!r}. Known schemes: {', '.join(scheme_names())}")
+        raise RecipeError(f"unknown scheme {name!r}. Known schemes: {', '.join([*scheme_names(), *GGML])}")
     number, group, asymmetric = match.groups()
     if group and int(group) not in GROUP_SIZES:
         raise RecipeError(f"scheme {name!r}: group size {group} is not one of {', '.join(map(str, GROUP_SIZES))}")
@@ -126,7 +140,7 @@ def parse_scheme(name: str) -> Scheme | None:
 
 
 def scheme_names() -> list[str]:
-    """Every canonical scheme name, ``keep`` included."""
+    """Every canonical scheme name, ``keep`` included, but llama.cpp's types (``GGML``)."""
     sizes = [f"g{size}" for size in GROUP_SIZES] + ["channel"]
     integers = [f"int4-{size}{asym}" for size in sizes for asym in ("", "-asym")] + [f"int8-{size}" for size in sizes]
     return [*integers, *_FIXED, KEEP]

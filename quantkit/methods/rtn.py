@@ -17,12 +17,14 @@ import torch
 from numpy.typing import NDArray
 
 from quantkit import grid
-from quantkit.errors import RecipeError, WeightError
+from quantkit.errors import RecipeError
 from quantkit.evidence import Evidence
 from quantkit.grid import QuantizationStatistics, QuantizedTensor
 from quantkit.kernels import blocks, groups, rows, tiles
 from quantkit.kernels.numbers import SCALE_BF16, SCALE_E8M0, SCALE_FP8, SMALLEST_SEARCHED, Numbers
 from quantkit.kernels.tiles import Scratch, Search, Source, Target
+from quantkit.methods import blocks as ggml_blocks
+from quantkit.methods.sources import checked_peak, kernel_source
 from quantkit.scheme import Scheme
 from quantkit.team import Team
 from quantkit.workspace import Workspace
@@ -42,9 +44,6 @@ SEARCH: dict[tuple[str, str], tuple[tuple[int, ...], ...]] = {
 _MOST_CANDIDATES = max(len(offsets) for rounds in SEARCH.values() for offsets in rounds)
 _NO_SEARCH = Search(np.empty(0, np.int64), np.empty(0, np.int64))
 
-_STORED = {torch.bfloat16: tiles.BFLOAT16, torch.float16: tiles.FLOAT16, torch.float32: tiles.FLOAT32}
-_FINITE_BITS = 0x7F800000  # float32 bits from here on are infinity and NaN
-
 
 def quantize(
     weights: Sequence[torch.Tensor],
@@ -58,19 +57,22 @@ def quantize(
     """Quantize matrices that share their input (gate and up; q, k and v).
 
     weights: ``[out, in]``, BF16, F16 or F32, of either stride order.  Results live in ``workspace`` and are valid until the next
-    call that uses it.  evidence: only looked at for a scheme with static activations, whose scale must reach its peak.  team: not
-    used.
+    call that uses it.  evidence: only looked at for a scheme with static activations, whose scale must reach its peak.  team: only
+    for llama.cpp's types.
 
     Raises WeightError, which says matrix, row, column and value, for a weight that is NaN or infinite; RecipeError for static
     activations without evidence.
     """
+    if scheme.number == "ggml":
+        return ggml_blocks.quantize(weights, scheme, clip_search=clip_search, workspace=workspace, team=team)
     input_scale = _input_scale(scheme, evidence)
     scratch = _scratch(workspace)
-    sources = [_source(weight, scheme) for weight in weights]
+    rows_needed = tiles.STRIP_ROWS if scheme.granularity == "block" else 16
+    sources = [kernel_source(weight, rows_needed, tiles.TILE_INPUTS) for weight in weights]
     global_scale = None
     if scheme.global_scale:
         peaks = (tiles.largest_bits(source, scratch) for source in sources)
-        global_scale = grid.fit_global_scale(max(_checked(peak, weights[index], index) for index, peak in enumerate(peaks)))
+        global_scale = grid.fit_global_scale(max(checked_peak(peak, weights[index], index) for index, peak in enumerate(peaks)))
     numbers = numbers_of(scheme)
     search = _search(scheme) if clip_search else _NO_SEARCH
     shared = _shared_scale(numbers, scheme, weights, sources, scratch, search) if scheme.granularity == "tensor" else 0
@@ -87,7 +89,7 @@ def quantize(
         else:
             sums = blocks.quantize_blocks(numbers, source, target, scratch, search)
         squared_error, squared_weight, clipped, peak = sums
-        _checked(peak, weight, index)
+        checked_peak(peak, weight, index)
         quantized = _assemble(weight.shape, scheme, source, target, global_scale, input_scale)
         scale = grid.effective_scale(scheme, _extremes(quantized.scale), global_scale)
         statistics = QuantizationStatistics(squared_error, squared_weight, clipped, float(scale[0]), float(scale[1]))
@@ -111,7 +113,7 @@ def _shared_scale(
 ) -> int:
     """The code of the one scale that matrices share: just reaching the largest weight, or searched around that, as in blocks."""
     peaks = (tiles.largest_bits(source, scratch) for source in sources)
-    largest = max(_checked(peak, weights[index], index) for index, peak in enumerate(peaks))
+    largest = max(checked_peak(peak, weights[index], index) for index, peak in enumerate(peaks))
     scale, _ = grid.fit(torch.tensor([[largest]]), scheme)
     code = int(scale.view(torch.int16))
     if float(scale) <= SMALLEST_SEARCHED:
@@ -130,17 +132,6 @@ def _shared_scale(
         codes = codes.clip(numbers.scale_lowest, numbers.scale_highest)
         code, first = int(codes[squared_errors(codes).argmin()]), int(end)
     return code
-
-
-def _checked(peak: int, weight: torch.Tensor, index: int) -> float:
-    """The largest magnitude, given as float32 bits; WeightError naming the first weight that is not finite, if there is one."""
-    if peak < _FINITE_BITS:
-        return float(np.int32(peak).view(np.float32))
-    row, column = (int(i) for i in torch.isfinite(weight).logical_not_().nonzero()[0])
-    raise WeightError(
-        f"matrix {index}, row {row}, column {column}: weight is {weight[row, column].item()}, not a finite number; "
-        "the source checkpoint is damaged or was trained to divergence"
-    )
 
 
 def numbers_of(scheme: Scheme) -> Numbers:
@@ -174,23 +165,6 @@ def _search(scheme: Scheme) -> Search:
     rounds = SEARCH[scheme.name if scheme.number == "fp4" else scheme.number, scheme.granularity]
     offsets = np.array([offset for offsets in rounds for offset in offsets], dtype=np.int64)
     return Search(offsets, np.cumsum([len(offsets) for offsets in rounds]).astype(np.int64))
-
-
-def _source(weight: torch.Tensor, scheme: Scheme) -> Source:
-    """The weight as a kernel reads it: in place where its shape and strides allow, else a padded copy."""
-    out_features, in_features = weight.shape
-    if weight.dtype not in _STORED:
-        weight = weight.to(torch.float32)
-    rows_needed = tiles.STRIP_ROWS if scheme.granularity == "block" else 16
-    missing_rows, missing_columns = -out_features % rows_needed, -in_features % tiles.TILE_INPUTS
-    if missing_rows or missing_columns:
-        weight = torch.nn.functional.pad(weight, (0, missing_columns, 0, missing_rows))
-    if 1 not in weight.stride():
-        weight = weight.contiguous()
-    row_stride, input_stride = weight.stride()
-    span = (weight.shape[0] - 1) * row_stride + (weight.shape[1] - 1) * input_stride + 1
-    data = weight.as_strided((span,), (1,)).view(torch.uint8).numpy()
-    return Source(data, _STORED[weight.dtype], row_stride, input_stride, *weight.shape)
 
 
 def _scratch(workspace: Workspace) -> Scratch:
