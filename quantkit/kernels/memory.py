@@ -13,7 +13,7 @@ from numba import types
 
 from quantkit.kernels.simd import FLOATS, INTS, LANES, vector_function
 
-_F32, _I32, _I16, _I8 = ir.FloatType(), ir.IntType(32), ir.IntType(16), ir.IntType(8)
+_F32, _I64, _I32, _I16, _I8 = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.IntType(8)
 _STORED = {"float32": _F32, "int32": _I32, "bfloat16": _I16, "float16": _I16}
 
 
@@ -80,6 +80,28 @@ def store(_typing: Any, array: Any, index: Any, value: Any) -> Any:
         return context.get_dummy_value()
 
     return types.none(array, types.int64, value), emit
+
+
+@vector_function
+def load_word(_typing: Any, array: Any, index: Any) -> Any:
+    """The eight bytes from byte ``index`` on, as one word."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
+        pointer = _pointer(context, builder, array, args[0], args[1], _I8)
+        return builder.load(builder.bitcast(pointer, _I64.as_pointer()), align=1)
+
+    return types.uint64(array, types.int64), emit
+
+
+@vector_function
+def store_word(_typing: Any, array: Any, index: Any, value: Any) -> Any:
+    """Write a word as eight bytes, from byte ``index`` on."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
+        _write(builder, _pointer(context, builder, array, args[0], args[1], _I8), args[2])
+        return context.get_dummy_value()
+
+    return types.none(array, types.int64, types.uint64), emit
 
 
 def _scatterer(element: ir.IntType) -> Any:
