@@ -48,7 +48,8 @@ class ModelParameters(Structure):
 class ContextParameters(Structure):
     _fields_ = [
         *((name, c_uint32) for name in ("context", "batch", "ubatch", "sequences", "rs_sequences", "outputs", "sequence_outputs")),
-        *((name, c_int32) for name in ("threads", "threads_batch", "kind", "rope_scaling", "pooling", "attention", "flash_attention")),
+        *((name, c_int32) for name in ("threads", "threads_batch", "kind", "rope_scaling")),
+        *((name, c_int32) for name in ("pooling", "attention", "flash_attention")),
         *((name, c_float) for name in ("rope_base", "rope_scale", "yarn_ext", "yarn_attn", "yarn_fast", "yarn_slow")),
         ("yarn_context", c_uint32),
         ("defragmentation", c_float),
@@ -155,7 +156,7 @@ _DEQUANTIZE = {"F16": "ggml_fp16_to_fp32_row", "BF16": "ggml_bf16_to_fp32_row"}
 def ggml_dequantize(kind: str, data: np.ndarray[Any, Any], columns: int) -> np.ndarray[Any, Any]:
     """ggml's own decoder: uint8 ``[rows, row bytes]`` to float32 ``[rows, columns]``."""
     out = np.zeros((len(data), columns), np.float32)
-    name = _DEQUANTIZE.get(kind) or "dequantize_row_" + kind.replace("IQ", "iq").replace("Q", "q").replace("MXFP", "mxfp")
+    name = _DEQUANTIZE.get(kind) or "dequantize_row_" + (kind.lower() if kind.startswith(("IQ", "MX")) else f"q{kind[1:]}")
     function = getattr(library(), name)
     function.restype, function.argtypes = None, [c_void_p, c_void_p, c_int64]
     source = np.ascontiguousarray(data)
