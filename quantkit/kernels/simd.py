@@ -215,6 +215,21 @@ def nearest(_typing: Any, value: Any) -> Any:
 
 
 @vector_function
+def lookup(_typing: Any, table: Any, index: Any) -> Any:
+    """The elements of a table of 16 at each index, of which the low four bits count."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
+        low = builder.and_(args[1], ir.Constant(INTS.llvm, [LANES - 1] * LANES))
+        found = ir.Constant(args[0].type, ir.Undefined)
+        for number in range(LANES):  # one instruction where there is a permutation by variable indices
+            lane = ir.Constant(_I32, number)
+            found = builder.insert_element(found, builder.extract_element(args[0], builder.extract_element(low, lane)), lane)
+        return found
+
+    return table(table, INTS), emit
+
+
+@vector_function
 def largest_lane(_typing: Any, value: Any) -> Any:
     """The largest of the 16 integers."""
     return types.int32(INTS), lambda context, builder, signature, args: _call(
