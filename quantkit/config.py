@@ -36,7 +36,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """What the shapes of vision tower and projector follow from."""
+    """What the shapes of vision tower and projector follow from, and the numbers its arithmetic needs."""
 
     hidden_size: int
     intermediate_size: int
@@ -47,6 +47,11 @@ class VisionConfig:
     projector_input_dim: int
     projector_output_dim: int
     vision_output_dim: int
+    num_attention_heads: int
+    norm_eps: float
+    rope_theta: float
+    hidden_act: str
+    pixel_shuffle_ratio: float
 
 
 @dataclass(frozen=True)
@@ -154,6 +159,12 @@ class _Section:
         if not isinstance(value, int):  # a bool is one; early releases hold 4 for attn_temperature_tuning
             raise self.wrong(key, "true or false")
         return bool(value)
+
+    def text(self, key: str, default: str) -> str:
+        value = default if self.get(key) is None else self.get(key)
+        if not isinstance(value, str):
+            raise self.wrong(key, "a name")
+        return value
 
     def section(self, key: str) -> _Section | None:
         value = self.get(key)
@@ -287,4 +298,9 @@ def _parse_vision(vision: _Section | None) -> VisionConfig | None:
         projector_input_dim=vision.integer("projector_input_dim"),
         projector_output_dim=vision.integer("projector_output_dim"),
         vision_output_dim=vision.integer("vision_output_dim"),
+        num_attention_heads=vision.integer("num_attention_heads", 16),
+        norm_eps=vision.number("norm_eps", 1e-5),
+        rope_theta=vision.number("rope_theta", 10_000.0),
+        hidden_act=vision.text("hidden_act", "gelu"),
+        pixel_shuffle_ratio=vision.number("pixel_shuffle_ratio", 0.5),
     )
