@@ -1,8 +1,8 @@
 """Blocks of llama.cpp's tensor types: codes and scales to bytes, and back, at memory speed.
 
-Every type stores the bits of its codes in *planes*.  A plane takes 1, 2, 4 or 8 bits of each code and puts the bits of 8, 4, 2 or 1
-codes, which stand a fixed distance apart, into one byte.  So the types differ in numbers only, and one kernel serves them all.  What
-remains are the FP16 numbers of a block, copied to their places, and five ways to pack the small integers of groups.
+Every type stores the bits of its codes in *planes*.  A plane takes 1, 2, 4 or 8 bits of each code and puts those of 8, 4, 2 or 1
+codes, which stand a fixed distance apart, into one byte.  So the types differ in numbers only, and one kernel serves them all.
+What remains are the FP16 numbers of a block, copied to their places, and five ways to pack the small integers of groups.
 
 The kernels work on eight codes at a time as one 64-bit word, so they need neither tables nor vectors to outrun the quantizers, and
 compile once for all types.  The layouts are those of ggml's ``ggml-common.h``.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -42,8 +42,8 @@ _THIRTY_TWO, _FIFTY_SIX, _BYTE = np.uint64(32), np.uint64(56), np.uint64(0xFF)
 class Plane:
     """Some bits of every code of a block.
 
-    at: first byte of the plane in the block.  low, bits: which bits of the codes.  distance: how far apart the codes that share a byte
-    stand; 1 or a multiple of 8.
+    at: first byte of the plane in the block.  low, bits: which bits of the codes.  distance: how far apart the codes that share a
+    byte stand; 1 or a multiple of 8.
     """
 
     at: int
@@ -107,28 +107,37 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
-def pack(layout: Layout, codes: Bytes, scales: Bytes, minimums: Bytes, group_scales: Bytes, group_minimums: Bytes, out: Bytes) -> None:
-    """Write whole blocks to ``out``.  All arrays are flat, contiguous and seen as bytes; those that the type lacks are empty.
+class Fields(NamedTuple):
+    """Codes and scales of whole blocks, as bytes."""
 
-    Raises ValueError when their sizes do not fit each other.
+    codes: Bytes
+    scales: Bytes
+    minimums: Bytes
+    group_scales: Bytes
+    group_minimums: Bytes
+
+
+def pack(layout: Layout, fields: Fields, out: Bytes) -> None:
+    """Write whole blocks to ``out``.
+
+    fields: the five of :class:`Fields`, flat, contiguous and seen as bytes; those that the type lacks are empty.  Raises ValueError
+    when sizes do not fit each other.
     """
-    _check_sizes(layout, codes, scales, minimums, group_scales, group_minimums, out)
-    _pack(layout.numbers(), layout.plane_table(), codes, scales, minimums, group_scales, group_minimums, out)
+    _check_sizes(layout, fields, out)
+    _pack(layout.numbers(), layout.plane_table(), *fields, out)
 
 
-def unpack(layout: Layout, data: Bytes, codes: Bytes, scales: Bytes, minimums: Bytes, group_scales: Bytes, group_minimums: Bytes) -> None:
-    """The reverse of :func:`pack`: fill all arrays from the blocks ``data``."""
-    _check_sizes(layout, codes, scales, minimums, group_scales, group_minimums, data)
-    _unpack(layout.numbers(), layout.plane_table(), data, codes, scales, minimums, group_scales, group_minimums)
+def unpack(layout: Layout, data: Bytes, fields: Fields) -> None:
+    """The reverse of :func:`pack`: fill all ``fields`` from the blocks ``data``."""
+    _check_sizes(layout, fields, data)
+    _unpack(layout.numbers(), layout.plane_table(), data, *fields)
 
 
-def _check_sizes(
-    layout: Layout, codes: Bytes, scales: Bytes, minimums: Bytes, group_scales: Bytes, group_minimums: Bytes, data: Bytes
-) -> None:
+def _check_sizes(layout: Layout, fields: Fields, data: Bytes) -> None:
     """The kernels trust these sizes."""
     if sys.byteorder != "little":
         raise NotImplementedError("packing is written for little-endian machines only")
-    blocks = codes.size // layout.block
+    blocks = fields.codes.size // layout.block
     expected = (
         blocks * layout.block,
         blocks * layout.scale_bytes,
@@ -137,7 +146,7 @@ def _check_sizes(
         blocks * layout.groups if layout.group_kind in (PAIRED, SIX_BITS_TWICE) else 0,
         blocks * layout.nbytes,
     )
-    actual = tuple(array.size for array in (codes, scales, minimums, group_scales, group_minimums, data))
+    actual = tuple(array.size for array in (*fields, data))
     if actual != expected:
         raise ValueError(f"arrays of {actual} bytes for blocks of {layout.block}; expected {expected}")
 
@@ -232,7 +241,9 @@ def _pack_groups(kind: int, scales: Any, minimums: Any, first: int, out: Any, at
         for half in (0, 8):
             low = load_word(scales, first + half) & _NIBBLES
             store_word(out, at + half, low | ((load_word(minimums, first + half) & _NIBBLES) << _FOUR))
-    elif kind == SIX_BITS:  # eight bytes with the low nibbles of 0..7 and 8..15, four with the upper bits of 0..3, 4..7, 8..11, 12..15
+    elif (
+        kind == SIX_BITS
+    ):  # eight bytes with the low nibbles of 0..7 and 8..15, four with the upper bits of 0..3, 4..7, 8..11, 12..15
         low, high = _lifted(word), _lifted(load_word(scales, first + 8))
         store_word(out, at, (low & _NIBBLES) | ((high & _NIBBLES) << _FOUR))
         tops = ((low & _PAIRS) >> _FOUR) | ((low >> _THIRTY_TWO) & _PAIRS) >> _TWO
@@ -296,7 +307,9 @@ def _unpack_groups(kind: int, data: Any, at: int, scales: Any, minimums: Any, fi
 
 
 @kernel
-def _pack(numbers: Any, planes: Any, codes: Any, scales: Any, minimums: Any, group_scales: Any, group_minimums: Any, out: Any) -> None:
+def _pack(
+    numbers: Any, planes: Any, codes: Any, scales: Any, minimums: Any, group_scales: Any, group_minimums: Any, out: Any
+) -> None:
     block, nbytes, scale, scale_bytes, minimum, groups, kind, group_at = numbers
     blocks = codes.size // block
     for first in range(0, blocks, _STRETCH // block):
@@ -335,7 +348,9 @@ def _unpack(
 
 
 @compiled
-def _copy(source: Any, source_at: int, source_step: int, target: Any, target_at: int, target_step: int, size: int, count: int) -> None:
+def _copy(
+    source: Any, source_at: int, source_step: int, target: Any, target_at: int, target_step: int, size: int, count: int
+) -> None:
     """``count`` fields of one or two bytes, one in each block."""
     for index in range(count):
         target[target_at + index * target_step] = source[source_at + index * source_step]
