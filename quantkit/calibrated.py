@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from quantkit import grid
+from quantkit.assignment import Assignment
 from quantkit.calibrate import identity, open_corpus, run_calibration, statistics_directory
 from quantkit.calibration import CalibrationOptions, Seen, check_tokens
 from quantkit.checkpoint import Checkpoint
@@ -27,7 +28,7 @@ from quantkit.evidence import Evidence, Received
 from quantkit.formats import FORMATS
 from quantkit.llama4 import Unit
 from quantkit.plan import Plan
-from quantkit.recipe import METHODS_WITH_EVIDENCE, Assignment, Recipe
+from quantkit.recipe import METHODS_WITH_HESSIANS, Recipe
 from quantkit.scheme import Scheme
 from quantkit.smoothing import inner_unit, smoothing_factors
 from quantkit.statistics import Statistics, check_statistics, load_statistics, statistics_digest
@@ -278,7 +279,7 @@ class _Handler:
 def _learns(unit: Unit, run: Run) -> bool:
     """Whether a method with Hessians is to quantize the unit in that artifact."""
     given = [run.plan.assignments[matrix.name] for matrix in unit.matrices]
-    return any(assignment.scheme is not None and assignment.method in METHODS_WITH_EVIDENCE for assignment in given)
+    return any(assignment.scheme is not None and assignment.method in METHODS_WITH_HESSIANS for assignment in given)
 
 
 def _stored_values(unit: Unit, run: Run) -> list[torch.Tensor]:

@@ -28,7 +28,7 @@ from quantkit.formats.base import DTYPE_BYTES
 from quantkit.llama4 import Llama4Config, Unit
 from quantkit.methods import METHODS
 from quantkit.plan import ArtifactPlan, Plan
-from quantkit.recipe import METHODS_WITH_EVIDENCE
+from quantkit.recipe import METHODS_WITH_HESSIANS
 from quantkit.scheme import Scheme
 from quantkit.team import Team
 from quantkit.workspace import Workspace
@@ -162,7 +162,7 @@ def _schemes(artifact: ArtifactPlan) -> dict[str, tuple[Scheme, str, bool]]:
     return {
         given.scheme.name: (given.scheme, given.method, given.clip_search)
         for given in artifact.assignments.values()
-        if given.scheme is not None and given.method not in METHODS_WITH_EVIDENCE
+        if given.scheme is not None and given.method not in METHODS_WITH_HESSIANS
     }
 
 
@@ -173,7 +173,7 @@ def _elements(plan: Plan, artifact: ArtifactPlan, scheme: str) -> int:
         for matrix in unit.matrices
         if (given := artifact.assignments[matrix.name]).scheme is not None
         and given.scheme.name == scheme
-        and given.method not in METHODS_WITH_EVIDENCE
+        and given.method not in METHODS_WITH_HESSIANS
     )
 
 

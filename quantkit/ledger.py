@@ -13,11 +13,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from quantkit.assignment import Assignment
 from quantkit.errors import CheckpointError, LedgerError
 from quantkit.evidence import Received
 from quantkit.grid import QuantizationStatistics
 from quantkit.llama4 import SourceTensor, WeightMatrix
-from quantkit.recipe import Assignment
 from quantkit.scheme import KEEP
 from quantkit.strict_json import brief, parse_object
 

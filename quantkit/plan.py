@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from quantkit import ledger
+from quantkit.assignment import Assignment, assign
 from quantkit.errors import RecipeError
 from quantkit.formats import FORMATS
 from quantkit.formats.base import ClientNote, OutputFile, OutputTensor
 from quantkit.grid import QuantizationStatistics
 from quantkit.llama4 import Llama4Config, Role, Unit, units
-from quantkit.recipe import Assignment, Recipe, assign
+from quantkit.recipe import Recipe
 from quantkit.scheme import Scheme
 from quantkit.version import __version__
 

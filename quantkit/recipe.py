@@ -27,8 +27,19 @@ so exceptions stand above the general rule.  A rule matches by role, by layer an
     [[rules]]
     scheme = "keep"                          # everything else is stored as in the source
 
+A GGUF recipe usually begins with one of llama.cpp's file types, which gives every tensor that no rule matches its type:
+
+    format = "gguf"
+    mixture = "Q4_K_M"
+    method = "gptq"                          # rtn (default), importance or gptq: of all tensors that no rule gives another one
+
+    [[rules]]
+    name = "ffn_down_exps"                   # searched in the tensor's name here and in its name in the file
+    scheme = "Q6_K"
+
 Nothing is silent: a tensor that no rule matches, a rule that decides nothing, and a quantizing rule that reaches a tensor
-which must stay as it is (router, norms, embedding, head, vision) are errors that name the tensor or the rule.
+which must stay as it is (router and norms; in safetensors also embedding, head and vision) are errors that name the tensor or the
+rule.
 """
 
 from __future__ import annotations
@@ -44,25 +55,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 from quantkit.errors import RecipeError
-from quantkit.llama4 import ROLES, Role, Unit
+from quantkit.llama4 import ROLES, Role
+from quantkit.mixtures import FILE_TYPES
 from quantkit.scheme import GGML, KEEP, Scheme, parse_scheme, scheme_names
 
-QUANTIZABLE_ROLES: tuple[Role, ...] = ("routed_expert", "shared_expert", "dense_mlp", "attention")
 FEED_FORWARD_ROLES: tuple[Role, ...] = ("routed_expert", "shared_expert", "dense_mlp")
-METHOD_NAMES = ("rtn", "gptq", "awq")
-METHODS_WITH_EVIDENCE = frozenset({"gptq", "awq"})  # these need a Hessian, hence a pass of the corpus through the model
+GGUF = "gguf"
+METHOD_NAMES = ("rtn", "importance", "gptq", "awq")
+METHODS_WITH_HESSIANS = frozenset({"gptq", "awq"})  # these need the corpus to go through the model
+METHODS_WITH_EVIDENCE = METHODS_WITH_HESSIANS | {"importance"}
 KV_CACHES = ("fp8",)
 WORKING_SUFFIXES = (".partial", ".replaced")  # of directories in which the writer works
-
-# Relative L2 error of one matrix above which a run fails, by number family.  Round-to-nearest stays below these for weights
-# as heavy tailed as Student's t with 3 degrees of freedom; more means a damaged source or a wrong axis.  A method that looks at
-# outputs may go twice as far from the weights.  A recipe can state its own.
-MAXIMUM_ERROR = {"int8": 0.12, "fp8": 0.06, "int4": 0.45, "fp4": 0.25}
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of a recipe; see the module docstring.  ``None`` means that the rule does not look at that property.
+    """One line of a recipe; see the module docstring.  ``None`` means that the rule does not look at that property, or leaves the
+    method to the recipe.
 
     maximum_error: relative L2 error of one matrix that ends the run, instead of the recipe's.  Raises RecipeError for wrong values.
     """
@@ -71,7 +80,7 @@ class Rule:
     roles: tuple[Role, ...] | None = None
     layers: str | None = None
     name: str | None = None
-    method: str = "rtn"
+    method: str | None = None
     clip_search: bool | None = None
     maximum_error: float | None = None
     smooth: bool = False
@@ -93,15 +102,13 @@ class Rule:
                 re.compile(self.name)
             except (re.error, TypeError, RecursionError, OverflowError) as error:
                 raise RecipeError(f"name {self.name!r} is not a regular expression: {error}") from error
-        if self.method not in METHOD_NAMES:
-            raise RecipeError(f"unknown method {self.method!r}. Methods: {', '.join(METHOD_NAMES)}")
-        if scheme is not None and self.method == "gptq" and scheme.number not in ("int4", "int8"):
-            raise RecipeError(f"method gptq is for int4 and int8 schemes; {self.scheme} takes method rtn")
-        if scheme is not None and self.method == "awq":
-            if scheme.number not in ("int4", "int8") or scheme.granularity != "group":
-                raise RecipeError(f"method awq is for int4 and int8 schemes with groups; {self.scheme} takes method rtn")
-            if self.clip_search is False:
-                raise RecipeError("method awq is a search for scales; leave clip_search = false out, or take method rtn")
+        if self.method is not None:
+            if self.method not in METHOD_NAMES:
+                raise RecipeError(f"unknown method {self.method!r}. Methods: {', '.join(METHOD_NAMES)}")
+            if scheme is not None and (misfit := method_misfit(self.method, scheme)):
+                raise RecipeError(misfit)
+        if self.method == "awq" and self.clip_search is False:
+            raise RecipeError("method awq is a search for scales; leave clip_search = false out, or take method rtn")
         if self.clip_search is not None and not isinstance(self.clip_search, bool):
             raise RecipeError(f"clip_search is {self.clip_search!r}; expected true or false")
         if not isinstance(self.smooth, bool):
@@ -111,28 +118,72 @@ class Rule:
         _check_bound(self.maximum_error)
 
 
+def method_misfit(method: str, scheme: Scheme) -> str | None:
+    """Why a method cannot quantize to a scheme, or None when it can."""
+    if scheme.number == "ggml":
+        kind = scheme.block_type
+        if method == "awq" or (method != "rtn" and kind.floating) or (method == "gptq" and kind.codebook):
+            usual = "rtn" if kind.floating else "importance or rtn" if kind.codebook else "gptq, importance or rtn"
+            return f"method {method} is not for {scheme.name}, which takes method {usual}"
+    elif method == "importance":
+        return f"method importance is for the types of GGUF files; {scheme.name} takes method rtn"
+    elif method == "gptq" and scheme.number not in ("int4", "int8"):
+        return f"method gptq is for int4 and int8 schemes and the types of GGUF files; {scheme.name} takes method rtn"
+    elif method == "awq" and (scheme.number not in ("int4", "int8") or scheme.granularity != "group"):
+        return f"method awq is for int4 and int8 schemes with groups; {scheme.name} takes method rtn"
+    return None
+
+
+def fitting_method(method: str, scheme: Scheme) -> str:
+    """The method itself, or for one of llama.cpp's types that it is not for, the nearest one that is."""
+    if scheme.number != "ggml" or method_misfit(method, scheme) is None:
+        return method
+    return "rtn" if scheme.block_type.floating else "importance"
+
+
 @dataclass(frozen=True)
 class Recipe:
     """An ordered list of rules for one artifact.  ``name`` is its directory name.  Raises RecipeError for wrong values.
 
-    kv_cache: ``fp8`` stores the scales with which clients keep keys and values in FP8; None leaves that to them.
+    kv_cache: ``fp8`` stores the scales with which clients keep keys and values in FP8; None leaves that to them.  mixture: one of
+    llama.cpp's file types (``quantkit.mixtures``), which decides for tensors that no rule matches.  method: of rules that state
+    none, and of the mixture.
     """
 
     name: str
-    rules: tuple[Rule, ...]
+    rules: tuple[Rule, ...] = ()
     format: str = "compressed-tensors"
     maximum_error: float | None = None
     kv_cache: Literal["fp8"] | None = None
+    mixture: str | None = None
+    method: str = "rtn"
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", self.name):
             raise RecipeError(f"name {self.name!r} must be letters, digits, '.', '_' and '-' (it names a directory)")
         if self.name.endswith(WORKING_SUFFIXES):
             raise RecipeError(f"name {self.name!r} ends like the directories of unfinished work ({', '.join(WORKING_SUFFIXES)})")
-        if not isinstance(self.rules, tuple) or not self.rules or not all(isinstance(rule, Rule) for rule in self.rules):
+        if not isinstance(self.rules, tuple) or not all(isinstance(rule, Rule) for rule in self.rules):
+            raise RecipeError("rules must be a tuple of rules")
+        if not self.rules and self.mixture is None:
             raise RecipeError("needs at least one rule")
         if not isinstance(self.format, str):
             raise RecipeError(f"format is {self.format!r}; expected a string")
+        if self.mixture is not None and self.mixture not in FILE_TYPES:
+            raise RecipeError(f"unknown mixture {self.mixture!r}. Mixtures: {', '.join(FILE_TYPES)}")
+        if self.mixture is not None and self.format != GGUF:
+            raise RecipeError(f"a mixture is for format = {GGUF!r}")
+        if self.method not in METHOD_NAMES:
+            raise RecipeError(f"unknown method {self.method!r}. Methods: {', '.join(METHOD_NAMES)}")
+        if self.mixture is not None and self.method == "awq":
+            raise RecipeError("method awq is not for the types of GGUF files: take gptq, importance or rtn")
+        if self.mixture is not None and FILE_TYPES[self.mixture].needs_importance and self.method == "rtn":
+            raise RecipeError(f"{self.mixture} is useless without importance: take method importance or gptq")
+        for number, rule in enumerate(self.rules, 1):
+            scheme = parse_scheme(rule.scheme)
+            inherits = rule.method is None and scheme is not None and scheme.number != "ggml"
+            if scheme is not None and inherits and (misfit := method_misfit(self.method, scheme)):
+                raise RecipeError(f"rule {number}: {misfit}")
         _check_bound(self.maximum_error)
         if self.kv_cache is not None and self.kv_cache not in KV_CACHES:
             raise RecipeError(f"kv_cache is {self.kv_cache!r}; expected one of {', '.join(KV_CACHES)}, or nothing")
@@ -140,16 +191,22 @@ class Recipe:
     @property
     def needs_hessians(self) -> bool:
         """Whether a method asks for Hessians, which saved statistics do not hold."""
-        return any(rule.method in METHODS_WITH_EVIDENCE and rule.scheme != KEEP for rule in self.rules)
+        return not METHODS_WITH_HESSIANS.isdisjoint(method for _, method in self._quantizing())
+
+    def _quantizing(self) -> list[tuple[Scheme, str]]:
+        """The schemes that are asked for, each with its method."""
+        found = [(scheme, rule.method or self.method) for rule in self.rules if (scheme := parse_scheme(rule.scheme)) is not None]
+        if self.mixture is not None and (scheme := parse_scheme(FILE_TYPES[self.mixture].default)) is not None:
+            found.append((scheme, self.method))
+        return [(scheme, fitting_method(method, scheme)) for scheme, method in found]
 
     @property
     def needs_calibration(self) -> bool:
         """Whether something here can only be known from what the model does with text."""
-        quantizing = [(scheme, rule.method) for rule in self.rules if (scheme := parse_scheme(rule.scheme)) is not None]
         return (
             self.kv_cache is not None
             or any(rule.smooth for rule in self.rules)
-            or any(scheme.static_activations or method in METHODS_WITH_EVIDENCE for scheme, method in quantizing)
+            or any(scheme.static_activations or method in METHODS_WITH_EVIDENCE for scheme, method in self._quantizing())
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -160,17 +217,6 @@ class Recipe:
 def _check_bound(bound: object) -> None:
     if bound is not None and (isinstance(bound, bool) or not isinstance(bound, (int, float)) or not 0 < bound < 10):
         raise RecipeError(f"maximum_error is {bound!r}; expected a number between 0 and 10")
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """What one tensor gets.  scheme None: stored as in the source.  maximum_error: relative L2 bound, None when kept."""
-
-    scheme: Scheme | None
-    method: str = "rtn"
-    clip_search: bool = False
-    maximum_error: float | None = None
-    smooth: bool = False
 
 
 # --------------------------------------------------------------------------------------------------------------- presets
@@ -204,18 +250,37 @@ PRESETS: dict[str, Recipe] = {
 }
 
 
+def _gguf_presets() -> dict[str, Recipe]:
+    """A recipe for each file type: under its own name without calibration where that makes sense, and with each method."""
+    presets = {}
+    for name, kind in FILE_TYPES.items():
+        scheme = parse_scheme(kind.default)
+        assert scheme is not None
+        presets[name] = Recipe(name, format=GGUF, mixture=name, method="importance" if kind.needs_importance else "rtn")
+        for method in ("importance", "gptq"):
+            if method_misfit(method, scheme) is None:
+                presets[f"{name}-{method}"] = Recipe(f"{name}-{method}", format=GGUF, mixture=name, method=method)
+    return presets
+
+
+# llama.cpp's file types: ``Q4_K_M``, ``Q4_K_M-importance``, ``Q4_K_M-gptq`` and so on.
+GGUF_PRESETS: dict[str, Recipe] = _gguf_presets()
+
+
 def resolve_recipe(target: str | Path | Recipe) -> Recipe:
     """A Recipe as it is, the preset of that name, or the TOML file at that path.  Raises RecipeError."""
     if isinstance(target, Recipe):
         return target
     if str(target) in PRESETS:
         return PRESETS[str(target)]
+    if str(target) in GGUF_PRESETS:
+        return GGUF_PRESETS[str(target)]
     path = Path(target)
     if path.suffix == ".toml" or os.path.isfile(path):
         return load_recipe(path)
     raise RecipeError(
-        f"unknown preset {str(target)!r}{_suggest(str(target), list(PRESETS))}. "
-        f"Presets: {', '.join(PRESETS)}; or give a recipe file (.toml)"
+        f"unknown preset {str(target)!r}{_suggest(str(target), [*PRESETS, *GGUF_PRESETS])}. Presets: {', '.join(PRESETS)}; "
+        f"for GGUF {', '.join(FILE_TYPES)}, with -importance or -gptq to calibrate; or give a recipe file (.toml)"
     )
 
 
@@ -237,9 +302,9 @@ def parse_recipe(text: str, where: str, default_name: str = "recipe") -> Recipe:
         data = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise RecipeError(f"recipe {where}: not valid TOML: {error}") from error
-    _known_keys(data, ("name", "format", "maximum_error", "kv_cache", "rules"), f"recipe {where}")
-    rules = data.get("rules")
-    if not isinstance(rules, list) or not rules:
+    _known_keys(data, tuple(field.name for field in fields(Recipe)), f"recipe {where}")
+    rules = data.get("rules", [] if "mixture" in data else None)
+    if not isinstance(rules, list) or (not rules and "mixture" not in data):
         raise RecipeError(f"recipe {where}: needs at least one [[rules]] table")
     parsed = tuple(_parse_rule(rule, f"recipe {where}, rule {number}") for number, rule in enumerate(rules, 1))
     values: dict[str, Any] = {"name": default_name, **data, "rules": parsed}
@@ -284,81 +349,3 @@ def _known_keys(table: Mapping[str, Any], known: tuple[str, ...], where: str) ->
 def _suggest(word: str, known: list[str]) -> str:
     close = difflib.get_close_matches(word, known, 1)
     return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-# ------------------------------------------------------------------------------------------------------------ assignment
-
-
-def assign(recipe: Recipe, units: list[Unit]) -> dict[str, Assignment]:
-    """The assignment of every matrix and copied tensor of ``units``, by name.
-
-    Raises RecipeError that lists every unmatched tensor, every rule that decides nothing, and every tensor that a rule
-    quantizes but that must stay as it is.
-    """
-    table = [_assignment(recipe, rule) for rule in recipe.rules]
-    ranges = [parse_layers(rule.layers) if rule.layers is not None else None for rule in recipe.rules]
-    patterns = [re.compile(rule.name) if rule.name is not None else None for rule in recipe.rules]
-    used = [0] * len(recipe.rules)
-    result: dict[str, Assignment] = {}
-    problems: list[str] = []
-    for unit in units:
-        for item in unit.items:
-            for index, rule in enumerate(recipe.rules):
-                if rule.roles is not None and item.role not in rule.roles:
-                    continue
-                allowed, pattern = ranges[index], patterns[index]
-                if allowed is not None and (item.layer is None or not any(low <= item.layer <= high for low, high in allowed)):
-                    continue
-                if pattern is not None and not pattern.search(item.name):
-                    continue
-                used[index] += 1
-                if table[index].scheme is not None and not unit.matrices:
-                    problems.append(f"rule {index + 1} gives {rule.scheme} to {item.name}, but {item.role} tensors are always kept")
-                result[item.name] = table[index]
-                break
-            else:
-                problems.append(f'no rule matches {item.name} (role {item.role}); end the recipe with a rule scheme = "keep"')
-    problems += _smoothing_problems(units, result)
-    problems += [f"rule {i + 1} ({_describe(rule)}) decides no tensor" for i, rule in enumerate(recipe.rules) if not used[i]]
-    if problems:
-        shown = problems[:12] + ([f"and {len(problems) - 12} more"] if len(problems) > 12 else [])
-        raise RecipeError(f"recipe {recipe.name!r} does not fit this model:\n  " + "\n  ".join(shown))
-    return result
-
-
-def _smoothing_problems(units: list[Unit], assignments: Mapping[str, Assignment]) -> list[str]:
-    """What stands against smoothing: it takes up and down of one MLP, both quantized, both smoothed."""
-    matrices = {matrix.name: matrix for unit in units for matrix in unit.matrices}
-    problems = []
-    for name, matrix in matrices.items():
-        given = assignments.get(name)
-        if given is None:
-            continue
-        if given.smooth and matrix.role not in FEED_FORWARD_ROLES:
-            problems.append(f"smooth = true reaches {name}; it is for gate, up and down projections only")
-        elif matrix.projection == "up_proj":
-            other = f"{name.removesuffix('up_proj')}down_proj"
-            partner = assignments.get(other)
-            if partner is not None and partner.smooth != given.smooth:
-                problems.append(f"{name} and {other} belong together: smooth both or neither")
-    return problems
-
-
-def _assignment(recipe: Recipe, rule: Rule) -> Assignment:
-    scheme = parse_scheme(rule.scheme)
-    if scheme is None:
-        return Assignment(None)
-    # Searching FP8 scales gains little and costs a pass over the data; for the others it is cheap beside the disk.
-    search = rule.clip_search if rule.clip_search is not None else scheme.number != "fp8"
-    stated = rule.maximum_error if rule.maximum_error is not None else recipe.maximum_error
-    usual = MAXIMUM_ERROR[scheme.number] * (2 if rule.method in METHODS_WITH_EVIDENCE else 1)
-    return Assignment(scheme, rule.method, search, stated if stated is not None else usual, rule.smooth)
-
-
-def _describe(rule: Rule) -> str:
-    parts = [
-        f"{key} = {value}"
-        for key, value in asdict(rule).items()
-        if value is not None and key in ("scheme", "roles", "layers", "name")
-    ]
-    return ", ".join(parts)

@@ -15,6 +15,7 @@ import torch
 import xxhash
 
 from quantkit import grid, ledger
+from quantkit.assignment import Assignment
 from quantkit.calibration import Seen
 from quantkit.checkpoint import Checkpoint
 from quantkit.errors import CalibrationError, WeightError
@@ -24,7 +25,7 @@ from quantkit.formats.base import DTYPE_BYTES
 from quantkit.llama4 import Unit, WeightMatrix
 from quantkit.methods import METHODS, gptq_gpu
 from quantkit.plan import ArtifactPlan
-from quantkit.recipe import METHODS_WITH_EVIDENCE, Assignment
+from quantkit.recipe import METHODS_WITH_EVIDENCE
 from quantkit.scheme import Scheme
 from quantkit.smoothing import smooth
 from quantkit.team import Team

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantkit import ledger
+from quantkit.assignment import Assignment
 from quantkit.errors import LedgerError
 from quantkit.grid import QuantizationStatistics
 from quantkit.llama4 import SourceTensor, WeightMatrix
-from quantkit.recipe import Assignment
 from quantkit.scheme import parse_scheme
 
 MATRIX = WeightMatrix("m.experts.3.gate_proj", (4, 8), "routed_expert", 0, "gate_proj", "m.experts.gate_up_proj", 3, (0, 4))

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import quantkit
+from quantkit.assignment import MAXIMUM_ERROR
 from quantkit.llama4 import ROLES
-from quantkit.recipe import MAXIMUM_ERROR
 from quantkit.scheme import scheme_names
 from quantkit_cli.presets import preset_rows
 from quantkit_cli.text import size

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quantkit.assignment import assign
 from quantkit.errors import RecipeError
 from quantkit.llama4 import Llama4Config, parse_config, units
-from quantkit.recipe import PRESETS, Recipe, Rule, assign, load_recipe, parse_layers, parse_recipe, resolve_recipe
+from quantkit.recipe import PRESETS, Recipe, Rule, load_recipe, parse_layers, parse_recipe, resolve_recipe
 from quantkit.scheme import parse_scheme, scheme_names
 
 DEMO = Path(__file__).parent.parent / "demo" / "tiny-scout"

@@ -1,0 +1,160 @@
+"""Assignment: what each tensor of a model gets by a recipe.
+
+The rules are tried for each tensor, then the recipe's mixture.  Nothing is silent: a tensor that nothing matches, a rule that
+decides nothing, and a rule that quantizes what has to stay as it is are errors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+
+from quantkit.errors import RecipeError
+from quantkit.llama4 import Llama4Config, Role, SourceTensor, Unit, WeightMatrix
+from quantkit.mixtures import FILE_TYPES, mixture_types
+from quantkit.recipe import FEED_FORWARD_ROLES, GGUF, METHODS_WITH_HESSIANS, Recipe, Rule, fitting_method, parse_layers
+from quantkit.scheme import Scheme, parse_scheme
+
+QUANTIZABLE_ROLES: tuple[Role, ...] = ("routed_expert", "shared_expert", "dense_mlp", "attention")
+STREAMED_ROLES: tuple[Role, ...] = ("embedding", "lm_head", "vision", "projector")  # what GGUF quantizes besides, data-free
+
+# Relative L2 error of one matrix above which a run fails, by number family.  Round-to-nearest stays below these for weights
+# as heavy tailed as Student's t with 3 degrees of freedom; more means a damaged source or a wrong axis.  A method that looks at
+# outputs may go twice as far from the weights.  A recipe can state its own.
+MAXIMUM_ERROR = {"int8": 0.12, "fp8": 0.06, "int4": 0.45, "fp4": 0.25}
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What one tensor gets.  scheme None: stored as in the source.  maximum_error: relative L2 bound, None when kept."""
+
+    scheme: Scheme | None
+    method: str = "rtn"
+    clip_search: bool = False
+    maximum_error: float | None = None
+    smooth: bool = False
+
+
+def assign(
+    recipe: Recipe, units: list[Unit], config: Llama4Config | None = None, aliases: Mapping[str, str] | None = None
+) -> dict[str, Assignment]:
+    """The assignment of every matrix and copied tensor of ``units``, by name.
+
+    config: of the model, which a mixture asks for.  aliases: other names of tensors, in which patterns are searched too.  Raises
+    RecipeError that lists every unmatched tensor, every rule that decides nothing, and every tensor that a rule quantizes but that
+    must stay as it is.
+    """
+    table = [_assignment(recipe, rule) for rule in recipe.rules]
+    ranges = [parse_layers(rule.layers) if rule.layers is not None else None for rule in recipe.rules]
+    patterns = [re.compile(rule.name) if rule.name is not None else None for rule in recipe.rules]
+    mixture = _mixture(recipe, units, config)
+    changeable = QUANTIZABLE_ROLES + (STREAMED_ROLES if recipe.format == GGUF else ())
+    used = [0] * len(recipe.rules)
+    result: dict[str, Assignment] = {}
+    problems: list[str] = []
+    for unit in units:
+        for item in unit.items:
+            for index, rule in enumerate(recipe.rules):
+                if rule.roles is not None and item.role not in rule.roles:
+                    continue
+                allowed, pattern = ranges[index], patterns[index]
+                if allowed is not None and (item.layer is None or not any(low <= item.layer <= high for low, high in allowed)):
+                    continue
+                if pattern is not None and not _searched(pattern, item.name, aliases):
+                    continue
+                used[index] += 1
+                if table[index].scheme is not None and (item.role not in changeable or item.name.endswith(".bias")):
+                    problems.append(f"rule {index + 1} gives {rule.scheme} to {item.name}, but {item.role} tensors are always kept")
+                result[item.name] = _streamed(table[index]) if unit.copies else table[index]
+                break
+            else:
+                if item.name in mixture:
+                    result[item.name] = mixture[item.name]
+                else:
+                    problems.append(f'no rule matches {item.name} (role {item.role}); end the recipe with a rule scheme = "keep"')
+    problems += _smoothing_problems(units, result)
+    problems += [f"rule {i + 1} ({_describe(rule)}) decides no tensor" for i, rule in enumerate(recipe.rules) if not used[i]]
+    if problems:
+        shown = problems[:12] + ([f"and {len(problems) - 12} more"] if len(problems) > 12 else [])
+        raise RecipeError(f"recipe {recipe.name!r} does not fit this model:\n  " + "\n  ".join(shown))
+    return result
+
+
+def _searched(pattern: re.Pattern[str], name: str, aliases: Mapping[str, str] | None) -> bool:
+    return bool(pattern.search(name) or (aliases is not None and pattern.search(aliases.get(name, ""))))
+
+
+def _streamed(assignment: Assignment) -> Assignment:
+    """Nothing is known of what reaches a tensor that is quantized as it is copied."""
+    return assignment if assignment.scheme is None else replace(assignment, method="rtn")
+
+
+def _mixture(recipe: Recipe, units: list[Unit], config: Llama4Config | None) -> dict[str, Assignment]:
+    """What the recipe's mixture gives to each tensor of the model."""
+    if recipe.mixture is None or config is None:
+        return {}
+    types = mixture_types(FILE_TYPES[recipe.mixture], config, importance=recipe.method != "rtn")
+    kept = Assignment(None)
+    result: dict[str, Assignment] = {}
+    for unit in units:
+        for item in unit.items:
+            name = types.get(item.name) or _vision_type(item)
+            if name is None or item.role in ("norm", "router") or item.name.endswith(".bias"):
+                result[item.name] = kept  # in full: GGUF widens what is small to F32
+            else:
+                given = _assignment(recipe, Rule(name))
+                result[item.name] = _streamed(given) if unit.copies else given
+    return result
+
+
+def _vision_type(item: WeightMatrix | SourceTensor) -> str | None:
+    """Matrices of the vision tower are F16, as publishers have them; small tensors are kept."""
+    matrix = len(item.shape) == 2 and item.name.endswith(".weight")
+    return "F16" if item.role in ("vision", "projector") and matrix else None
+
+
+def _smoothing_problems(units: list[Unit], assignments: Mapping[str, Assignment]) -> list[str]:
+    """What stands against smoothing: it takes up and down of one MLP, both quantized, both smoothed."""
+    matrices = {matrix.name: matrix for unit in units for matrix in unit.matrices}
+    problems = []
+    for name, matrix in matrices.items():
+        given = assignments.get(name)
+        if given is None:
+            continue
+        if given.smooth and matrix.role not in FEED_FORWARD_ROLES:
+            problems.append(f"smooth = true reaches {name}; it is for gate, up and down projections only")
+        elif matrix.projection == "up_proj":
+            other = f"{name.removesuffix('up_proj')}down_proj"
+            partner = assignments.get(other)
+            if partner is not None and partner.smooth != given.smooth:
+                problems.append(f"{name} and {other} belong together: smooth both or neither")
+    return problems
+
+
+def _assignment(recipe: Recipe, rule: Rule) -> Assignment:
+    scheme = parse_scheme(rule.scheme)
+    if scheme is None:
+        return Assignment(None)
+    method = rule.method or fitting_method(recipe.method, scheme)
+    # Searching FP8 scales gains little and costs a pass over the data; for the others it is cheap beside the disk.
+    search = rule.clip_search if rule.clip_search is not None else scheme.number != "fp8"
+    stated = rule.maximum_error if rule.maximum_error is not None else recipe.maximum_error
+    usual = maximum_error(scheme) * (2 if method in METHODS_WITH_HESSIANS else 1)
+    return Assignment(scheme, method, search, stated if stated is not None else usual, rule.smooth)
+
+
+def maximum_error(scheme: Scheme) -> float:
+    """The usual bound of one matrix's relative L2 error.  Of llama.cpp's types: three times what Gaussian weights get."""
+    if scheme.number != "ggml":
+        return MAXIMUM_ERROR[scheme.number]
+    return 0.02 if scheme.block_type.floating else min(0.95, 5 * 2.0**-scheme.block_type.bits_per_weight)
+
+
+def _describe(rule: Rule) -> str:
+    parts = [
+        f"{key} = {value}"
+        for key, value in asdict(rule).items()
+        if value is not None and key in ("scheme", "roles", "layers", "name")
+    ]
+    return ", ".join(parts)
