@@ -1,8 +1,8 @@
 """The GGUF header, read and built side by side.
 
-A file is ``GGUF``, a u32 version, two u64 counts, then so many typed key-value pairs, so many tensor entries, padding, the data; all
-little-endian.  A tensor entry holds the name, the sizes (innermost first, the reverse of torch), the type's number and an offset
-relative to the data.  Each tensor begins where the one before it ends, rounded up to the alignment.
+A file is ``GGUF``, a u32 version, two u64 counts, then so many typed key-value pairs, so many tensor entries, padding and the
+data, all little-endian.  A tensor entry holds the name, the sizes (innermost first, the reverse of torch), the number of the type
+and an offset relative to the data.  Each tensor begins where the one before it ends, rounded up to the alignment.
 
 ``build_header`` makes the bytes that the ``gguf`` package writes for the same content, before there is any data.  Value types are
 strict, because llama.cpp refuses a file whose integers have another width than it expects.
