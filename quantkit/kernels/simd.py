@@ -215,6 +215,12 @@ def nearest(_typing: Any, value: Any) -> Any:
 
 
 @vector_function
+def root(_typing: Any, value: Any) -> Any:
+    """The square root of each float, correctly rounded."""
+    return FLOATS(FLOATS), lambda context, builder, signature, args: _call(builder, "llvm.sqrt.v16f32", FLOATS.llvm, *args)
+
+
+@vector_function
 def lookup(_typing: Any, table: Any, index: Any) -> Any:
     """The elements of a table of 16 at each index, of which the low four bits count."""
 
