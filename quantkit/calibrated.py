@@ -287,15 +287,14 @@ def _stored_values(unit: Unit, run: Run) -> list[torch.Tensor]:
     form = FORMATS[run.plan.recipe.format]
     stored = {}
     for tensor in run.plan.outputs[unit.key]:
-        data = torch.frombuffer(bytearray(run.writer.read(tensor.name)), dtype=TORCH_DTYPES[tensor.dtype])
-        stored[tensor.name] = data.view(tensor.shape)
+        data = torch.frombuffer(bytearray(run.writer.read(tensor.name)), dtype=TORCH_DTYPES.get(tensor.dtype, torch.uint8))
+        stored[tensor.name] = data.view(tensor.shape if tensor.dtype in TORCH_DTYPES else (tensor.shape[0], -1))
     values = []
     for matrix in unit.matrices:
         scheme = run.plan.assignments[matrix.name].scheme
-        kept = stored.get(f"{matrix.name}.weight")
         if scheme is None:
-            assert kept is not None
-            values.append(kept.to(torch.float32))
+            [kept] = form.output_tensors(matrix, None, run.plan.outputs[unit.key][0].dtype)
+            values.append(stored[kept.name].to(torch.float32))
         else:
             values.append(grid.dequantize(form.decode(matrix.name, stored, scheme)))
     return values

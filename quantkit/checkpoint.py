@@ -147,6 +147,11 @@ class Checkpoint:
             },
         }
 
+    @property
+    def model_name(self) -> str:
+        """What the model is called: the repository's name without its owner, or that of the directory."""
+        return self._origin.get("repository", self.directory.resolve().name).rpartition("/")[2]
+
     def carried_files(self) -> list[Path]:
         """What an artifact keeps: tokenizer, chat template, generation and preprocessor settings, licence, use policy, notice."""
         return list(self._carried)

@@ -30,10 +30,11 @@ from quantkit.engine import run_units
 from quantkit.errors import OutputError, RecipeError
 from quantkit.estimate import default_workers
 from quantkit.evidence import Evidence
+from quantkit.formats import FORMATS
 from quantkit.formats.base import ClientNote
 from quantkit.llama4 import Unit
 from quantkit.methods import METHODS
-from quantkit.plan import DEFAULT_MAX_SHARD_BYTES, ArtifactPlan, Plan, RoleSummary, make_plan, manifest_text, summarize_roles
+from quantkit.plan import ArtifactPlan, Plan, RoleSummary, make_plan, manifest_text, summarize_roles
 from quantkit.recipe import WORKING_SUFFIXES, Recipe, resolve_recipe
 from quantkit.scheme import BLOCK_SIZE, KEEP
 from quantkit.statistics import Statistics
@@ -99,7 +100,7 @@ def convert(
     *,
     revision: str | None = None,
     workers: int | None = None,
-    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    max_shard_bytes: int | None = None,
     calibration: CalibrationOptions | None = None,
     force: bool = False,
     restart: bool = False,
@@ -111,7 +112,7 @@ def convert(
     source: local directory or hub repository id (then ``revision`` applies).
     to: preset names, recipe files or recipes, one or several.
     workers: units worked on at once, and threads of a calibration; default by cores and memory.
-    max_shard_bytes: largest tensor file.
+    max_shard_bytes: largest tensor file; None: 5 GB for safetensors, GGUF files whole.
     calibration: on what, for recipes that need it; default: the bundled corpus.
     force: replace finished artifacts.
     restart: discard partial ones, and calibrations in ``output`` that were stopped, instead of resuming them.
@@ -151,7 +152,7 @@ def plan(
     to: Sequence[str | Path | Recipe] | str | Path | Recipe,
     *,
     revision: str | None = None,
-    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    max_shard_bytes: int | None = None,
     calibration: CalibrationOptions | None = None,
 ) -> Plan:
     """Plan the same run without doing it.
@@ -168,11 +169,12 @@ def plan(
                 return plan_checkpoint(checkpoint, recipes, max_shard_bytes)
             return _plan_calibrated(checkpoint, recipes, max_shard_bytes, calibration, Path())[0]
     text, config, _ = load_config(source, revision)
-    return make_plan(text, config, recipes, max_shard_bytes=max_shard_bytes)
+    name = path.resolve().parent.name if path.suffix == ".json" else path.name
+    return make_plan(text, config, recipes, max_shard_bytes=max_shard_bytes, model_name=name)
 
 
 def _plan_calibrated(
-    checkpoint: Checkpoint, recipes: Sequence[Recipe], max_shard_bytes: int, options: CalibrationOptions, output: Path
+    checkpoint: Checkpoint, recipes: Sequence[Recipe], max_shard_bytes: int | None, options: CalibrationOptions, output: Path
 ) -> tuple[Plan, Calibrated]:
     """The plan and its calibration.  A wrong recipe is refused before a corpus is read; without one there is nothing to add."""
     made = plan_checkpoint(checkpoint, recipes, max_shard_bytes)
@@ -184,7 +186,7 @@ def _plan_calibrated(
 def plan_checkpoint(
     checkpoint: Checkpoint,
     recipes: Sequence[Recipe],
-    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    max_shard_bytes: int | None = None,
     calibration: dict[str, Any] | None = None,
 ) -> Plan:
     """The exact plan for an opened checkpoint; see :func:`quantkit.plan.make_plan`."""
@@ -197,6 +199,8 @@ def plan_checkpoint(
         provenance=checkpoint.provenance(),
         carried=checkpoint.carried_files(),
         calibration=calibration,
+        model_name=checkpoint.model_name,
+        source=checkpoint.directory,
     )
 
 
@@ -210,7 +214,7 @@ def _open_writers(
     plan: Plan,
     runs: list[Run],
     output: Path,
-    max_shard_bytes: int,
+    max_shard_bytes: int | None,
     calibrated: Calibrated,
     force: bool,
     restart: bool,
@@ -236,13 +240,13 @@ def _open_writers(
         raise
 
 
-def _fingerprint(checkpoint: Checkpoint, artifact: ArtifactPlan, max_shard_bytes: int) -> dict[str, object]:
+def _fingerprint(checkpoint: Checkpoint, artifact: ArtifactPlan, max_shard_bytes: int | None) -> dict[str, object]:
     """What must be equal for a partial output to be resumed."""
     return {
         "version": __version__,
         "source": checkpoint.fingerprint(),
         "recipe": artifact.recipe.to_dict(),
-        "max_shard_bytes": max_shard_bytes,
+        "max_shard_bytes": "usual" if max_shard_bytes is None else max_shard_bytes,
         "layout": xxhash.xxh3_64_hexdigest(b"".join(file.name.encode() + file.header for file in artifact.files)),
     }
 
@@ -308,9 +312,9 @@ class _Reporter:
 def _prepare(runs: Sequence[Run], report: _Reporter) -> None:
     """Quantize a tiny matrix with each scheme, so that kernels are compiled once, and the rate of units means something."""
     assignments = {assignment for run in runs for assignment in run.plan.assignments.values()}
-    workspace, weight = Workspace(), torch.ones((BLOCK_SIZE, BLOCK_SIZE), dtype=torch.bfloat16)
-    ones = torch.ones(BLOCK_SIZE)
-    evidence = Evidence(1, ones, ones, torch.eye(BLOCK_SIZE))
+    width = 2 * BLOCK_SIZE  # a whole block of llama.cpp's types
+    workspace, weight, ones = Workspace(), torch.ones((BLOCK_SIZE, width), dtype=torch.bfloat16), torch.ones(width)
+    evidence = Evidence(1, ones, ones, torch.eye(width))
     with Team(1) as team:
         for assignment in sorted(assignments, key=repr) if report.todo else ():
             if assignment.scheme is not None:
@@ -339,7 +343,7 @@ def _convert_units(
     def work(unit: Unit, workspace: Workspace) -> None:
         pending = [run for run in runs if unit.key not in run.writer.completed]
         if unit.copies:
-            copy_unit(checkpoint, unit, pending)
+            copy_unit(checkpoint, unit, pending, workspace)
         else:
             weights, digests = checkpoint.read_unit(unit, workspace)
             for run in pending:
@@ -361,7 +365,7 @@ def _seal(run: Run, plan: Plan, workers: int, report: _Reporter, stop: threading
     provenance = plan.provenance or {}
     run.writer.seal(
         sidecars,
-        plan.carried,
+        [path for path in plan.carried if FORMATS[run.plan.recipe.format].carries(path.name)],
         lambda files: manifest_text(run.plan.recipe, provenance, files, plan.calibration),
         workers=workers,
         stop=stop,

@@ -13,7 +13,7 @@ import hashlib
 import os
 import queue
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +41,7 @@ class Place:
 class FileCheck:
     """What reading a file back showed.
 
-    wrong: names of tensors that differ from what was written; the empty name stands for the header or the size of the file.
+    wrong: names of tensors that differ from what was written; the empty name stands for header, padding or size of the file.
     stamp: that of the file (see ``DataFiles.stamp``) when reading began.
     """
 
@@ -166,14 +166,12 @@ class DataFiles:
         told the number of bytes after each read.  Raises Interrupted soon after ``stop`` is set.
         """
         file, path = self.files[name], self.directory / name
-        tensors = sorted(file.tensors, key=lambda tensor: (file.offsets[tensor.name], tensor.nbytes))
-        segments = [("", len(file.header)), *((tensor.name, tensor.nbytes) for tensor in tensors)]
         whole, wrong = hashlib.sha256(), []
         buffer = memoryview(bytearray(min(READ_BYTES, file.size)))
         with output_errors(f"read back {path}", resumable=True), path.open("rb", buffering=0) as stream:
-            for tensor_name, left in segments:  # they follow each other without gaps
+            for tensor_name, known, left in _segments(file):
                 part = xxhash.xxh3_64()
-                digest = digest_of(tensor_name) if tensor_name else xxhash.xxh3_64_hexdigest(file.header)
+                digest = xxhash.xxh3_64_hexdigest(known) if known is not None else digest_of(tensor_name)
                 while left:
                     if stop.is_set():
                         raise Interrupted(STOPPED)
@@ -202,6 +200,19 @@ class DataFiles:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
+
+
+def _segments(file: OutputFile) -> Iterator[tuple[str, bytes | None, int]]:
+    """What follows what in a file: name of the tensor, content where that is known, size.  Header and padding have no name."""
+    yield "", file.header, len(file.header)
+    end = len(file.header)
+    for tensor in sorted(file.tensors, key=lambda tensor: (file.offsets[tensor.name], tensor.nbytes)):
+        if gap := file.offsets[tensor.name] - end:
+            yield "", bytes(gap), gap
+        yield tensor.name, None, tensor.nbytes
+        end = file.offsets[tensor.name] + tensor.nbytes
+    if gap := file.size - end:
+        yield "", bytes(gap), gap
 
 
 def allocate_file(descriptor: int, size: int) -> None:

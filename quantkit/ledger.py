@@ -79,23 +79,23 @@ def kept_entry(item: WeightMatrix | SourceTensor, source_digest: str) -> LedgerE
 
 
 def quantized_entry(
-    matrix: WeightMatrix,
+    item: WeightMatrix | SourceTensor,
     assignment: Assignment,
     applied: str,
     statistics: QuantizationStatistics,
     source_digest: str,
     received: Received | None = None,
 ) -> LedgerEntry:
-    """The entry of a quantized matrix; ``applied`` is the scheme that the method's result really has.
+    """The entry of a quantized tensor; ``applied`` is the scheme that the method's result really has.
 
     received: what a method with evidence learned from.
     """
-    elements = math.prod(matrix.shape)
+    elements = math.prod(item.shape)
     return LedgerEntry(
-        matrix.name,
-        matrix.role,
-        matrix.layer,
-        matrix.expert,
+        item.name,
+        item.role,
+        item.layer,
+        item.expert if isinstance(item, WeightMatrix) else None,
         assignment.scheme.name if assignment.scheme else KEEP,
         applied,
         assignment.method,

@@ -19,14 +19,13 @@ from quantkit import ledger
 from quantkit.assignment import Assignment, assign
 from quantkit.errors import RecipeError
 from quantkit.formats import FORMATS
-from quantkit.formats.base import ClientNote, OutputFile, OutputTensor
+from quantkit.formats.base import ClientNote, FileRequest, OutputFile, OutputTensor
 from quantkit.grid import QuantizationStatistics
 from quantkit.llama4 import Llama4Config, Role, Unit, units
 from quantkit.recipe import Recipe
 from quantkit.scheme import Scheme
 from quantkit.version import __version__
 
-DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
 MANIFEST_VERSION = 1
 
 
@@ -99,16 +98,21 @@ def make_plan(
     config: Llama4Config,
     recipes: Sequence[Recipe],
     *,
-    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    max_shard_bytes: int | None = None,
     dtypes: Mapping[str, str] | None = None,
     provenance: dict[str, Any] | None = None,
     carried: Sequence[Path] = (),
     calibration: dict[str, Any] | None = None,
+    model_name: str = "model",
+    source: Path | None = None,
 ) -> Plan:
     """Plan all artifacts of a run.
 
+    max_shard_bytes: largest tensor file; None: 5 GB for safetensors, GGUF files whole.
     dtypes: source tensor name -> safetensors dtype, from an opened checkpoint; without it the config's dtype is assumed.
     calibration: what calibrated artifacts learn from; their manifests say it, and are that much shorter in a plan without it.
+    model_name: which GGUF files carry, in their names too.  source: directory with the tokenizer that they hold; without it they are
+    planned without one.
     Raises RecipeError when a recipe does not fit the model or a format cannot hold it.
     """
     names = [recipe.name for recipe in recipes]
@@ -116,11 +120,13 @@ def make_plan(
         raise RecipeError("nothing to make: name at least one target")
     if len(set(names)) < len(names):
         raise RecipeError(f"two targets have the same name ({', '.join(names)}); their artifacts would share one directory")
-    if isinstance(max_shard_bytes, bool) or not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
+    if max_shard_bytes is not None and (type(max_shard_bytes) is not int or max_shard_bytes < 1):
         raise RecipeError(f"the largest shard size is {max_shard_bytes}; expected a positive whole number of bytes")
     work = units(config)
     artifacts = tuple(
-        _plan_artifact(config_text, config, work, recipe, max_shard_bytes, dtypes, provenance, carried, calibration)
+        _plan_artifact(
+            config_text, config, work, recipe, max_shard_bytes, dtypes, provenance, carried, calibration, model_name, source
+        )
         for recipe in recipes
     )
     return Plan(config, tuple(work), artifacts, provenance, tuple(carried), calibration)
@@ -131,40 +137,41 @@ def _plan_artifact(
     config: Llama4Config,
     work: list[Unit],
     recipe: Recipe,
-    max_shard_bytes: int,
+    max_shard_bytes: int | None,
     dtypes: Mapping[str, str] | None,
     provenance: dict[str, Any] | None,
     carried: Sequence[Path],
     calibration: dict[str, Any] | None,
+    model_name: str,
+    source: Path | None,
 ) -> ArtifactPlan:
     if recipe.format not in FORMATS:
         raise RecipeError(f"recipe {recipe.name!r}: unknown format {recipe.format!r}. Formats: {', '.join(FORMATS)}")
     form = FORMATS[recipe.format]
-    assignments = assign(recipe, work)
-    schemes: dict[Any, Scheme | None] = {matrix: assignments[matrix.name].scheme for unit in work for matrix in unit.matrices}
-    if not any(schemes.values()):
+    assignments = assign(recipe, work, config, form.aliases(work))
+    if all(assignment.scheme is None for assignment in assignments.values()):
         raise RecipeError(f"recipe {recipe.name!r} quantizes nothing: every rule says keep")
+    schemes = {matrix: assignments[matrix.name].scheme for unit in work for matrix in unit.matrices}
     notes = form.client_notes(schemes, config, recipe.kv_cache)
     outputs: dict[str, tuple[OutputTensor, ...]] = {}
     weights: list[OutputTensor] = []
-    caches: list[OutputTensor] = []  # behind all weights: two bytes each, they would shift whatever follows off its alignment
+    caches: list[OutputTensor] = []
     for unit in work:
         tensors: list[OutputTensor] = []
         for copy in unit.copies:
-            tensors.append(OutputTensor(copy.name, _dtype(dtypes, copy.name, config), copy.shape))
+            tensors.append(form.copied_tensor(copy, assignments[copy.name].scheme, _dtype(dtypes, copy.name, config)))
         for matrix in unit.matrices:
-            tensors.extend(form.output_tensors(matrix, schemes[matrix], _dtype(dtypes, matrix.tensor, config)))
+            tensors.extend(form.output_tensors(matrix, assignments[matrix.name].scheme, _dtype(dtypes, matrix.tensor, config)))
         cache = form.kv_cache_tensors(unit, recipe.kv_cache)
         outputs[unit.key] = (*tensors, *cache)
         weights += tensors
         caches += cache
-    files = tuple(form.place(weights + caches, max_shard_bytes))
-    sidecars = {"config.json": form.config_text(config_text, form.quantization_config(schemes, recipe.kv_cache)).encode()}
-    index = form.index_text(files)
-    if index is not None:
-        sidecars["model.safetensors.index.json"] = index.encode()
+    planned = form.plan_files(
+        FileRequest(model_name, config_text, config, recipe, assignments, weights, caches, source, max_shard_bytes)
+    )
+    files, sidecars = planned.files, planned.sidecars
     sizes = {file.name: file.size for file in files} | {name: len(data) for name, data in sidecars.items()}
-    sizes |= {path.name: path.stat().st_size for path in carried}
+    sizes |= {path.name: path.stat().st_size for path in carried if form.carries(path.name)}
     sizes["ledger.json"] = len(ledger.ledger_text(recipe.name, _blank_entries(work, assignments)))
     if provenance is not None:
         blank = {name: {"size": size, "sha256": "0" * 64} for name, size in sizes.items()}
@@ -180,14 +187,12 @@ def _blank_entries(work: list[Unit], assignments: Mapping[str, Assignment]) -> l
     blank = QuantizationStatistics(0.0, 0.0, 0, 0.0, 0.0)
     entries = []
     for unit in work:
-        for copy in unit.copies:
-            entries.append(ledger.kept_entry(copy, "0" * 16))
-        for matrix in unit.matrices:
-            assignment = assignments[matrix.name]
+        for item in unit.items:
+            assignment = assignments[item.name]
             if assignment.scheme is None:
-                entries.append(ledger.kept_entry(matrix, "0" * 16))
+                entries.append(ledger.kept_entry(item, "0" * 16))
             else:
-                entries.append(ledger.quantized_entry(matrix, assignment, assignment.scheme.name, blank, "0" * 16))
+                entries.append(ledger.quantized_entry(item, assignment, assignment.scheme.name, blank, "0" * 16))
     return entries
 
 

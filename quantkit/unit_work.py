@@ -22,16 +22,19 @@ from quantkit.errors import CalibrationError, WeightError
 from quantkit.evidence import Evidence
 from quantkit.formats import FORMATS
 from quantkit.formats.base import DTYPE_BYTES
-from quantkit.llama4 import Unit, WeightMatrix
+from quantkit.llama4 import SourceTensor, Unit, WeightMatrix
 from quantkit.methods import METHODS, gptq_gpu
 from quantkit.plan import ArtifactPlan
 from quantkit.recipe import METHODS_WITH_EVIDENCE
 from quantkit.scheme import Scheme
 from quantkit.smoothing import smooth
 from quantkit.team import Team
+from quantkit.tensor_files import TORCH_DTYPES
 from quantkit.workspace import Workspace
 from quantkit.writer import ArtifactWriter
 
+STREAM_BYTES = 8 << 20  # of a tensor that is copied or quantized rows by rows
+STREAM_ROWS = 16  # a multiple of which are taken at once, whole vectors for the kernels
 # Per source dtype: how to see its bits, all bits but the sign, and the bits of infinity.  Bits beyond infinity are NaN.
 _BITS = {"BF16": (np.uint16, 0x7FFF, 0x7F80), "F16": (np.uint16, 0x7FFF, 0x7C00), "F32": (np.uint32, 0x7FFFFFFF, 0x7F800000)}
 
@@ -49,21 +52,83 @@ def source_bytes(checkpoint: Checkpoint, unit: Unit) -> int:
     return sum(math.prod(shape) * DTYPE_BYTES[checkpoint.tensors[name].dtype] for name, shape in items)
 
 
-def copy_unit(checkpoint: Checkpoint, unit: Unit, pending: Sequence[Run]) -> None:
-    """Tensors that no recipe quantizes pass through byte for byte, chunk by chunk."""
-    digests: dict[str, str] = {}
-    for copy in unit.copies:
-        digest, position = xxhash.xxh3_64(), 0
-        for chunk in checkpoint.chunks(copy.name):
-            _check_finite(chunk, checkpoint.tensors[copy.name].dtype, copy.name)
+def copy_unit(checkpoint: Checkpoint, unit: Unit, pending: Sequence[Run], workspace: Workspace) -> None:
+    """Tensors that are no matrices of a layer, rows by rows: byte for byte, widened, or quantized without calibration.
+
+    Raises WeightError, LedgerError, OutputError.
+    """
+    streams = [[_Stream(checkpoint, copy, run) for run in pending] for copy in unit.copies]
+    for copy, outputs in zip(unit.copies, streams, strict=True):
+        dtype, columns = checkpoint.tensors[copy.name].dtype, copy.shape[-1]
+        row_bytes = columns * DTYPE_BYTES[dtype]
+        portion = max(1, STREAM_BYTES // (row_bytes * STREAM_ROWS)) * STREAM_ROWS * row_bytes
+        digest = xxhash.xxh3_64()
+        for chunk in checkpoint.chunks(copy.name, portion):
+            _check_finite(chunk, dtype, copy.name)
             digest.update(chunk)
-            for run in pending:
-                run.writer.write_part(copy.name, position, chunk)
-            position += len(chunk)
-        digests[copy.name] = digest.hexdigest()
-    entries = [ledger.kept_entry(copy, digests[copy.name]) for copy in unit.copies]
-    for run in pending:
-        run.writer.commit(unit.key, digests, [entry.to_dict() for entry in entries])
+            for stream in outputs:
+                stream.put(chunk, workspace)
+        for stream in outputs:
+            stream.finish(digest.hexdigest())
+    for number, run in enumerate(pending):
+        done = [outputs[number] for outputs in streams]
+        written = {stream.target.name: stream.digest.hexdigest() for stream in done}
+        run.writer.commit(unit.key, written, [stream.entry.to_dict() for stream in done])
+
+
+class _Stream:
+    """One tensor on its way to one artifact, piece by piece.  target: what it becomes there."""
+
+    def __init__(self, checkpoint: Checkpoint, copy: SourceTensor, run: Run) -> None:
+        self._form, self._copy, self._run = FORMATS[run.plan.recipe.format], copy, run
+        self._assignment = run.plan.assignments[copy.name]
+        self._dtype = checkpoint.tensors[copy.name].dtype
+        self.target = self._form.copied_tensor(copy, self._assignment.scheme, self._dtype)
+        self.digest, self._position = xxhash.xxh3_64(), 0
+        self._statistics: list[grid.QuantizationStatistics] = []
+        self.entry: ledger.LedgerEntry
+
+    def put(self, chunk: memoryview, workspace: Workspace) -> None:
+        """The next rows, as the source stores them."""
+        if self.target.dtype == self._dtype:
+            data = chunk
+        else:
+            rows = torch.frombuffer(chunk, dtype=TORCH_DTYPES[self._dtype]).view(-1, self._copy.shape[-1])
+            data = _raw(self._converted(rows, workspace))
+        self._run.writer.write_part(self.target.name, self._position, data)
+        self.digest.update(data)
+        self._position += len(data)
+
+    def _converted(self, rows: torch.Tensor, workspace: Workspace) -> torch.Tensor:
+        if self._assignment.scheme is None:
+            return rows.to(TORCH_DTYPES[self.target.dtype])  # a wider type: nothing is lost
+        try:
+            [(quantized, statistics)] = apply_method(self._assignment, self._assignment.scheme, [rows], workspace, None, None)
+        except WeightError as error:
+            raise WeightError(f"{self._copy.name}: {error}") from error
+        self._statistics.append(statistics)
+        encoded: list[torch.Tensor] = list(self._form.encode(self._copy.name, quantized, workspace).values())
+        return encoded[0]
+
+    def finish(self, source_digest: str) -> None:
+        """All rows were put: make the ledger entry.  Raises LedgerError."""
+        scheme, dtype = self._assignment.scheme, self._dtype
+        if scheme is None:
+            self.entry = ledger.kept_entry(self._copy, source_digest)
+            return
+        found = self._statistics
+        if not found:  # the source has the scheme's own dtype already
+            assert scheme.name == dtype
+            found = [grid.QuantizationStatistics(0.0, 1.0, 0, 1.0, 1.0)]
+        statistics = grid.QuantizationStatistics(
+            sum(part.squared_error for part in found),
+            sum(part.squared_weight for part in found),
+            sum(part.clipped for part in found),
+            min(part.scale_minimum for part in found),
+            max(part.scale_maximum for part in found),
+        )
+        self.entry = ledger.quantized_entry(self._copy, self._assignment, scheme.name, statistics, source_digest)
+        ledger.check_entry(self.entry, self._assignment)
 
 
 def quantize_unit(
@@ -89,8 +154,10 @@ def quantize_unit(
         assignment = assignments[matrices[0].name]
         if assignment.scheme is None:
             for index, matrix in zip(group, matrices, strict=True):
-                _check_finite(weights[index], checkpoint.tensors[matrix.tensor].dtype, matrix.name)
-                written[f"{matrix.name}.weight"] = run.writer.write(f"{matrix.name}.weight", _raw(weights[index].contiguous()))
+                dtype = checkpoint.tensors[matrix.tensor].dtype
+                _check_finite(weights[index], dtype, matrix.name)
+                [kept] = form.output_tensors(matrix, None, dtype)
+                written[kept.name] = run.writer.write(kept.name, _raw(weights[index].contiguous()))
                 entries[matrix.name] = ledger.kept_entry(matrix, digests[index])
             continue
         given, evidence = [weights[index] for index in group], None if seen is None else seen.evidence
@@ -126,7 +193,7 @@ def apply_method(
     team: Team | None,
 ) -> list[tuple[grid.QuantizedTensor, grid.QuantizationStatistics]]:
     """What the method makes of these weights; GPTQ where the team has its GPU, if it has one."""
-    if assignment.method == "gptq" and team is not None and team.device is not None and evidence is not None:
+    if assignment.method == "gptq" and scheme.number != "ggml" and team is not None and team.device is not None and evidence is not None:
         [found] = gptq_gpu.quantize_batch(
             [weights], scheme, [evidence], team.device, clip_search=assignment.clip_search, workspace=workspace
         )

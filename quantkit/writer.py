@@ -322,7 +322,7 @@ class ArtifactWriter:
         if wrong:
             hit = {name for name, _ in wrong}
             self._strike({key for key, record in self.completed.items() if not hit.isdisjoint(record["tensors"])})
-            listed = ", ".join(f"{name or 'header or size'} in {file}" for name, file in wrong[:10])
+            listed = ", ".join(f"{name or 'header, padding or size'} in {file}" for name, file in wrong[:10])
             raise OutputError(
                 f"{self.partial}: {len(wrong)} tensors read back different from what was written ({listed}): the disk or memory "
                 "is faulty, or something else wrote there. Check them, then run the same command again: it redoes these units"

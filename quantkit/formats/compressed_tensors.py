@@ -34,19 +34,22 @@ import numpy as np
 import torch
 
 from quantkit.errors import ArtifactError
-from quantkit.formats.base import OutputFile, OutputTensor
+from quantkit.formats.base import FileRequest, OutputFile, OutputTensor, PlannedFiles
 from quantkit.formats.compressed_tensors_clients import client_notes
 from quantkit.formats.compressed_tensors_config import config_text, encoding, kv_cache_of, quantization_config, scheme_of
 from quantkit.grid import QuantizedTensor, cover_peak
 from quantkit.kernels.packing import flip_sign, pack_nibbles, unpack_nibbles
-from quantkit.llama4 import Unit, WeightMatrix
+from quantkit.llama4 import SourceTensor, Unit, WeightMatrix, units
 from quantkit.safetensors_header import build_header
 from quantkit.scheme import Scheme
 from quantkit.workspace import Workspace
 
 __all__ = [
+    "aliases",
+    "carries",
     "client_notes",
     "config_text",
+    "copied_tensor",
     "decode",
     "encode",
     "encode_kv_cache",
@@ -55,11 +58,13 @@ __all__ = [
     "kv_cache_tensors",
     "output_tensors",
     "place",
+    "plan_files",
     "quantization_config",
     "scheme_of",
 ]
 
 METADATA = {"format": "pt"}
+DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
 TORCH_DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -229,6 +234,37 @@ def encode_kv_cache(unit: Unit, key_peak: float, value_peak: float) -> dict[str,
 
 
 # ----------------------------------------------------------------------------------------------------------------- files
+
+
+def aliases(units: Sequence[Unit]) -> dict[str, str]:
+    """Other names of the tensors, in which patterns of recipes are searched too: none."""
+    return {}
+
+
+def carries(name: str) -> bool:
+    """Whether artifacts keep this file of the source that could be carried along: all of them."""
+    return True
+
+
+def copied_tensor(copy: SourceTensor, scheme: Scheme | None, dtype: str) -> OutputTensor:
+    """What a tensor without scheme becomes: itself."""
+    assert scheme is None
+    return OutputTensor(copy.name, dtype, copy.shape)
+
+
+def plan_files(request: FileRequest) -> PlannedFiles:
+    """Lay out tensor files, config and index."""
+    matrices = [matrix for unit in units(request.config) for matrix in unit.matrices]
+    schemes: dict[WeightMatrix, Scheme | None] = {matrix: request.assignments[matrix.name].scheme for matrix in matrices}
+    largest = DEFAULT_MAX_SHARD_BYTES if request.max_shard_bytes is None else request.max_shard_bytes
+    # Small ones behind all weights: two bytes each, they would shift whatever follows off its alignment.
+    files = tuple(place([*request.tensors, *request.small], largest))
+    section = quantization_config(schemes, request.recipe.kv_cache)
+    sidecars = {"config.json": config_text(request.config_text, section).encode()}
+    index = index_text(files)
+    if index is not None:
+        sidecars["model.safetensors.index.json"] = index.encode()
+    return PlannedFiles(files, sidecars)
 
 
 def place(tensors: Sequence[OutputTensor], max_shard_bytes: int) -> list[OutputFile]:

@@ -175,6 +175,9 @@ def check(schemes: Schemes) -> None:
     for matrix, scheme in schemes.items():
         if scheme is not None and matrix.role not in QUANTIZABLE_ROLES:
             problems[f"{matrix.role} weights must stay as in the source, clients build them unquantized"].append(matrix.name)
+        if scheme is not None and scheme.number == "ggml":
+            problems[f"{scheme.name} is a type of GGUF files; say format = 'gguf'"].append(matrix.name)
+            continue
         misfit = scheme.misfit(*matrix.shape) if scheme is not None else None
         if scheme is not None and misfit:
             problems[f"{scheme.name} does not fit, {misfit}"].append(matrix.name)
