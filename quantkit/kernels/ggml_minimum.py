@@ -1,0 +1,180 @@
+"""ggml's types with a scale and a minimum: Q4_K, Q5_K, Q2_K, and Q4_1 and Q5_1, which have no groups inside their blocks.
+
+Here are the loops over a matrix and the entry points.  Rows are worked on 16 at a time, one row per lane: a strip of rows is loaded
+for 128 inputs (256 for the K types), and each block is scaled, fitted and written before the next, so that it stays in the
+first-level cache.  What is minimized is the squared error of the numbers as stored, weighted by the importance of the inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from quantkit.kernels.block_target import BlockTarget
+from quantkit.kernels.ggml_minimum_block import (
+    Errors,
+    add_errors,
+    copy_inputs,
+    no_errors,
+    prepare_importance,
+    scale_block,
+    stored,
+    write_group,
+)
+from quantkit.kernels.ggml_minimum_fit import error_of, fit_codes, fit_group
+from quantkit.kernels.ggml_minimum_groups import Layout, fit_block, new_groups
+from quantkit.kernels.halves import to_half
+from quantkit.kernels.jit import compiled, kernel
+from quantkit.kernels.memory import load_float32, scatter_bytes, scatter_halves
+from quantkit.kernels.simd import floats, fused, ints, lane_sum, largest_lane, maximum, select
+from quantkit.kernels.tiles import STRIP_ROWS, TILE_INPUTS, Source, load_tile, store_codes, strip_rows
+
+
+@compiled
+def results(totals: Errors, divisor: float, peak: Any) -> Any:
+    """What a kernel returns."""
+    return (
+        lane_sum(totals.squared),
+        lane_sum(totals.power),
+        lane_sum(totals.weighted) * divisor,
+        lane_sum(totals.weighted_power) * divisor,
+        largest_lane(peak),
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- types with groups
+
+
+@compiled
+def quantize_groups(
+    source: Source, target: BlockTarget, given: Any, layout: Layout, searched: int, first_row: int, last_row: int
+) -> Any:
+    """A type with groups inside its blocks of 256."""
+    importance, kept = prepare_importance(given, layout.block, layout.group), new_groups(layout.block // layout.group)
+    tile, other_tile = np.empty(STRIP_ROWS * TILE_INPUTS, np.float32), np.empty(STRIP_ROWS * TILE_INPUTS, np.float32)
+    block, words = np.empty(layout.block * 16, np.float32), np.empty(TILE_INPUTS * 4, np.int32)
+    totals, peak, height, columns = no_errors(), ints(0), strip_rows(source), source.columns
+    blocks_of_row, groups_of_row = columns // layout.block, columns // layout.group
+    for strip in range(first_row, last_row, height):
+        vectors = min(height, last_row - strip) // 16
+        for first_input in range(0, columns, layout.block):
+            load_tile(source, strip, first_input, vectors, tile)
+            load_tile(source, strip, first_input + TILE_INPUTS, vectors, other_tile)
+            for vector in range(vectors):
+                row, origin = strip + vector * 16, vector * TILE_INPUTS * 16
+                largest = copy_inputs(tile, origin, TILE_INPUTS, block, 0)
+                largest = maximum(largest, copy_inputs(other_tile, origin, TILE_INPUTS, block, TILE_INPUTS))
+                peak = maximum(peak, largest)
+                unit, inverse_unit = scale_block(block, layout.block, largest)
+                scale, low = fit_block(kept, block, importance, first_input, layout, unit, inverse_unit, searched)
+                errors = no_errors()
+                for start in range(0, layout.block, layout.group):
+                    lane = start // layout.group * 16
+                    group_scale, group_low = load_float32(kept.scales, lane), load_float32(kept.minimums, lane)
+                    step, lift, exact = group_scale * scale, group_low * low, importance.exact
+                    errors = write_group(
+                        block, start, layout.group, exact, first_input + start, step, lift, layout.highest, words, errors
+                    )
+                    place = row * groups_of_row + (first_input + start) // layout.group
+                    scatter_bytes(target.group_scales, place, groups_of_row, ints(group_scale))
+                    scatter_bytes(target.group_minimums, place, groups_of_row, ints(group_low))
+                    end = start + layout.group
+                    if end % TILE_INPUTS == 0:
+                        store_codes(words, target.codes, row, first_input + end - TILE_INPUTS, columns)
+                totals = add_errors(totals, errors, unit)
+                place = row * blocks_of_row + first_input // layout.block
+                scatter_halves(target.scales, place, blocks_of_row, to_half(scale * unit))
+                scatter_halves(target.minimums, place, blocks_of_row, to_half(low * unit))
+    return results(totals, importance.divisor, peak)
+
+
+@kernel
+def quantize_q4_k(source: Source, target: BlockTarget, importance: Any, searched: int, first_row: int, last_row: int) -> Any:
+    """Q4_K: 16 codes, groups of 32."""
+    return quantize_groups(source, target, importance, Layout(256, 32, 15.0, 63.0, 0.03), searched, first_row, last_row)
+
+
+@kernel
+def quantize_q5_k(source: Source, target: BlockTarget, importance: Any, searched: int, first_row: int, last_row: int) -> Any:
+    """Q5_K: 32 codes, groups of 32."""
+    return quantize_groups(source, target, importance, Layout(256, 32, 31.0, 63.0, 0.03), searched, first_row, last_row)
+
+
+@kernel
+def quantize_q2_k(source: Source, target: BlockTarget, importance: Any, searched: int, first_row: int, last_row: int) -> Any:
+    """Q2_K: 4 codes, groups of 16."""
+    return quantize_groups(source, target, importance, Layout(256, 16, 3.0, 15.0, 0.1), searched, first_row, last_row)
+
+
+# ----------------------------------------------------------------------------------------------------- types without groups
+
+
+@compiled
+def fit_single(
+    block: Any, importance: Any, first: int, weight: float, size: int, highest: float, unit: Any, inverse_unit: Any, searched: int
+) -> Any:
+    """FP16 step and minimum (subtracted) of a block without groups."""
+    wide = floats(weight)
+    fit, total = fit_group(block, 0, size, importance, first, wide, highest, True, searched)
+    step, low = stored(fit.step, unit, inverse_unit), stored(fit.low, unit, inverse_unit)
+    if searched == 0:
+        return step, low
+    low = stored(fused(step, fit.sums.codes, floats(0.0) - total) / wide, unit, inverse_unit)
+    again = fit_codes(block, 0, size, importance, first, total, wide, step, low, highest, True)
+    other = stored(again.step, unit, inverse_unit)
+    other_low = stored(fused(other, again.sums.codes, floats(0.0) - total) / wide, unit, inverse_unit)
+    improved = error_of(again.sums, total, wide, other, other_low) < error_of(again.sums, total, wide, step, low)
+    return select(improved, other, step), select(improved, other_low, low)
+
+
+@compiled
+def quantize_single(
+    source: Source, target: BlockTarget, given: Any, size: int, highest: float, searched: int, first_row: int, last_row: int
+) -> Any:
+    """A type with blocks of 32 and nothing inside them."""
+    importance = prepare_importance(given, size, size)
+    tile, block = np.empty(STRIP_ROWS * TILE_INPUTS, np.float32), np.empty(size * 16, np.float32)
+    words = np.empty(TILE_INPUTS * 4, np.int32)
+    totals, peak, height, columns = no_errors(), ints(0), strip_rows(source), source.columns
+    blocks_of_row = columns // size
+    for strip in range(first_row, last_row, height):
+        vectors = min(height, last_row - strip) // 16
+        for chunk in range(0, columns, TILE_INPUTS):
+            load_tile(source, strip, chunk, vectors, tile)
+            for vector in range(vectors):
+                row = strip + vector * 16
+                for start in range(0, TILE_INPUTS, size):
+                    first, place = chunk + start, row * blocks_of_row + (chunk + start) // size
+                    largest = copy_inputs(tile, (vector * TILE_INPUTS + start) * 16, size, block, 0)
+                    peak = maximum(peak, largest)
+                    unit, inverse_unit = scale_block(block, size, largest)
+                    step, low = fit_single(
+                        block,
+                        importance.search,
+                        first,
+                        importance.groups[first // size],
+                        size,
+                        highest,
+                        unit,
+                        inverse_unit,
+                        searched,
+                    )
+                    errors = write_group(block, 0, size, importance.exact, first, step, low, highest, words, no_errors())
+                    totals = add_errors(totals, errors, unit)
+                    scatter_halves(target.scales, place, blocks_of_row, to_half(step * unit))
+                    scatter_halves(target.minimums, place, blocks_of_row, to_half(floats(0.0) - low * unit))
+                store_codes(words, target.codes, row, chunk, columns)
+    return results(totals, importance.divisor, peak)
+
+
+@kernel
+def quantize_q4_1(source: Source, target: BlockTarget, importance: Any, searched: int, first_row: int, last_row: int) -> Any:
+    """Q4_1: 16 codes."""
+    return quantize_single(source, target, importance, 32, 15.0, searched, first_row, last_row)
+
+
+@kernel
+def quantize_q5_1(source: Source, target: BlockTarget, importance: Any, searched: int, first_row: int, last_row: int) -> Any:
+    """Q5_1: 32 codes."""
+    return quantize_single(source, target, importance, 32, 31.0, searched, first_row, last_row)

@@ -1,0 +1,151 @@
+"""Fitting ``step * code - minimum`` to a group of weights, 16 rows at a time: what the types with a minimum have in common.
+
+Rounding weights to codes and solving for step and minimum by weighted least squares, in turn, never makes the error larger, but it
+ends in the next best of very many local optima.  What decides is where it starts, and the two ends of the range matter separately:
+nine starts, with either end moved out, left or moved in by a fraction of a step, do better than a dozen along one line.
+
+For a group of a block (``ggml_minimum_block``) only five sums matter, over its inputs: of the importance, of importance times weight,
+and (for given codes) of importance times code, code squared, and code times weight.  From them the error for *any* step and minimum
+follows without looking at the weights again.  Errors here leave out the sum of squared weights, which no choice changes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from quantkit.kernels.ggml_minimum_block import reciprocal
+from quantkit.kernels.jit import compiled
+from quantkit.kernels.memory import load_float32
+from quantkit.kernels.simd import floats, fused, maximum, minimum, nearest, select
+
+NARROWEST = 2.0**-24  # a range below this is no range, next to the block's largest magnitude, which is at least 1
+SINGULAR = 1e-5  # least squares whose determinant is a smaller part of its first term tell rounding errors, not a step
+SHIFTS = (-0.25, 0.125, 0.5)  # of either end of the range, in steps, inwards
+
+
+class Sums(NamedTuple):
+    """Sums over a group, each weighted by importance: of codes, squared codes, codes times weights."""
+
+    codes: Any
+    squares: Any
+    products: Any
+
+
+class Fit(NamedTuple):
+    """A step and a minimum, the codes' sums that they were solved for, and the error."""
+
+    step: Any
+    low: Any
+    sums: Sums
+    error: Any
+
+
+@compiled
+def group_range(block: Any, start: int, count: int, importance: Any, first: int) -> Any:
+    """Smallest and largest weight of a group, and the weighted sum."""
+    low = high = load_float32(block, start * 16)
+    total = floats(0.0)
+    for index in range(count):
+        weight = load_float32(block, (start + index) * 16)
+        low, high = minimum(low, weight), maximum(high, weight)
+        total = fused(weight, floats(importance[first + index]), total)
+    return low, high, total
+
+
+@compiled
+def code_sums(block: Any, start: int, count: int, importance: Any, first: int, inverse: Any, low: Any, highest: float) -> Any:
+    """Round the weights of a group to codes ``(weight + low) * inverse`` and sum."""
+    offset, top, bottom = low * inverse, floats(highest), floats(0.0)
+    codes = squares = products = floats(0.0)
+    for index in range(count):
+        weight = load_float32(block, (start + index) * 16)
+        code = maximum(minimum(nearest(fused(weight, inverse, offset)), top), bottom)
+        scaled = code * floats(importance[first + index])
+        codes = codes + scaled
+        squares = fused(scaled, code, squares)
+        products = fused(scaled, weight, products)
+    return Sums(codes, squares, products)
+
+
+@compiled
+def error_of(sums: Sums, total: Any, weight: Any, step: Any, low: Any) -> Any:
+    """Squared error of ``step * code - low``, less the sum of squared weights."""
+    of_step = step * sums.squares - floats(2.0) * fused(low, sums.codes, sums.products)
+    return fused(step, of_step, low * fused(low, weight, floats(2.0) * total))
+
+
+@compiled
+def solve(sums: Sums, total: Any, weight: Any, fallback: Any, signed: bool) -> Any:
+    """Step and minimum with the least error for given codes; the minimum is not negative unless ``signed``.
+
+    fallback: the step to keep where all codes are (nearly) the same, so that they do not tell one.
+    """
+    spread = weight * sums.squares
+    determinant = spread - sums.codes * sums.codes
+    sound = determinant > spread * floats(SINGULAR)
+    free = (weight * sums.products - sums.codes * total) / select(sound, determinant, floats(1.0))
+    step = maximum(select(sound, free, fallback), floats(0.0))
+    low = (step * sums.codes - total) / weight
+    if not signed:
+        through_zero = maximum(sums.products, floats(0.0)) / maximum(sums.squares, floats(NARROWEST))
+        step = select(low < floats(0.0), through_zero, step)
+        low = maximum(low, floats(0.0))
+    return step, low
+
+
+@compiled
+def better(left: Fit, right: Fit) -> Any:
+    """The fit with less error, lane by lane; ``left`` where they are equal."""
+    chosen = right.error < left.error
+    sums = Sums(
+        select(chosen, right.sums.codes, left.sums.codes),
+        select(chosen, right.sums.squares, left.sums.squares),
+        select(chosen, right.sums.products, left.sums.products),
+    )
+    return Fit(
+        select(chosen, right.step, left.step),
+        select(chosen, right.low, left.low),
+        sums,
+        select(chosen, right.error, left.error),
+    )
+
+
+@compiled
+def fit_codes(
+    block: Any,
+    start: int,
+    count: int,
+    importance: Any,
+    first: int,
+    total: Any,
+    weight: Any,
+    step: Any,
+    low: Any,
+    highest: float,
+    signed: bool,
+) -> Any:
+    """One turn: codes for a step and a minimum, then the best step and minimum for these codes."""
+    sums = code_sums(block, start, count, importance, first, reciprocal(step), low, highest)
+    step, low = solve(sums, total, weight, step, signed)
+    return Fit(step, low, sums, error_of(sums, total, weight, step, low))
+
+
+@compiled
+def fit_group(
+    block: Any, start: int, count: int, importance: Any, first: int, weight: Any, highest: float, signed: bool, searched: int
+) -> Any:
+    """Fit a group from several starts.  Returns the best fit and the weighted sum of the weights."""
+    smallest, largest, total = group_range(block, start, count, importance, first)
+    if not signed:
+        smallest = minimum(smallest, floats(0.0))
+    unit = maximum(largest - smallest, floats(NARROWEST)) * floats(1.0 / highest)
+    if searched == 0:
+        zeros = floats(0.0)
+        return Fit(unit, floats(0.0) - smallest, Sums(zeros, zeros, zeros), zeros), total
+    best = fit_codes(block, start, count, importance, first, total, weight, unit, floats(0.0) - smallest, highest, signed)
+    for bottom in SHIFTS:
+        for top in SHIFTS:
+            step = unit * floats(1.0 - (bottom + top) / highest)
+            low = floats(0.0) - fused(unit, floats(bottom), smallest)
+            best = better(best, fit_codes(block, start, count, importance, first, total, weight, step, low, highest, signed))
+    return best, total

@@ -1,0 +1,236 @@
+"""The two levels of scales of Q4_K, Q5_K and Q2_K: integers for groups, FP16 scale and minimum for a block of 256.
+
+The weight of a K type is ``(scale * group_scale) * code - minimum * group_minimum``; the integers have 4 or 6 bits.  Once each group
+has been fitted with any step and minimum (``ggml_minimum_fit``) a block goes through these stages:
+
+1. Scale and minimum of the block: candidates around "the largest group takes the largest integer" are tried on the fits' sums.
+   What the integers cost depends so much on the luck of rounding that trying is worth more than any rule.
+2. Each group takes the pair of integers with the least error.  The two are chosen together: an error of the step is partly made up
+   for by the minimum.  Codes are rounded again with these numbers, and integers chosen again.
+3. Scale and minimum of the block are solved for by least squares with all codes and integers fixed.
+
+Each stage keeps what has the least importance-weighted squared error.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from quantkit.kernels.ggml_minimum_block import Importance, reciprocal, stored
+from quantkit.kernels.ggml_minimum_fit import Sums, error_of, fit_codes, fit_group
+from quantkit.kernels.jit import compiled
+from quantkit.kernels.memory import load_float32, store
+from quantkit.kernels.simd import floats, fused, maximum, minimum, nearest, select
+
+TRIALS = 9  # block scales tried, and as many block minimums for each
+
+
+class Layout(NamedTuple):
+    """Numbers of one type.  highest, highest_scale: largest code, and largest integer of a group.
+
+    spread: candidates for the block's scale and minimum range over (1 - spread, 1 + spread) times the plain ones.
+    """
+
+    block: int
+    group: int
+    highest: float
+    highest_scale: float
+    spread: float
+
+
+class Groups(NamedTuple):
+    """What is kept of each group while a block is worked on, float32 ``[groups, 16]``.
+
+    step, low: the fit; codes, squares and products: its sums (``ggml_minimum_fit.Sums``); total: the weighted sum of the weights.
+    wanted: the minimum that fits a step best.  scales, minimums: the integers.
+    """
+
+    step: Any
+    low: Any
+    codes: Any
+    squares: Any
+    products: Any
+    total: Any
+    wanted: Any
+    scales: Any
+    minimums: Any
+
+
+@compiled
+def new_groups(count: int) -> Any:
+    """Memory for the groups of a block."""
+    lanes = count * 16
+    return Groups(
+        np.empty(lanes, np.float32),
+        np.empty(lanes, np.float32),
+        np.empty(lanes, np.float32),
+        np.empty(lanes, np.float32),
+        np.empty(lanes, np.float32),
+        np.empty(lanes, np.float32),
+        np.empty(lanes, np.float32),
+        np.empty(lanes, np.float32),
+        np.empty(lanes, np.float32),
+    )
+
+
+@compiled
+def sums_of(kept: Groups, place: int) -> Any:
+    """The sums of one group."""
+    return Sums(load_float32(kept.codes, place), load_float32(kept.squares, place), load_float32(kept.products, place))
+
+
+@compiled
+def keep_sums(kept: Groups, place: int, sums: Sums) -> None:
+    """Store the sums of one group."""
+    store(kept.codes, place, sums.codes)
+    store(kept.squares, place, sums.squares)
+    store(kept.products, place, sums.products)
+
+
+@compiled
+def whole(value: Any, highest: float) -> Any:
+    """The nearest integer within 0 to ``highest``."""
+    return maximum(minimum(nearest(value), floats(highest)), floats(0.0))
+
+
+@compiled
+def choose_integers(kept: Groups, place: int, weight: float, layout: Layout, scale: Any, low: Any) -> None:
+    """Leave the best pair of integers for the sums of a group in scales and minimums."""
+    sums, total, wide = sums_of(kept, place), load_float32(kept.total, place), floats(weight)
+    inverse, inverse_low, share = reciprocal(scale), reciprocal(low), floats(1.0 / weight)
+    middle = whole(load_float32(kept.step, place) * inverse, layout.highest_scale)
+    best_scale = best_minimum = floats(0.0)
+    best = floats(np.inf)
+    for offset in range(-1, 2):
+        candidate = maximum(minimum(middle + floats(offset), floats(layout.highest_scale)), floats(0.0))
+        step = candidate * scale
+        wanted = (step * sums.codes - total) * share
+        lift = whole(wanted * inverse_low, layout.highest_scale)
+        error = error_of(sums, total, wide, step, lift * low)
+        lower = error < best
+        best, best_scale = select(lower, error, best), select(lower, candidate, best_scale)
+        best_minimum = select(lower, lift, best_minimum)
+    store(kept.scales, place, best_scale)
+    store(kept.minimums, place, best_minimum)
+
+
+@compiled
+def trial(layout: Layout, number: int) -> float:
+    """Factors around 1."""
+    return 1.0 + layout.spread * (2.0 * number / (TRIALS - 1) - 1.0)
+
+
+@compiled
+def choose_scales(kept: Groups, weights: Any, first_group: int, layout: Layout, unit: Any, inverse_unit: Any, searched: int) -> Any:
+    """Scale and minimum of the block for the fits of its groups."""
+    groups = layout.block // layout.group
+    largest_step = largest_low = floats(0.0)
+    for group in range(groups):
+        largest_step = maximum(largest_step, load_float32(kept.step, group * 16))
+        largest_low = maximum(largest_low, load_float32(kept.low, group * 16))
+    plain_scale, plain_low = largest_step * floats(1.0 / layout.highest_scale), largest_low * floats(1.0 / layout.highest_scale)
+    scale, low = stored(plain_scale, unit, inverse_unit), stored(plain_low, unit, inverse_unit)
+    if searched == 0:
+        return scale, low
+    best = floats(np.inf)
+    for scale_number in range(TRIALS):
+        candidate = stored(plain_scale * floats(trial(layout, scale_number)), unit, inverse_unit)
+        inverse, base = reciprocal(candidate), floats(0.0)
+        for group in range(groups):
+            place, weight = group * 16, floats(weights[first_group + group])
+            step = whole(load_float32(kept.step, place) * inverse, layout.highest_scale) * candidate
+            sums = sums_of(kept, place)
+            wanted = fused(step, sums.codes, floats(0.0) - load_float32(kept.total, place)) / weight
+            store(kept.wanted, place, wanted)
+            of_step = step * fused(step, sums.squares, floats(-2.0) * sums.products)
+            base = base + (of_step - weight * wanted * wanted)
+        for low_number in range(TRIALS):
+            candidate_low = stored(plain_low * floats(trial(layout, low_number)), unit, inverse_unit)
+            inverse_low, error = reciprocal(candidate_low), base
+            for group in range(groups):
+                wanted = load_float32(kept.wanted, group * 16)
+                missed = whole(wanted * inverse_low, layout.highest_scale) * candidate_low - wanted
+                error = fused(missed * missed, floats(weights[first_group + group]), error)
+            lower = error < best
+            best, scale = select(lower, error, best), select(lower, candidate, scale)
+            low = select(lower, candidate_low, low)
+    return scale, low
+
+
+@compiled
+def refit_scales(
+    kept: Groups, weights: Any, first_group: int, layout: Layout, unit: Any, inverse_unit: Any, scale: Any, low: Any
+) -> Any:
+    """Solve for scale and minimum of the block with codes and integers fixed; the old ones where that is no better."""
+    zero = floats(0.0)
+    scale_scale = scale_low = low_low = scale_weight = low_weight = zero
+    for group in range(layout.block // layout.group):
+        place, weight = group * 16, floats(weights[first_group + group])
+        sums, total = sums_of(kept, place), load_float32(kept.total, place)
+        step, lift = load_float32(kept.scales, place), load_float32(kept.minimums, place)
+        scale_scale = fused(step * step, sums.squares, scale_scale)
+        scale_low = fused(step * lift, sums.codes, scale_low)
+        low_low = fused(lift * lift, weight, low_low)
+        scale_weight = fused(step, sums.products, scale_weight)
+        low_weight = fused(lift, total, low_weight)
+    determinant = scale_scale * low_low - scale_low * scale_low
+    sound = determinant > scale_scale * low_low * floats(1e-5)
+    divisor = select(sound, determinant, floats(1.0))
+    new_scale = maximum(select(sound, (scale_weight * low_low - low_weight * scale_low) / divisor, scale), zero)
+    new_low = maximum(select(sound, (scale_weight * scale_low - low_weight * scale_scale) / divisor, low), zero)
+    new_scale, new_low = stored(new_scale, unit, inverse_unit), stored(new_low, unit, inverse_unit)
+    sums = Sums(scale_low, scale_scale, scale_weight)
+    improved = error_of(sums, low_weight, low_low, new_scale, new_low) < error_of(sums, low_weight, low_low, scale, low)
+    return select(improved, new_scale, scale), select(improved, new_low, low)
+
+
+@compiled
+def fit_block(
+    kept: Groups,
+    block: Any,
+    importance: Importance,
+    first_input: int,
+    layout: Layout,
+    unit: Any,
+    inverse_unit: Any,
+    searched: int,
+) -> Any:
+    """Leave the integers of the groups in scales and minimums; return scale and minimum of the block."""
+    groups, first_group, size = layout.block // layout.group, first_input // layout.group, layout.group
+    for group in range(groups):
+        start, place, weight = group * size, group * 16, floats(importance.groups[first_group + group])
+        fit, total = fit_group(block, start, size, importance.search, first_input + start, weight, layout.highest, False, searched)
+        store(kept.step, place, fit.step)
+        store(kept.low, place, fit.low)
+        store(kept.total, place, total)
+        keep_sums(kept, place, fit.sums)
+    scale, low = choose_scales(kept, importance.groups, first_group, layout, unit, inverse_unit, searched)
+    if searched == 0:
+        inverse, inverse_low = reciprocal(scale), reciprocal(low)
+        for place in range(0, groups * 16, 16):
+            store(kept.scales, place, whole(load_float32(kept.step, place) * inverse, layout.highest_scale))
+            store(kept.minimums, place, whole(load_float32(kept.low, place) * inverse_low, layout.highest_scale))
+        return scale, low
+    for group in range(groups):
+        start, place, weight = group * size, group * 16, importance.groups[first_group + group]
+        choose_integers(kept, place, weight, layout, scale, low)
+        step, lift = load_float32(kept.scales, place) * scale, load_float32(kept.minimums, place) * low
+        fit = fit_codes(
+            block,
+            start,
+            size,
+            importance.search,
+            first_input + start,
+            load_float32(kept.total, place),
+            floats(weight),
+            step,
+            lift,
+            layout.highest,
+            False,
+        )
+        keep_sums(kept, place, fit.sums)
+        store(kept.step, place, fit.step)
+        choose_integers(kept, place, weight, layout, scale, low)
+    return refit_scales(kept, importance.groups, first_group, layout, unit, inverse_unit, scale, low)
