@@ -8,16 +8,28 @@ later blocks is a matrix product, which is the caller's.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from quantkit.kernels.jit import kernel
-from quantkit.kernels.memory import load_float32, scatter_bytes, store
-from quantkit.kernels.simd import doubles, floats, fused, ints, lane_sum, maximum, minimum, nearest
+from quantkit.kernels.memory import load_float32, load_int32, scatter_bytes, store
+from quantkit.kernels.simd import doubles, floats, fused, ints, lane_sum, lookup, maximum, minimum, nearest
 
 STRIP = 32  # rows taken at once: two vectors
 BLOCK = 128  # inputs of a block: its strip fills half of a first-level cache
+
+
+class Table(NamedTuple):
+    """The 16 levels of codes that are no numbers.
+
+    midpoints: float32 ``[15]`` between neighbouring levels, rising.  levels: float32 ``[16]``, rising.  codes: int32 ``[16]``,
+    theirs.
+    """
+
+    midpoints: Any
+    levels: Any
+    codes: Any
 
 
 @kernel
@@ -28,10 +40,12 @@ def quantize_block(
     variances: Any,
     scales: Any,
     zero_points: Any,
+    minimums: Any,
     groups: Any,
     places: Any,
     lowest: float,
     highest: float,
+    table: Table,
     codes: Any,
     rows: int,
     first_row: int,
@@ -42,8 +56,9 @@ def quantize_block(
     All arrays are flat views of row-major ones.  errors: float32 ``[inputs, rows]``, weights on entry, weight - stored value on
     return. corrections: float32 ``[inputs, rows]``, what earlier blocks feed forward.  feedback: float32 ``[inputs, inputs]``, of
     which the strictly upper part is used.  variances: float64 ``[inputs]``, what one squared rounding error at that input
-    costs.  scales, zero_points: float32 ``[groups, rows]``.  groups, places: int64 ``[inputs]``, the group of an input and its row
-    in ``codes``, int8 ``[in, rows]``.
+    costs.  scales, zero_points: float32 ``[groups, rows]``.  minimums: the same, what is subtracted from every stored value, or
+    empty.  groups, places: int64 ``[inputs]``, the group of an input and its row in ``codes``, int8 ``[in, rows]``.  table: what
+    codes stand for where they are no numbers, else empty arrays.
 
     Returns the sums over these rows of variance * (rounding error)^2 and of (weight - stored value)^2, and how many codes were cut
     off at the ends of the range.
@@ -63,11 +78,21 @@ def quantize_block(
                 wanted = load_float32(tile, k * STRIP + r)
                 scale = load_float32(scales, groups[k] * rows + start + r)
                 zero_point = load_float32(zero_points, groups[k] * rows + start + r)
-                code = nearest(wanted / scale + zero_point)
-                inside = minimum(maximum(code, low), high)
-                clipped = clipped + ints(code != inside)
-                value = (inside - zero_point) * scale
-                scatter_bytes(codes, places[k] * rows + start + r, 1, ints(inside))
+                least = floats(0.0)
+                if minimums.size:
+                    least = load_float32(minimums, groups[k] * rows + start + r)
+                if table.midpoints.size:
+                    ratio, rank = wanted / scale, ints(0)
+                    for midpoint in table.midpoints:
+                        rank = rank + ints(ratio > floats(midpoint))
+                    value = lookup(load_float32(table.levels, 0), rank) * scale
+                    scatter_bytes(codes, places[k] * rows + start + r, 1, lookup(load_int32(table.codes, 0), rank))
+                else:
+                    code = nearest((wanted + least) / scale + zero_point)
+                    inside = minimum(maximum(code, low), high)
+                    clipped = clipped + ints(code != inside)
+                    value = (inside - zero_point) * scale - least
+                    scatter_bytes(codes, places[k] * rows + start + r, 1, ints(inside))
                 rounding, error = wanted - value, load_float32(errors, place) - value
                 store(errors, place, error)
                 loss = loss + doubles(variances[k]) * doubles(rounding * rounding)

@@ -5,6 +5,6 @@ All take the same arguments; ``team`` are threads that a method may use.
 
 from __future__ import annotations
 
-from quantkit.methods import awq, gptq, rtn
+from quantkit.methods import awq, blocks, gptq, rtn
 
-METHODS = {"rtn": rtn.quantize, "gptq": gptq.quantize, "awq": awq.quantize}
+METHODS = {"rtn": rtn.quantize, "importance": blocks.quantize_weighted, "gptq": gptq.quantize, "awq": awq.quantize}

@@ -15,7 +15,8 @@ Choices:
 * Inputs are taken in order of falling H_kk ("activation order"): the most important ones are rounded while all others can still
   make up for it.  Scales belong to groups of neighbouring inputs in the original order and are fixed beforehand, so nothing but
   the codes changes and no ``g_idx`` is stored.
-* Scales, and zero points, are those of round to nearest, clip search included.
+* Scales, and zero points, are those of round to nearest, clip search included.  Those of llama.cpp's types, two levels of them, are
+  searched with each input weighted by its mean square, the diagonal of H; rounding then knows all of H.
 * Damping: 1 % of the mean of the diagonal is added to it, and 0.3 times the inputs per row seen: as far as that passes 1, or all of
   it where the outputs are to make up for something.  What is learned from few rows does not hold elsewhere.  If H is still not
   positive definite in float32 the damping grows step by step.  The ledger says to what.
@@ -27,6 +28,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -36,8 +38,8 @@ from quantkit import grid
 from quantkit.errors import CalibrationError, RecipeError
 from quantkit.evidence import Evidence
 from quantkit.grid import QuantizationStatistics, QuantizedTensor
-from quantkit.kernels.gptq import BLOCK, STRIP, permute_rows, quantize_block, transpose_codes
-from quantkit.methods import rtn
+from quantkit.kernels.gptq import BLOCK, STRIP, Table, permute_rows, quantize_block, transpose_codes
+from quantkit.methods import blocks, rtn
 from quantkit.scheme import Scheme
 from quantkit.team import TILE, Team, factor_upper, output_power, sampled, spans
 from quantkit.workspace import Workspace
@@ -58,7 +60,7 @@ def quantize(
     evidence: Evidence | None = None,
     team: Team | None = None,
 ) -> list[tuple[QuantizedTensor, QuantizationStatistics]]:
-    """Quantize matrices that share their input to an integer scheme.
+    """Quantize matrices that share their input to an integer scheme or to a type of llama.cpp without codebook.
 
     weights: ``[out, in]``, BF16, F16 or F32, of either stride order.  evidence.hessian: float32 ``[in, in]``; only the upper
     triangle is read.  Results live in ``workspace`` and are valid until the next call that uses it.
@@ -67,8 +69,7 @@ def quantize(
     """
     if evidence is None or evidence.hessian is None or team is None:
         raise RecipeError("GPTQ needs calibration: the Hessian of what reaches these weights")
-    assert scheme.number in grid.INT_RANGE
-    rounded = rtn.quantize(weights, scheme, clip_search=clip_search, workspace=workspace)  # for its scales
+    rounded, lattices = _lattices(weights, scheme, clip_search, workspace, evidence, team)
     order, factor, variances, mean, damping = _factor(evidence, workspace, team)
     inputs = weights[0].shape[1]
     heights = [weight.shape[0] + -weight.shape[0] % STRIP for weight in weights]  # zeros as padding
@@ -76,22 +77,28 @@ def quantize(
     rows = sum(heights)
 
     errors = workspace.tensor("gptq errors", torch.float32, inputs, rows)
-    scales = workspace.tensor("gptq scales", torch.float32, rounded[0][0].scale.shape[1], rows).fill_(1.0)
-    zero_points = workspace.tensor("gptq zero points", torch.float32, *scales.shape).zero_()
-    for weight, (quantized, _), start, height in zip(weights, rounded, first, heights, strict=True):
+    groups = lattices[0].scale.shape[1]
+    scales = workspace.tensor("gptq scales", torch.float32, groups, rows).fill_(1.0)
+    zero_points = workspace.tensor("gptq zero points", torch.float32, groups, rows).fill_(lattices[0].offset)
+    minimums = workspace.tensor("gptq minimums", torch.float32, groups if lattices[0].minimum is not None else 0, rows).zero_()
+    for weight, lattice, start, height in zip(weights, lattices, first, heights, strict=True):
         columns = slice(start, start + weight.shape[0])
         _load(team, weight, order, errors[:, columns])
         errors[:, columns.stop : start + height] = 0.0
-        scales[:, columns] = quantized.scale.t()
-        if quantized.zero_point is not None:
-            zero_points[:, columns] = quantized.zero_point.t()
+        scales[:, columns] = lattice.scale.t()
+        if lattice.zero_point is not None:
+            zero_points[:, columns] = lattice.zero_point.t()
+        if lattice.minimum is not None:
+            minimums[:, columns] = lattice.minimum.t()
     codes = workspace.tensor("gptq codes", torch.int8, inputs, rows)
     powers = [output_power(team, sampled(weight).to(torch.float32), evidence.hessian) for weight in weights]
     shifts = _shifts(team, workspace, evidence.missing, order, factor, variances * mean, rows, powers[0])
     parts = [
         slice(start + part.start, start + part.stop) for start, height in zip(first, heights, strict=True) for part in spans(height)
     ]
-    sums = _round_all(team, workspace, scheme, order, factor, variances, errors, scales, zero_points, codes, parts, shifts)
+    sums = _round_all(
+        team, workspace, lattices[0], order, factor, variances, errors, (scales, zero_points, minimums), codes, parts, shifts
+    )
     results = []
     for index, (weight, (quantized, statistics), start) in enumerate(zip(weights, rounded, first, strict=True)):
         columns = slice(start, start + weight.shape[0])
@@ -104,7 +111,7 @@ def quantize(
         noise = loss * mean / weight.shape[0]  # per row
         results.append(
             (
-                QuantizedTensor(scheme, out, quantized.scale, quantized.zero_point),
+                replace(quantized, codes=out),
                 QuantizationStatistics(
                     squared_error=squared,
                     squared_weight=statistics.squared_weight,
@@ -117,6 +124,48 @@ def quantize(
             )
         )
     return results
+
+
+@dataclass(frozen=True)
+class _Lattice:
+    """The numbers among which a matrix is rounded: ``(code - zero point) * scale - minimum``, or ``level * scale``.
+
+    scale, zero_point, minimum: float32 ``[out, groups]``.  offset: zero point of all where there is none for each.
+    """
+
+    scale: torch.Tensor
+    zero_point: torch.Tensor | None
+    minimum: torch.Tensor | None
+    offset: float
+    codes: tuple[int, int]
+    levels: tuple[int, ...] | None
+
+
+def _lattices(
+    weights: Sequence[torch.Tensor], scheme: Scheme, clip_search: bool, workspace: Workspace, evidence: Evidence, team: Team
+) -> tuple[list[tuple[QuantizedTensor, QuantizationStatistics]], list[_Lattice]]:
+    """Matrices rounded to nearest, and the lattices that their scales make."""
+    if scheme.number != "ggml":
+        rounded = rtn.quantize(weights, scheme, clip_search=clip_search, workspace=workspace)
+        limits = grid.INT_RANGE[scheme.number]
+        return rounded, [_Lattice(each.scale, each.zero_point, None, 0.0, limits, None) for each, _ in rounded]
+    kind = scheme.block_type
+    assert not kind.codebook and not kind.floating
+    rounded = blocks.quantize(weights, scheme, clip_search=clip_search, workspace=workspace, evidence=evidence, team=team)
+    lattices = []
+    for each, _ in rounded:
+        step, minimum = grid.block_steps(each)
+        lattices.append(_Lattice(step, None, minimum, float(kind.offset), kind.codes, kind.levels))
+    return rounded, lattices
+
+
+def _table(levels: tuple[int, ...] | None) -> Table:
+    """Levels in rising order with their codes; of two codes for one level the first."""
+    if levels is None:
+        return Table(np.empty(0, np.float32), np.empty(0, np.float32), np.empty(0, np.int32))
+    order = np.argsort(np.array(levels), kind="stable")
+    rising = np.array(levels, np.float32)[order]
+    return Table((rising[1:] + rising[:-1]) / 2, rising, order.astype(np.int32))
 
 
 def _factor(evidence: Evidence, workspace: Workspace, team: Team) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, float]:
@@ -166,27 +215,26 @@ def _permute(team: Team, hessian: torch.Tensor, order: torch.Tensor, factor: flo
 def _round_all(
     team: Team,
     workspace: Workspace,
-    scheme: Scheme,
+    lattice: _Lattice,
     order: torch.Tensor,
     factor: torch.Tensor,
     variances: torch.Tensor,
     errors: torch.Tensor,
-    scales: torch.Tensor,
-    zero_points: torch.Tensor,
+    numbers: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     codes: torch.Tensor,
     parts: Sequence[slice],
     shifts: torch.Tensor | None,
 ) -> NDArray[np.float64]:
     """Quantize all inputs, panel by panel and block by block.  ``errors`` holds the weights ``[in, rows]`` in order of work.
 
-    parts: the rows that threads take.  shifts: added to what is fed forward, ``[in, rows]``.  Returns float64 ``[parts, 3]``, the
-    sums that ``quantize_block`` gives.
+    numbers: scales, zero points and minimums, ``[groups, rows]``.  parts: the rows that threads take.  shifts: added to what is
+    fed forward, ``[in, rows]``.  Returns float64 ``[parts, 3]``, the sums that ``quantize_block`` gives.
     """
     inputs, rows = errors.shape
-    lowest, highest = grid.INT_RANGE[scheme.number]
-    groups = order // (inputs // scales.shape[0])
+    lowest, highest = lattice.codes
+    groups, table = order // (inputs // numbers[0].shape[0]), _table(lattice.levels)
     corrections = workspace.tensor("gptq corrections", torch.float32, min(PANEL, inputs), rows)
-    flat_scales, flat_zero_points, flat_codes = (values.numpy().reshape(-1) for values in (scales, zero_points, codes))
+    flat_scales, flat_zero_points, flat_minimums, flat_codes = (values.numpy().reshape(-1) for values in (*numbers, codes))
     sums = np.zeros((len(parts), 3))
 
     def work(panel: slice, number: int) -> None:
@@ -210,10 +258,12 @@ def _round_all(
                 variances[inside].numpy(),
                 flat_scales,
                 flat_zero_points,
+                flat_minimums,
                 groups[inside].numpy(),
                 order[inside].numpy(),
                 float(lowest),
                 float(highest),
+                table,
                 flat_codes,
                 rows,
                 part.start,
