@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import struct
+from ctypes import c_char_p, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from quantkit.imatrix import (
 )
 from quantkit.llama4 import Llama4Config, parse_config, units
 from quantkit.statistics import Statistics
+from tests.llama_cpp import library
 from tests.sample_statistics import PROVENANCE, sample_statistics
 from tests.tiny_models import tiny_config
 
@@ -94,6 +97,51 @@ def test_gguf_file_has_the_names_keys_and_values_that_llama_cpp_reads(tmp_path: 
         assert np.array_equal(values[f"{name}.counts"].reshape(-1), entry.counts.numpy())
         expected = entry.mean_square.numpy() * entry.counts.numpy()[:, None]
         assert np.allclose(values[f"{name}.in_sum2"].reshape(expected.shape), expected, rtol=1e-6)
+
+
+class InitParameters(ctypes.Structure):
+    """``gguf_init_params`` of ggml's ``gguf.h``."""
+
+    _fields_ = [("no_alloc", ctypes.c_bool), ("context", ctypes.c_void_p)]
+
+
+def test_llama_cpp_itself_finds_keys_and_tensors(tmp_path: Path) -> None:
+    imatrix, loaded = sample(), library()
+    path = written(tmp_path, imatrix)
+    content = path.read_bytes()
+    for name, result, arguments in (
+        ("gguf_init_from_file", c_void_p, [c_char_p, InitParameters]),
+        ("gguf_find_key", c_int64, [c_void_p, c_char_p]),
+        ("gguf_get_val_str", c_char_p, [c_void_p, c_int64]),
+        ("gguf_get_val_u32", ctypes.c_uint32, [c_void_p, c_int64]),
+        ("gguf_get_arr_n", ctypes.c_size_t, [c_void_p, c_int64]),
+        ("gguf_get_arr_str", c_char_p, [c_void_p, c_int64, ctypes.c_size_t]),
+        ("gguf_get_n_tensors", c_int64, [c_void_p]),
+        ("gguf_get_tensor_name", c_char_p, [c_void_p, c_int64]),
+        ("gguf_get_tensor_size", ctypes.c_size_t, [c_void_p, c_int64]),
+        ("gguf_get_tensor_offset", ctypes.c_size_t, [c_void_p, c_int64]),
+        ("gguf_get_data_offset", ctypes.c_size_t, [c_void_p]),
+        ("gguf_free", None, [c_void_p]),
+    ):
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = result, arguments
+    file = loaded.gguf_init_from_file(str(path).encode(), InitParameters(True, None))
+    assert file
+    assert loaded.gguf_get_val_str(file, loaded.gguf_find_key(file, b"general.type")) == b"imatrix"
+    assert loaded.gguf_get_val_u32(file, loaded.gguf_find_key(file, b"imatrix.chunk_count")) == 7
+    assert loaded.gguf_get_val_u32(file, loaded.gguf_find_key(file, b"imatrix.chunk_size")) == 10
+    datasets = loaded.gguf_find_key(file, b"imatrix.datasets")
+    texts = [loaded.gguf_get_arr_str(file, datasets, index) for index in range(loaded.gguf_get_arr_n(file, datasets))]
+    assert texts == [b"a.txt", "bücher".encode()]
+    found = {}
+    for index in range(loaded.gguf_get_n_tensors(file)):
+        start = loaded.gguf_get_data_offset(file) + loaded.gguf_get_tensor_offset(file, index)
+        data = content[start : start + loaded.gguf_get_tensor_size(file, index)]
+        found[loaded.gguf_get_tensor_name(file, index).decode()] = np.frombuffer(data, np.float32)
+    loaded.gguf_free(file)
+    assert {name: values.tolist() for name, values in found.items()} == {
+        name: values.reshape(-1).tolist() for name, values in tensors_by_gguf(path).items()
+    }
 
 
 def test_legacy_file_is_laid_out_as_llama_cpp_reads_it(tmp_path: Path) -> None:
