@@ -21,7 +21,7 @@ from quantkit import ggml
 from quantkit.errors import RecipeError
 from quantkit.evidence import Evidence
 from quantkit.grid import QuantizationStatistics, QuantizedTensor, block_steps
-from quantkit.kernels import tiles
+from quantkit.kernels import ggml_minimum, tiles
 from quantkit.kernels.block_target import BlockTarget
 from quantkit.methods.sources import checked_peak, kernel_source
 from quantkit.scheme import Scheme
@@ -31,7 +31,13 @@ from quantkit.workspace import Workspace
 PORTION_ROWS = 256  # rows of one call of a kernel
 
 # By type; see kernels/block_target for what they fill.
-KERNELS: dict[str, Callable[..., tuple[float, float, float, float, int]]] = {}
+KERNELS: dict[str, Callable[..., tuple[float, float, float, float, int]]] = {
+    "Q2_K": ggml_minimum.quantize_q2_k,
+    "Q4_1": ggml_minimum.quantize_q4_1,
+    "Q4_K": ggml_minimum.quantize_q4_k,
+    "Q5_1": ggml_minimum.quantize_q5_1,
+    "Q5_K": ggml_minimum.quantize_q5_k,
+}
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
