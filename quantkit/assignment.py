@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
 from quantkit.errors import RecipeError
+from quantkit.ggml import TYPES
 from quantkit.llama4 import Llama4Config, Role, SourceTensor, Unit, WeightMatrix
 from quantkit.mixtures import FILE_TYPES, mixture_types
 from quantkit.recipe import FEED_FORWARD_ROLES, GGUF, METHODS_WITH_HESSIANS, Recipe, Rule, fitting_method, parse_layers
@@ -99,7 +100,7 @@ def _mixture(recipe: Recipe, units: list[Unit], config: Llama4Config | None) -> 
     result: dict[str, Assignment] = {}
     for unit in units:
         for item in unit.items:
-            name = types.get(item.name) or _vision_type(item)
+            name = types.get(item.name) or _vision_type(item, recipe.vision)
             if name is None or item.role in ("norm", "router") or item.name.endswith(".bias"):
                 result[item.name] = kept  # in full: GGUF widens what is small to F32
             else:
@@ -108,10 +109,13 @@ def _mixture(recipe: Recipe, units: list[Unit], config: Llama4Config | None) -> 
     return result
 
 
-def _vision_type(item: WeightMatrix | SourceTensor) -> str | None:
-    """Matrices of the vision tower are F16, as publishers have them; small tensors are kept."""
-    matrix = len(item.shape) == 2 and item.name.endswith(".weight")
-    return "F16" if item.role in ("vision", "projector") and matrix else None
+def _vision_type(item: WeightMatrix | SourceTensor, chosen: str) -> str | None:
+    """Of matrices of the vision tower; small tensors are kept.  llama.cpp convolves with the embedding of patches, in floats."""
+    if item.role not in ("vision", "projector") or len(item.shape) != 2 or not item.name.endswith(".weight"):
+        return None
+    if "patch_embedding" in item.name:
+        return "F16" if chosen == "F16" else "F32"
+    return "F16" if item.shape[-1] % TYPES[chosen].block else chosen
 
 
 def _smoothing_problems(units: list[Unit], assignments: Mapping[str, Assignment]) -> list[str]:

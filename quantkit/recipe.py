@@ -31,6 +31,7 @@ A GGUF recipe usually begins with one of llama.cpp's file types, which gives eve
 
     format = "gguf"
     mixture = "Q4_K_M"
+    vision = "BF16"                          # F16 (default), BF16, F32 or Q8_0: of the vision tower, in its own file
     method = "gptq"                          # rtn (default), importance or gptq: of all tensors that no rule gives another one
 
     [[rules]]
@@ -61,6 +62,7 @@ from quantkit.scheme import GGML, KEEP, Scheme, parse_scheme, scheme_names
 
 FEED_FORWARD_ROLES: tuple[Role, ...] = ("routed_expert", "shared_expert", "dense_mlp")
 GGUF = "gguf"
+VISION_TYPES = ("F16", "BF16", "F32", "Q8_0")
 METHOD_NAMES = ("rtn", "importance", "gptq", "awq")
 METHODS_WITH_HESSIANS = frozenset({"gptq", "awq"})  # these need the corpus to go through the model
 METHODS_WITH_EVIDENCE = METHODS_WITH_HESSIANS | {"importance"}
@@ -157,6 +159,7 @@ class Recipe:
     kv_cache: Literal["fp8"] | None = None
     mixture: str | None = None
     method: str = "rtn"
+    vision: str = "F16"
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", self.name):
@@ -175,6 +178,8 @@ class Recipe:
             raise RecipeError(f"a mixture is for format = {GGUF!r}")
         if self.method not in METHOD_NAMES:
             raise RecipeError(f"unknown method {self.method!r}. Methods: {', '.join(METHOD_NAMES)}")
+        if self.vision not in VISION_TYPES:
+            raise RecipeError(f"vision is {self.vision!r}; expected one of {', '.join(VISION_TYPES)}")
         if self.mixture is not None and self.method == "awq":
             raise RecipeError("method awq is not for the types of GGUF files: take gptq, importance or rtn")
         if self.mixture is not None and FILE_TYPES[self.mixture].needs_importance and self.method == "rtn":
