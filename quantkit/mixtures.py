@@ -67,9 +67,14 @@ def earliest(place: int, count: int) -> bool:
     return place < count // 16
 
 
+def late(place: int, count: int) -> bool:
+    """In the last eighth of the layers."""
+    return place >= 7 * count // 8
+
+
 def middle(place: int, count: int) -> bool:
     """In neither the first nor the last eighth of the layers."""
-    return count // 8 <= place < 7 * count // 8
+    return not early(place, count) and not late(place, count)
 
 
 def sensitive(place: int, count: int) -> bool:
@@ -253,21 +258,20 @@ LLAMA_CPP: tuple[FileType, ...] = (
     FileType("MXFP4_MOE", 38, "MXFP4", (Rule("ffn_*_exps", "MXFP4", when="several experts"), Rule("*", "Q8_0")), head="Q8_0"),
 )
 
-# Mixtures that know what a mixture of experts is: nine tenths of Scout's weights are routed experts, of which a token uses one in
-# sixteen (Maverick: one in 128), while attention, the shared expert, the embedding and the head see every token and cost little.
+# Mixtures that know what a mixture of experts is: nine tenths of Scout's weights are routed experts, of which a token meets one in
+# sixteen (Maverick: one in 128), while every token meets attention, the shared expert and the dense layers, which cost little.
 OWN: tuple[FileType, ...] = (
     FileType(
         "QK4_MOE",
         15,
-        "Q4_K",
+        "Q6_K",
         (
             Rule("ffn_*_exps", "Q5_K", early),
-            Rule("ffn_down_exps", "Q5_K", sensitive),
+            Rule("ffn_down_exps", "Q5_K", late),
             Rule("ffn_*_exps", "Q4_K"),
             Rule("attn_v", "Q8_0"),
-            Rule("*", "Q6_K"),
+            Rule(EMBEDDING, "Q4_K"),
         ),
-        head="Q6_K",
     ),
 )
 
