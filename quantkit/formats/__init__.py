@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from quantkit.formats import compressed_tensors
+from quantkit.formats import compressed_tensors, gguf
 
-FORMATS = {"compressed-tensors": compressed_tensors}
+FORMATS = {"compressed-tensors": compressed_tensors, "gguf": gguf}
