@@ -21,17 +21,17 @@ Norms, biases and the router are always F32, and the vision tower goes to a file
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Literal
 
 from quantkit.errors import RecipeError
 from quantkit.ggml import FALLBACKS, TYPES
-from quantkit.llama4 import Llama4Config, Unit, units
+from quantkit.llama4 import Llama4Config, Unit, inventory, units
 
 Fact = Literal["always", "importance", "no importance", "grouped", "four experts", "eight experts", "several experts"]
 Place = Callable[[int, int], bool]
@@ -297,19 +297,22 @@ class FileTensor:
     sources: tuple[str, ...]
 
 
-def file_tensors(config: Llama4Config) -> list[FileTensor]:
+@lru_cache(maxsize=8)  # of Maverick it takes a tenth of a second
+def file_tensors(config: Llama4Config) -> tuple[FileTensor, ...]:
     """Every tensor of the text model's file whose type is chosen, in llama.cpp's order: by layer, by name within."""
-    found: dict[str, FileTensor] = {}
+    slices: dict[str, list[FileTensor]] = {}
     for unit in units(config):
-        for tensor in _tensors_of(unit):
-            known = found.get(tensor.name)
-            if known is not None:
-                tensor = replace(known, rows=known.rows + tensor.rows, sources=(*known.sources, *tensor.sources))
-            found[tensor.name] = tensor
-    return sorted(found.values(), key=lambda tensor: (-1 if tensor.layer is None else tensor.layer, tensor.name))
+        for tensor in _slices(unit):
+            slices.setdefault(tensor.name, []).append(tensor)
+    whole = [
+        replace(found[0], rows=len(found) * found[0].rows, sources=tuple(tensor.sources[0] for tensor in found))
+        for found in slices.values()
+    ]
+    return tuple(sorted(whole, key=lambda tensor: (-1 if tensor.layer is None else tensor.layer, tensor.name)))
 
 
-def _tensors_of(unit: Unit) -> Iterable[FileTensor]:
+def _slices(unit: Unit) -> Iterable[FileTensor]:
+    """What a unit contributes: whole tensors, or those of one expert."""
     for matrix in unit.matrices:
         part = _PROJECTIONS[matrix.projection] + _SUFFIXES[matrix.role]
         rows, columns = matrix.shape
@@ -323,8 +326,11 @@ def _tensors_of(unit: Unit) -> Iterable[FileTensor]:
 
 def fixed_tensors(config: Llama4Config) -> dict[str, int]:
     """Our names of the text model's tensors that are always F32 (norms, router, biases), with how many numbers each has."""
-    roles = ("norm", "router", "attention")
-    return {source.name: math.prod(source.shape) for unit in units(config) for source in unit.copies if source.role in roles}
+    return {
+        tensor.name: tensor.elements
+        for tensor in inventory(config)
+        if tensor.role in ("norm", "router") or (tensor.role == "attention" and len(tensor.shape) == 1)
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------------ choice
