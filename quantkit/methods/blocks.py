@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from quantkit import ggml
-from quantkit.errors import RecipeError
+from quantkit.errors import RecipeError, WeightError
 from quantkit.evidence import Evidence
 from quantkit.grid import QuantizationStatistics, QuantizedTensor, block_steps
 from quantkit.kernels import ggml_minimum, tiles
@@ -59,7 +59,7 @@ def quantize(
     """
     kind = scheme.block_type
     if kind.floating:
-        return [_cast(weight, scheme, index) for index, weight in enumerate(weights)]
+        return [_cast(weight, scheme, index, workspace) for index, weight in enumerate(weights)]
     results = []
     for index, weight in enumerate(weights):
         source = kernel_source(weight, rows_needed=16, columns_needed=math.lcm(tiles.TILE_INPUTS, kind.block))
@@ -175,15 +175,20 @@ def _scale_range(quantized: QuantizedTensor) -> tuple[float, float]:
     return float(magnitudes.min()), float(magnitudes.max())
 
 
-def _cast(weight: torch.Tensor, scheme: Scheme, index: int) -> tuple[QuantizedTensor, QuantizationStatistics]:
+def _cast(
+    weight: torch.Tensor, scheme: Scheme, index: int, workspace: Workspace
+) -> tuple[QuantizedTensor, QuantizationStatistics]:
     """A floating type: the nearest number that it has.  What is too large for it is an error, not infinity."""
-    values = weight.to(_FLOATS[scheme.name])
-    exact = weight.to(torch.float32)
-    peak = float(exact.abs().max()) if exact.numel() else 0.0
-    checked_peak(int(np.float32(peak).view(np.int32)), weight, index)
-    if not bool(torch.isfinite(values).all()):
-        raise RecipeError(f"matrix {index} holds {peak:g}, which is too large for {scheme.name}; store it as BF16 or F32")
-    error = (values.to(torch.float32) - exact).square_().sum(dtype=torch.float64)
-    empty = torch.empty(0, dtype=torch.float16)
-    statistics = QuantizationStatistics(float(error), float(exact.square_().sum(dtype=torch.float64)), 0, 1.0, 1.0)
-    return QuantizedTensor(scheme, values, empty), statistics
+    values = workspace.tensor(f"cast {index}", _FLOATS[scheme.name], *weight.shape)
+    squared_error = squared_weight = 0.0
+    for part in spans(weight.shape[0], PORTION_ROWS):
+        exact = weight[part].to(torch.float32)
+        peak = float(exact.abs().max()) if exact.numel() else 0.0
+        checked_peak(int(np.float32(peak).view(np.int32)), weight, index)
+        values[part] = exact
+        if not bool(torch.isfinite(values[part]).all()):
+            raise WeightError(f"matrix {index} holds {peak:g}, which is too large for {scheme.name}; store it as BF16 or F32")
+        squared_error += float((values[part].to(torch.float32) - exact).square_().sum(dtype=torch.float64))
+        squared_weight += float(exact.square_().sum(dtype=torch.float64))
+    statistics = QuantizationStatistics(squared_error, squared_weight, 0, 1.0, 1.0)
+    return QuantizedTensor(scheme, values, torch.empty(0, dtype=torch.float16)), statistics
