@@ -152,6 +152,16 @@ def test_any_codes_survive_a_round_trip(name: str, seed: int) -> None:
     assert same_bits(grid.dequantize(expected), decoded_by_gguf(name, data.numpy()))
 
 
+@pytest.mark.parametrize("name", sorted(name for name, kind in TYPES.items() if kind.codebook))
+def test_types_with_a_codebook_are_handed_on(name: str) -> None:
+    weights = np.random.default_rng(4).standard_normal((3, 512)).astype(np.float32)
+    data = ggml_quantize(name, weights, np.ones(512, np.float32))
+    quantized = decode(torch.from_numpy(data), scheme_of(name), 512)
+    buffer = np.empty(data.size, np.uint8)
+    assert np.array_equal(encode(quantized, buffer).numpy(), data)
+    assert np.array_equal(buffer, data.reshape(-1))
+
+
 @pytest.mark.parametrize("name", sorted(FLOATING))
 def test_floating_types_are_their_own_bytes(name: str) -> None:
     weight = torch.randn(6, 40).to(FLOATING[name])
@@ -203,7 +213,8 @@ def test_data_of_another_size_is_refused(name: str) -> None:
 
 def test_a_buffer_or_a_field_of_another_size_is_refused() -> None:
     quantized = decode(torch.zeros(2, 18, dtype=torch.uint8), scheme_of("Q4_0"), 32)
-    for out in (np.empty(35, np.uint8), np.empty((2, 18), np.int8), np.empty((2, 36), np.uint8)[:, ::2]):
+    buffers: list[Any] = [np.empty(35, np.uint8), np.empty((2, 18), np.int8), np.empty((2, 36), np.uint8)[:, ::2]]
+    for out in buffers:
         with pytest.raises(ValueError, match="contiguous bytes"):
             encode(quantized, out)
     with pytest.raises(ValueError, match="expected"):

@@ -2,7 +2,7 @@
 
 A row of weights is a sequence of whole blocks, a matrix a sequence of rows, so the bytes of some rows do not depend on the others:
 an expert is encoded by itself and written at its place in the stacked tensor.  Types of plain codes and scales are packed by
-:mod:`quantkit.kernels.ggml_packing`; those with a codebook by :mod:`quantkit.codebooks`; floating types are their own bytes.
+:mod:`quantkit.kernels.ggml_packing`; those with a codebook by ``ggml_codebooks``; floating types are their own bytes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from quantkit.errors import ArtifactError
+from quantkit.formats.ggml_codebooks import decode_codebook, encode_codebook
 from quantkit.ggml import BlockType
 from quantkit.grid import QuantizedTensor
 from quantkit.kernels.ggml_packing import LAYOUTS, Fields, pack, unpack
@@ -29,6 +30,8 @@ def encode(quantized: QuantizedTensor, out: Bytes | None = None) -> torch.Tensor
     tensor of ``quantized``, has another size.
     """
     kind = quantized.scheme.block_type
+    if kind.codebook:
+        return encode_codebook(quantized, out)
     rows, columns = quantized.codes.shape
     shape = rows, kind.row_bytes(columns)
     target = np.empty(shape, np.uint8) if out is None else out
@@ -50,6 +53,8 @@ def decode(data: torch.Tensor, scheme: Scheme, columns: int) -> QuantizedTensor:
     Raises ArtifactError when the bytes are not rows of so many weights.
     """
     kind = scheme.block_type
+    if kind.codebook:
+        return decode_codebook(data, scheme, columns)
     fits = data.dtype == torch.uint8 and data.ndim == 2 and columns >= 0 and columns % kind.block == 0
     if not fits or data.shape[1] != kind.row_bytes(columns):
         raise ArtifactError(
