@@ -19,18 +19,13 @@ import argparse
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import common
 import gguf
-import numpy as np
 from generate_checkpoint import release_config
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from quantkit.llama4 import inventory, parse_config
+from plain_gguf import write_hollow
 
 OUTPUT = Path(__file__).parent.parent / "tests" / "data" / "llama_quantize_types.json"
 
@@ -132,56 +127,6 @@ def case_config(release: str, changes: dict[str, Any]) -> dict[str, Any]:
     config.update(changes)
     config.pop("moe_layers")  # derived from the step
     return config
-
-
-def write_hollow(path: Path, raw: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """A GGUF file of a config, all zeros and most of it a hole; returns its tensors with their shapes, rows last."""
-    config = parse_config(raw)
-    writer = gguf.GGUFWriter(path, "llama4")
-    writer.add_block_count(config.num_layers)
-    writer.add_context_length(8192)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.dense_width)
-    writer.add_expert_feed_forward_length(config.expert_width)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_expert_count(config.num_experts)
-    writer.add_expert_used_count(config.experts_per_token)
-    writer.add_interleave_moe_layer_step(raw["interleave_moe_layer_step"])
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_file_type(0)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA4, config.num_layers)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for tensor in inventory(config):
-        if tensor.name.endswith("experts.gate_up_proj"):
-            experts, hidden, width = tensor.shape
-            for part in ("gate_proj", "up_proj"):
-                shapes[f"{names.get_name(tensor.name.replace('gate_up_proj', part))}.weight"] = (experts, width // 2, hidden)
-        elif tensor.name.endswith("experts.down_proj"):
-            experts, width, hidden = tensor.shape
-            shapes[f"{names.get_name(tensor.name)}.weight"] = (experts, hidden, width)
-        else:
-            shapes[f"{names.get_name(tensor.name.removesuffix('.weight'))}.weight"] = tensor.shape
-    size = 0
-    for name, shape in shapes.items():
-        nbytes = 4
-        for length in shape:
-            nbytes *= length
-        writer.add_tensor_info(name, shape, np.dtype(np.float32), nbytes)
-        size += -(-nbytes // 32) * 32
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
-    header = path.stat().st_size
-    with path.open("r+b") as file:
-        file.truncate(-(-header // 32) * 32 + size)
-    return shapes
 
 
 def numbers(layers: list[int]) -> str:
