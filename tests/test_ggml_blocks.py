@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from quantkit import grid
 from quantkit.errors import ArtifactError
 from quantkit.formats.ggml_blocks import FLOATING, decode, encode
+from quantkit.formats.ggml_codebooks import decode_codebook
 from quantkit.ggml import TYPES
 from quantkit.grid import QuantizedTensor
 from quantkit.kernels.ggml_packing import LAYOUTS
@@ -154,12 +155,12 @@ def test_any_codes_survive_a_round_trip(name: str, seed: int) -> None:
 
 @pytest.mark.parametrize("name", sorted(name for name, kind in TYPES.items() if kind.codebook))
 def test_types_with_a_codebook_are_handed_on(name: str) -> None:
-    weights = np.random.default_rng(4).standard_normal((3, 512)).astype(np.float32)
-    data = ggml_quantize(name, weights, np.ones(512, np.float32))
-    quantized = decode(torch.from_numpy(data), scheme_of(name), 512)
-    buffer = np.empty(data.size, np.uint8)
-    assert np.array_equal(encode(quantized, buffer).numpy(), data)
-    assert np.array_equal(buffer, data.reshape(-1))
+    data = torch.from_numpy(np.random.default_rng(4).integers(0, 256, (3, TYPES[name].row_bytes(512)), dtype=np.uint8))
+    quantized = decode(data, scheme_of(name), 512)
+    assert torch.equal(quantized.codes, decode_codebook(data, scheme_of(name), 512).codes)
+    buffer = np.empty(data.numel(), np.uint8)
+    assert torch.equal(encode(quantized, buffer), data)
+    assert np.array_equal(buffer, data.numpy().reshape(-1))
 
 
 @pytest.mark.parametrize("name", sorted(FLOATING))
