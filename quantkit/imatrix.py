@@ -425,8 +425,9 @@ def imatrix_from_statistics(statistics: Statistics, config: Llama4Config) -> Ima
     corpus = statistics.description.get("corpus")
     described: dict[str, Any] = corpus if isinstance(corpus, dict) else {}
     datasets = described.get("datasets") or [described.get("source", "unknown")]
-    length = _whole(described.get("sequence_length")) or 1
-    chunks = _whole(described.get("samples"))
+    tokens, samples = (_whole(described.get(name)) for name in ("tokens", "samples"))
+    length = _whole(described.get("sequence_length")) or -(-tokens // max(samples, 1)) or 1
+    chunks = -(-tokens // length)  # samples may be shorter than a chunk
     return Imatrix({name: _entry(evidence) for name, evidence in rows.items()}, tuple(map(str, datasets)), chunks, length)
 
 

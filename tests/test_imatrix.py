@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import json
 import os
 import struct
@@ -535,6 +536,18 @@ def test_files_of_another_model_are_refused_with_all_that_differs() -> None:
     entries |= dict.fromkeys(("blk.0.ffn_gate_inp.weight", "output.weight", "token_embd.weight"), removed)
     back = statistics_from_imatrix(Imatrix(entries), SCOUT, PROVENANCE)
     assert back.inputs.keys() == {unit.key for unit in units(SCOUT) if unit.matrices}
+
+
+def test_chunks_are_as_many_as_hold_the_tokens() -> None:
+    statistics = sample_statistics(SCOUT)
+    told = imatrix_from_statistics(statistics, SCOUT)
+    assert (told.chunk_count, told.chunk_size, told.datasets) == (7, 100, ("bundled",))
+    corpus = {"source": "a.txt", "samples": 90, "tokens": 700, "sequence_length": 64}  # documents shorter than the window
+    described = dataclasses.replace(statistics, description={"corpus": corpus})
+    told = imatrix_from_statistics(described, SCOUT)
+    assert (told.chunk_count, told.chunk_size, told.datasets) == (11, 64, ("a.txt",))
+    nothing = imatrix_from_statistics(dataclasses.replace(statistics, description={}), SCOUT)
+    assert (nothing.chunk_count, nothing.chunk_size, nothing.datasets) == (0, 1, ("unknown",))
 
 
 def test_statistics_that_lack_a_unit_are_not_exported() -> None:
