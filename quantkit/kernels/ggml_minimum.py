@@ -22,13 +22,19 @@ from quantkit.kernels.ggml_minimum_block import (
     stored,
     write_group,
 )
-from quantkit.kernels.ggml_minimum_fit import error_of, fit_codes, fit_group
+from quantkit.kernels.ggml_minimum_fit import Starts, error_of, fit_codes, fit_group
 from quantkit.kernels.ggml_minimum_groups import Layout, fit_block, new_groups
 from quantkit.kernels.halves import to_half
 from quantkit.kernels.jit import compiled, kernel
 from quantkit.kernels.memory import load_float32, scatter_bytes, scatter_halves
 from quantkit.kernels.simd import floats, fused, ints, lane_sum, largest_lane, maximum, select
 from quantkit.kernels.tiles import STRIP_ROWS, TILE_INPUTS, Source, load_tile, store_codes, strip_rows
+
+#             block group codes scales starts from to spread trials reach
+Q4_K = Layout(256, 32, 15.0, 63.0, 3, -0.25, 0.5, 0.03, 7, 2)
+Q5_K = Layout(256, 32, 31.0, 63.0, 3, -0.25, 0.5, 0.03, 7, 2)
+Q2_K = Layout(256, 16, 3.0, 15.0, 3, -0.25, 0.5, 0.1, 7, 1)
+SINGLE = Starts(4, -0.5, 0.75)
 
 
 @compiled
@@ -92,19 +98,19 @@ def quantize_groups(
 @kernel
 def quantize_q4_k(source: Source, target: BlockTarget, importance: Any, searched: int, first_row: int, last_row: int) -> Any:
     """Q4_K: 16 codes, groups of 32."""
-    return quantize_groups(source, target, importance, Layout(256, 32, 15.0, 63.0, 0.03), searched, first_row, last_row)
+    return quantize_groups(source, target, importance, Q4_K, searched, first_row, last_row)
 
 
 @kernel
 def quantize_q5_k(source: Source, target: BlockTarget, importance: Any, searched: int, first_row: int, last_row: int) -> Any:
     """Q5_K: 32 codes, groups of 32."""
-    return quantize_groups(source, target, importance, Layout(256, 32, 31.0, 63.0, 0.03), searched, first_row, last_row)
+    return quantize_groups(source, target, importance, Q5_K, searched, first_row, last_row)
 
 
 @kernel
 def quantize_q2_k(source: Source, target: BlockTarget, importance: Any, searched: int, first_row: int, last_row: int) -> Any:
     """Q2_K: 4 codes, groups of 16."""
-    return quantize_groups(source, target, importance, Layout(256, 16, 3.0, 15.0, 0.1), searched, first_row, last_row)
+    return quantize_groups(source, target, importance, Q2_K, searched, first_row, last_row)
 
 
 # ----------------------------------------------------------------------------------------------------- types without groups
@@ -116,7 +122,7 @@ def fit_single(
 ) -> Any:
     """FP16 step and minimum (subtracted) of a block without groups."""
     wide = floats(weight)
-    fit, total = fit_group(block, 0, size, importance, first, wide, highest, True, searched)
+    fit, total = fit_group(block, 0, size, importance, first, wide, highest, True, SINGLE, searched)
     step, low = stored(fit.step, unit, inverse_unit), stored(fit.low, unit, inverse_unit)
     if searched == 0:
         return step, low

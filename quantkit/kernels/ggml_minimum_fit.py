@@ -20,7 +20,14 @@ from quantkit.kernels.simd import floats, fused, maximum, minimum, nearest, sele
 
 NARROWEST = 2.0**-24  # a range below this is no range, next to the block's largest magnitude, which is at least 1
 SINGULAR = 1e-5  # least squares whose determinant is a smaller part of its first term tell rounding errors, not a step
-SHIFTS = (-0.25, 0.125, 0.5)  # of either end of the range, in steps, inwards
+
+
+class Starts(NamedTuple):
+    """From where fits start: each end of the range at ``count`` places from ``outermost`` to ``innermost``, in steps inwards."""
+
+    count: int
+    outermost: float
+    innermost: float
 
 
 class Sums(NamedTuple):
@@ -94,20 +101,18 @@ def solve(sums: Sums, total: Any, weight: Any, fallback: Any, signed: bool) -> A
 
 
 @compiled
+def select_sums(mask: Any, yes: Sums, no: Sums) -> Any:
+    """Lanes of ``yes`` where the mask is set, else of ``no``."""
+    codes, squares = select(mask, yes.codes, no.codes), select(mask, yes.squares, no.squares)
+    return Sums(codes, squares, select(mask, yes.products, no.products))
+
+
+@compiled
 def better(left: Fit, right: Fit) -> Any:
     """The fit with less error, lane by lane; ``left`` where they are equal."""
     chosen = right.error < left.error
-    sums = Sums(
-        select(chosen, right.sums.codes, left.sums.codes),
-        select(chosen, right.sums.squares, left.sums.squares),
-        select(chosen, right.sums.products, left.sums.products),
-    )
-    return Fit(
-        select(chosen, right.step, left.step),
-        select(chosen, right.low, left.low),
-        sums,
-        select(chosen, right.error, left.error),
-    )
+    step, low = select(chosen, right.step, left.step), select(chosen, right.low, left.low)
+    return Fit(step, low, select_sums(chosen, right.sums, left.sums), select(chosen, right.error, left.error))
 
 
 @compiled
@@ -132,7 +137,16 @@ def fit_codes(
 
 @compiled
 def fit_group(
-    block: Any, start: int, count: int, importance: Any, first: int, weight: Any, highest: float, signed: bool, searched: int
+    block: Any,
+    start: int,
+    count: int,
+    importance: Any,
+    first: int,
+    weight: Any,
+    highest: float,
+    signed: bool,
+    starts: Starts,
+    searched: int,
 ) -> Any:
     """Fit a group from several starts.  Returns the best fit and the weighted sum of the weights."""
     smallest, largest, total = group_range(block, start, count, importance, first)
@@ -143,8 +157,11 @@ def fit_group(
         zeros = floats(0.0)
         return Fit(unit, floats(0.0) - smallest, Sums(zeros, zeros, zeros), zeros), total
     best = fit_codes(block, start, count, importance, first, total, weight, unit, floats(0.0) - smallest, highest, signed)
-    for bottom in SHIFTS:
-        for top in SHIFTS:
+    stride = (starts.innermost - starts.outermost) / (starts.count - 1)
+    for bottom_number in range(starts.count):
+        bottom = starts.outermost + stride * bottom_number
+        for top_number in range(starts.count):
+            top = starts.outermost + stride * top_number
             step = unit * floats(1.0 - (bottom + top) / highest)
             low = floats(0.0) - fused(unit, floats(bottom), smallest)
             best = better(best, fit_codes(block, start, count, importance, first, total, weight, step, low, highest, signed))

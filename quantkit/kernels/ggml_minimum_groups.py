@@ -19,25 +19,30 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from quantkit.kernels.ggml_minimum_block import Importance, reciprocal, stored
-from quantkit.kernels.ggml_minimum_fit import Sums, error_of, fit_codes, fit_group
+from quantkit.kernels.ggml_minimum_fit import Starts, Sums, code_sums, error_of, fit_group, select_sums, solve
 from quantkit.kernels.jit import compiled
 from quantkit.kernels.memory import load_float32, store
 from quantkit.kernels.simd import floats, fused, maximum, minimum, nearest, select
 
-TRIALS = 9  # block scales tried, and as many block minimums for each
-
 
 class Layout(NamedTuple):
-    """Numbers of one type.  highest, highest_scale: largest code, and largest integer of a group.
+    """Numbers of one type, and how it is searched.
 
-    spread: candidates for the block's scale and minimum range over (1 - spread, 1 + spread) times the plain ones.
+    highest, highest_scale: largest code, and largest integer of a group.  shift: where the ends of the range start, see
+    ``ggml_minimum_fit.fit_group``.  spread, trials: the block's scale and minimum are each tried so many times within (1 - spread,
+    1 + spread) times the plain one.  reach: how many group scales are tried to either side.
     """
 
     block: int
     group: int
     highest: float
     highest_scale: float
+    starts: int
+    outermost: float
+    innermost: float
     spread: float
+    trials: int
+    reach: int
 
 
 class Groups(NamedTuple):
@@ -96,30 +101,61 @@ def whole(value: Any, highest: float) -> Any:
 
 
 @compiled
-def choose_integers(kept: Groups, place: int, weight: float, layout: Layout, scale: Any, low: Any) -> None:
-    """Leave the best pair of integers for the sums of a group in scales and minimums."""
-    sums, total, wide = sums_of(kept, place), load_float32(kept.total, place), floats(weight)
-    inverse, inverse_low, share = reciprocal(scale), reciprocal(low), floats(1.0 / weight)
-    middle = whole(load_float32(kept.step, place) * inverse, layout.highest_scale)
-    best_scale = best_minimum = floats(0.0)
-    best = floats(np.inf)
+def choose_integers(sums: Sums, total: Any, weight: Any, free: Any, layout: Layout, scale: Any, low: Any) -> Any:
+    """Group scale, group minimum and error, the best for given codes.  free: the step that these codes would like best.
+
+    Three scales are tried, each with the minimum that suits it.
+    """
+    inverse, inverse_low, share = reciprocal(scale), reciprocal(low), floats(1.0) / weight
+    middle = nearest(free * inverse)
+    best, best_scale, best_low = floats(np.inf), floats(0.0), floats(0.0)
     for offset in range(-1, 2):
-        candidate = maximum(minimum(middle + floats(offset), floats(layout.highest_scale)), floats(0.0))
-        step = candidate * scale
-        wanted = (step * sums.codes - total) * share
-        lift = whole(wanted * inverse_low, layout.highest_scale)
-        error = error_of(sums, total, wide, step, lift * low)
+        group_scale = whole(middle + floats(offset), layout.highest_scale)
+        step = group_scale * scale
+        group_low = whole((step * sums.codes - total) * share * inverse_low, layout.highest_scale)
+        error = error_of(sums, total, weight, step, group_low * low)
         lower = error < best
-        best, best_scale = select(lower, error, best), select(lower, candidate, best_scale)
-        best_minimum = select(lower, lift, best_minimum)
-    store(kept.scales, place, best_scale)
-    store(kept.minimums, place, best_minimum)
+        best, best_scale = select(lower, error, best), select(lower, group_scale, best_scale)
+        best_low = select(lower, group_low, best_low)
+    return best_scale, best_low, best
+
+
+@compiled
+def search_integers(
+    kept: Groups, place: int, block: Any, start: int, importance: Any, first: int, weight: Any, layout: Layout, scale: Any, low: Any
+) -> Any:
+    """Integers of a group: of all pairs around the one that suits the fit's codes, the one with the least error after rounding.
+
+    Leaves integers and sums in ``kept``.
+    """
+    fitted, total = sums_of(kept, place), load_float32(kept.total, place)
+    middle, _, _ = choose_integers(fitted, total, weight, load_float32(kept.step, place), layout, scale, low)
+    inverse_low, share = reciprocal(low), floats(1.0) / weight
+    best, best_scale, best_low, best_sums = floats(np.inf), floats(0.0), floats(0.0), fitted
+    for offset in range(-layout.reach, layout.reach + 1):
+        group_scale = whole(middle + floats(offset), layout.highest_scale)
+        step = group_scale * scale
+        inverse, wanted = reciprocal(step), nearest((step * fitted.codes - total) * share * inverse_low)
+        for other in range(-1, 2):
+            group_low = whole(wanted + floats(other), layout.highest_scale)
+            lift = group_low * low
+            sums = code_sums(block, start, layout.group, importance, first, inverse, lift, layout.highest)
+            error = error_of(sums, total, weight, step, lift)
+            lower = error < best
+            best, best_scale = select(lower, error, best), select(lower, group_scale, best_scale)
+            best_low, best_sums = select(lower, group_low, best_low), select_sums(lower, sums, best_sums)
+    free, _ = solve(best_sums, total, weight, best_scale * scale, False)
+    group_scale, group_low, error = choose_integers(best_sums, total, weight, free, layout, scale, low)
+    lower = error < best
+    store(kept.scales, place, select(lower, group_scale, best_scale))
+    store(kept.minimums, place, select(lower, group_low, best_low))
+    keep_sums(kept, place, best_sums)
 
 
 @compiled
 def trial(layout: Layout, number: int) -> float:
     """Factors around 1."""
-    return 1.0 + layout.spread * (2.0 * number / (TRIALS - 1) - 1.0)
+    return 1.0 + layout.spread * (2.0 * number / (layout.trials - 1) - 1.0)
 
 
 @compiled
@@ -135,7 +171,7 @@ def choose_scales(kept: Groups, weights: Any, first_group: int, layout: Layout, 
     if searched == 0:
         return scale, low
     best = floats(np.inf)
-    for scale_number in range(TRIALS):
+    for scale_number in range(layout.trials):
         candidate = stored(plain_scale * floats(trial(layout, scale_number)), unit, inverse_unit)
         inverse, base = reciprocal(candidate), floats(0.0)
         for group in range(groups):
@@ -146,7 +182,7 @@ def choose_scales(kept: Groups, weights: Any, first_group: int, layout: Layout, 
             store(kept.wanted, place, wanted)
             of_step = step * fused(step, sums.squares, floats(-2.0) * sums.products)
             base = base + (of_step - weight * wanted * wanted)
-        for low_number in range(TRIALS):
+        for low_number in range(layout.trials):
             candidate_low = stored(plain_low * floats(trial(layout, low_number)), unit, inverse_unit)
             inverse_low, error = reciprocal(candidate_low), base
             for group in range(groups):
@@ -198,10 +234,11 @@ def fit_block(
     searched: int,
 ) -> Any:
     """Leave the integers of the groups in scales and minimums; return scale and minimum of the block."""
+    starts = Starts(layout.starts, layout.outermost, layout.innermost)
     groups, first_group, size = layout.block // layout.group, first_input // layout.group, layout.group
     for group in range(groups):
         start, place, weight = group * size, group * 16, floats(importance.groups[first_group + group])
-        fit, total = fit_group(block, start, size, importance.search, first_input + start, weight, layout.highest, False, searched)
+        fit, total = fit_group(block, start, size, importance.search, first_input + start, weight, layout.highest, False, starts, searched)
         store(kept.step, place, fit.step)
         store(kept.low, place, fit.low)
         store(kept.total, place, total)
@@ -214,23 +251,6 @@ def fit_block(
             store(kept.minimums, place, whole(load_float32(kept.low, place) * inverse_low, layout.highest_scale))
         return scale, low
     for group in range(groups):
-        start, place, weight = group * size, group * 16, importance.groups[first_group + group]
-        choose_integers(kept, place, weight, layout, scale, low)
-        step, lift = load_float32(kept.scales, place) * scale, load_float32(kept.minimums, place) * low
-        fit = fit_codes(
-            block,
-            start,
-            size,
-            importance.search,
-            first_input + start,
-            load_float32(kept.total, place),
-            floats(weight),
-            step,
-            lift,
-            layout.highest,
-            False,
-        )
-        keep_sums(kept, place, fit.sums)
-        store(kept.step, place, fit.step)
-        choose_integers(kept, place, weight, layout, scale, low)
+        start, weight = group * size, floats(importance.groups[first_group + group])
+        search_integers(kept, group * 16, block, start, importance.search, first_input + start, weight, layout, scale, low)
     return refit_scales(kept, importance.groups, first_group, layout, unit, inverse_unit, scale, low)
