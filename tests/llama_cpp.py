@@ -79,6 +79,30 @@ class Batch(Structure):
     ]
 
 
+class VisionParameters(Structure):
+    _fields_ = [
+        ("use_gpu", c_bool),
+        ("device", c_void_p),
+        ("print_timings", c_bool),
+        ("threads", c_int32),
+        ("image_marker", c_char_p),
+        ("media_marker", c_char_p),
+        ("flash_attention", c_int32),
+        ("warm_up", c_bool),
+        ("least_tokens", c_int32),
+        ("most_tokens", c_int32),
+        ("evaluation_callback", c_void_p),
+        ("evaluation_data", c_void_p),
+        ("batch_tokens", c_int32),
+        ("progress_callback", c_void_p),
+        ("progress_data", c_void_p),
+    ]
+
+
+class VisionText(Structure):
+    _fields_ = [("text", c_char_p), ("length", c_size_t), ("add_special", c_bool), ("parse_special", c_bool)]
+
+
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_backend_init": (None, []),
     "llama_model_default_params": (ModelParameters, []),
@@ -106,7 +130,25 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "ggml_log_set": (None, [c_void_p, c_void_p]),
     "ggml_quantize_chunk": (c_size_t, [c_int32, FLOATS, c_void_p, c_int64, c_int64, c_int64, FLOATS]),
     "ggml_quantize_requires_imatrix": (c_bool, [c_int32]),
+    "llama_model_n_embd": (c_int32, [c_void_p]),
+    "mtmd_log_set": (None, [c_void_p, c_void_p]),
+    "mtmd_context_params_default": (VisionParameters, []),
+    "mtmd_init_from_file": (c_void_p, [c_char_p, c_void_p, VisionParameters]),
+    "mtmd_free": (None, [c_void_p]),
+    "mtmd_default_marker": (c_char_p, []),
+    "mtmd_bitmap_init": (c_void_p, [c_uint32, c_uint32, c_void_p]),
+    "mtmd_bitmap_free": (None, [c_void_p]),
+    "mtmd_input_chunks_init": (c_void_p, []),
+    "mtmd_input_chunks_size": (c_size_t, [c_void_p]),
+    "mtmd_input_chunks_get": (c_void_p, [c_void_p, c_size_t]),
+    "mtmd_input_chunks_free": (None, [c_void_p]),
+    "mtmd_input_chunk_get_type": (c_int32, [c_void_p]),
+    "mtmd_input_chunk_get_n_tokens": (c_size_t, [c_void_p]),
+    "mtmd_tokenize": (c_int32, [c_void_p, c_void_p, POINTER(VisionText), POINTER(c_void_p), c_size_t]),
+    "mtmd_encode_chunk": (c_int32, [c_void_p, c_void_p]),
+    "mtmd_get_output_embd": (FLOATS, [c_void_p]),
 }
+_IMAGE_CHUNK = 1
 _messages: list[str] = []
 
 
@@ -127,6 +169,7 @@ def library() -> ctypes.CDLL:
         function.restype, function.argtypes = result, arguments
     loaded.llama_log_set(_collect, None)
     loaded.ggml_log_set(_collect, None)
+    loaded.mtmd_log_set(_collect, None)
     loaded.llama_backend_init()
     if hasattr(loaded, "ggml_backend_load_all"):
         loaded.ggml_backend_load_all()
@@ -243,3 +286,41 @@ class Llama:
             self._library.llama_free(self._context)
         self._library.llama_model_free(self._model)
         self._context = self._model = None
+
+
+class Vision:
+    """A vision file opened beside the text model that it belongs to.  Raises RuntimeError with the log when it is refused."""
+
+    def __init__(self, path: Path | str, text_model: Llama, threads: int = 2) -> None:
+        self._library = library()
+        before = len(_messages)
+        self.width = self._library.llama_model_n_embd(text_model._model)
+        parameters = self._library.mtmd_context_params_default()
+        parameters.use_gpu, parameters.threads, parameters.flash_attention, parameters.warm_up = False, threads, 0, False
+        self._context = self._library.mtmd_init_from_file(str(path).encode(), text_model._model, parameters)
+        if not self._context:
+            raise RuntimeError("".join(_messages[before:]))
+
+    def encode(self, image: np.ndarray[Any, Any]) -> list[torch.Tensor]:
+        """What the text model gets for an image, uint8 ``[height, width, 3]``: float32 ``[tokens, width]`` of each tile."""
+        run, pixels = self._library, np.ascontiguousarray(image, np.uint8)
+        height, width, _ = pixels.shape
+        bitmap, chunks = run.mtmd_bitmap_init(width, height, pixels.ctypes.data), run.mtmd_input_chunks_init()
+        marker = run.mtmd_default_marker()
+        text = VisionText(marker, len(marker), False, True)
+        assert run.mtmd_tokenize(self._context, chunks, ctypes.byref(text), (c_void_p * 1)(bitmap), 1) == 0
+        found = []
+        for number in range(run.mtmd_input_chunks_size(chunks)):
+            chunk = run.mtmd_input_chunks_get(chunks, number)
+            if run.mtmd_input_chunk_get_type(chunk) == _IMAGE_CHUNK:
+                assert run.mtmd_encode_chunk(self._context, chunk) == 0
+                shape = run.mtmd_input_chunk_get_n_tokens(chunk), self.width
+                found.append(torch.from_numpy(np.ctypeslib.as_array(run.mtmd_get_output_embd(self._context), shape).copy()))
+        run.mtmd_input_chunks_free(chunks)
+        run.mtmd_bitmap_free(bitmap)
+        return found
+
+    def close(self) -> None:
+        """Free the tower."""
+        self._library.mtmd_free(self._context)
+        self._context = None
