@@ -48,12 +48,14 @@ __all__ = [
     "MetadataValue",
     "build_header",
     "parse_header",
+    "parse_planned",
 ]
 
 Scalar = str | int | float | bool
 MetadataValue = Scalar | tuple[Scalar, ...]
 
 MAX_HEADER_BYTES = 100_000_000  # the vocabulary of a large model takes a tenth of it
+MAX_ELEMENTS = 2**23  # in all arrays of a header together; Python holds each in some 50 bytes
 MAX_DIMENSIONS = 4  # of a ggml tensor
 MAX_NAME_BYTES = 63  # of a tensor's name, as llama.cpp allows
 MAX_ALIGNMENT = 2**20
@@ -265,6 +267,7 @@ class _Cursor:
         self.descriptor, self.size, self.path = descriptor, size, path
         self.buffer = bytearray()
         self.position = 0
+        self.elements = 0  # of arrays, so far
 
     def fault(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: {what}. Download the file again.")
@@ -336,6 +339,13 @@ def parse_header(path: str | Path) -> GgufHeader:
         os.close(descriptor)
 
 
+def parse_planned(data: bytes, size: int, name: str) -> GgufHeader:
+    """The header that :func:`build_header` made, for a file of ``size`` bytes that is not there yet."""
+    cursor = _Cursor(-1, size, Path(name))
+    cursor.buffer += data
+    return _parse(cursor)
+
+
 def _parse(cursor: _Cursor) -> GgufHeader:
     version, tensor_count, key_count = _parse_counts(cursor)
     metadata: dict[str, MetadataEntry] = {}
@@ -399,6 +409,9 @@ def _parse_value(cursor: _Cursor) -> MetadataEntry:
     left = min(cursor.size, MAX_HEADER_BYTES) - cursor.position
     if count * smallest > left:
         raise cursor.fault(f"truncated or damaged: {where} declares {count:,} elements, more than the {left:,} bytes left can hold")
+    cursor.elements += count
+    if cursor.elements > MAX_ELEMENTS:
+        raise cursor.fault(f"{where} makes {cursor.elements:,} elements of arrays; quantkit reads at most {MAX_ELEMENTS:,}")
     if items is GGUFValueType.STRING:
         return MetadataEntry(key, kind, tuple(cursor.text(where) for _ in range(count)), items)
     return MetadataEntry(key, kind, _parse_items(cursor, items, count, where), items)

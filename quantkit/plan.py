@@ -23,7 +23,6 @@ from quantkit.formats.base import ClientNote, FileRequest, OutputFile, OutputTen
 from quantkit.grid import QuantizationStatistics
 from quantkit.llama4 import Llama4Config, Role, Unit, units
 from quantkit.recipe import Recipe
-from quantkit.scheme import Scheme
 from quantkit.version import __version__
 
 MANIFEST_VERSION = 1
@@ -79,9 +78,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class RoleSummary:
-    """Totals of one role in one artifact; bits per weight count scales and all else stored for it."""
+    """Totals of one role in one artifact; bits per weight count scales and all else stored for it.
 
-    role: Role
+    role: one of ``ROLES``, or what else the tensors of a file were grouped by.
+    """
+
+    role: str
     schemes: tuple[str, ...]
     tensors: int
     parameters: int
@@ -111,8 +113,8 @@ def make_plan(
     max_shard_bytes: largest tensor file; None: 5 GB for safetensors, GGUF files whole.
     dtypes: source tensor name -> safetensors dtype, from an opened checkpoint; without it the config's dtype is assumed.
     calibration: what calibrated artifacts learn from; their manifests say it, and are that much shorter in a plan without it.
-    model_name: which GGUF files carry, in their names too.  source: directory with the tokenizer that they hold; without it they are
-    planned without one.
+    model_name: which GGUF files carry, in their names too.  source: directory with the tokenizer that they hold; without it they
+    are planned without one.
     Raises RecipeError when a recipe does not fit the model or a format cannot hold it.
     """
     names = [recipe.name for recipe in recipes]

@@ -172,7 +172,7 @@ class Recipe:
             raise RecipeError("needs at least one rule")
         if not isinstance(self.format, str):
             raise RecipeError(f"format is {self.format!r}; expected a string")
-        if self.mixture is not None and self.mixture not in FILE_TYPES:
+        if self.mixture is not None and (not isinstance(self.mixture, str) or self.mixture not in FILE_TYPES):
             raise RecipeError(f"unknown mixture {self.mixture!r}. Mixtures: {', '.join(FILE_TYPES)}")
         if self.mixture is not None and self.format != GGUF:
             raise RecipeError(f"a mixture is for format = {GGUF!r}")
@@ -307,6 +307,11 @@ def parse_recipe(text: str, where: str, default_name: str = "recipe") -> Recipe:
         data = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise RecipeError(f"recipe {where}: not valid TOML: {error}") from error
+    return recipe_from_dict(data, where, default_name)
+
+
+def recipe_from_dict(data: Mapping[str, Any], where: str, default_name: str = "recipe") -> Recipe:
+    """The reverse of :meth:`Recipe.to_dict`, for any content.  Raises RecipeError."""
     _known_keys(data, tuple(field.name for field in fields(Recipe)), f"recipe {where}")
     rules = data.get("rules", [] if "mixture" in data else None)
     if not isinstance(rules, list) or (not rules and "mixture" not in data):

@@ -1,5 +1,7 @@
 """TensorFiles: the safetensors files of one directory, headers checked against each other, tensors read piece by piece.
 
+``OpenFiles`` is the part that does not depend on the format.
+
 Opening reads headers and the index only.  Tensors are then read with ``preadv`` straight into a buffer of the caller: a fused
 tensor of 21 GB is never held, only the expert asked for, and unlike a memory map the file's pages do not count as memory of this
 process.  Reading releases the GIL and is thread-safe.  Each file is opened at its first read and kept; a file that changes or
@@ -11,11 +13,11 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +31,7 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 CHUNK_BYTES = 8 << 20
 LISTED = 20  # problems of one kind that an error message spells out
+SIDECAR_BYTES = 1 << 30  # most of a small file beside the tensors; the ledger of a large artifact has 30 MB
 _INDEX_LIMIT = 100_000_000  # bytes; the index of a model of 100,000 tensors has about 10 MB
 
 TORCH_DTYPES = {
@@ -46,10 +49,13 @@ TORCH_DTYPES = {
     "I64": torch.int64,
 }
 
+FileStates = dict[Path, tuple[int, int]]  # file -> (size, mtime in ns) at the time its header was read
+AnyHeader = TypeVar("AnyHeader")
+
 
 @dataclass(frozen=True, slots=True)
 class TensorLocation:
-    """Where one tensor lies.  dtype: safetensors' spelling.  offset: of its first byte in the file."""
+    """Where one tensor lies.  dtype: in the spelling of the format.  offset: of its first byte in the file."""
 
     name: str
     path: Path
@@ -64,76 +70,33 @@ class TensorLocation:
         return math.prod(self.shape)
 
 
-class TensorFiles:
-    """The tensors of a directory of safetensors files, or of one such file.
+class OpenFiles:
+    """Files whose tensors are read piece by piece, whatever their format.
 
-    paths: the files, in order of name.  headers: file -> its header.  tensors: name -> location, over all files.
+    paths: the files, in order of name.  tensors: name -> location, over all files.
     """
 
-    def __init__(self, paths: tuple[Path, ...], headers: dict[Path, Header], states: dict[Path, tuple[int, int]]):
+    def __init__(self, paths: tuple[Path, ...], tensors: dict[str, TensorLocation], states: FileStates):
         self.paths = paths
-        self.headers = headers
-        self.tensors = {
-            name: TensorLocation(name, path, entry.dtype, entry.shape, header.data_start + entry.begin, entry.nbytes)
-            for path, header in headers.items()
-            for name, entry in header.tensors.items()
-        }
-        self._states = states  # file -> (size, mtime in ns) at the time its header was read
+        self.tensors = tensors
+        self._states = states
         self._descriptors: dict[Path, int] = {}
         self._lock = threading.Lock()
 
-    @classmethod
-    def open(cls, path: str | Path) -> Self:
-        """Open a ``.safetensors`` file, or a directory that holds ``model.safetensors`` or shards with an index.
+    def locate(self, name: str) -> TensorLocation:
+        """Where a tensor lies, or a part of one that the format gives a name."""
+        return self.tensors[name]
 
-        Raises CheckpointError that lists all that is wrong with files, headers or index.
-        """
-        path = Path(path)
-        weight_map: dict[str, str] | None = None
-        if path.is_dir():
-            found = list_directory(path)
-            names = [name for name in found if name.endswith(".safetensors") and not name.startswith(".")]
-            if INDEX_NAME in found:
-                weight_map = _read_index(path / INDEX_NAME)
-                _check_names(path, names, weight_map)
-            elif names != [SINGLE_NAME]:
-                raise CheckpointError(_no_index(path, names))
-            paths = tuple(path / name for name in names)
-        else:
-            paths = (path,)
-        headers, states = _read_headers(paths)
-        _check_placement(path, headers, weight_map)
-        return cls(paths, headers, states)
-
-    def read(self, name: str, expert: int | None = None, buffer: NDArray[np.uint8] | None = None) -> torch.Tensor:
-        """A tensor, or the slice ``expert`` of its first dimension, as it is stored.
-
-        buffer: uint8, contiguous, at least as long as the data; the tensor is a view of it.  Without it a new one is allocated.
-        Raises CheckpointError when the file is gone, has changed or is too short.
-        """
-        location = self.tensors[name]
-        shape, nbytes, offset = location.shape, location.nbytes, location.offset
-        if expert is not None:
-            if not 0 <= expert < shape[0]:
-                raise IndexError(f"{_what(name, expert)}: there are {shape[0]}")
-            nbytes //= shape[0]
-            offset += expert * nbytes
-            shape = shape[1:]
-        dtype = TORCH_DTYPES.get(location.dtype)
-        if dtype is None:
-            raise CheckpointError(f"{location.path}: {_what(name, expert)} is {location.dtype}, which quantkit does not read.")
-        if nbytes == 0:
-            return torch.empty(shape, dtype=dtype)
-        data = np.empty(nbytes, np.uint8) if buffer is None else buffer[:nbytes]
-        self._fill(location, expert, data.data, offset)
-        return torch.from_numpy(data).view(dtype).view(shape)
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor, or a part of one that has a name, as it is stored."""
+        raise NotImplementedError
 
     def chunks(self, name: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[memoryview]:
         """The bytes of a tensor in pieces of ``chunk_bytes`` (the last may be shorter), in order.
 
         Each piece is valid until the next one is asked for: all share one buffer.
         """
-        location = self.tensors[name]
+        location = self.locate(name)
         buffer = np.empty(min(chunk_bytes, location.nbytes), np.uint8).data
         for start in range(0, location.nbytes, chunk_bytes):
             piece = buffer[: min(chunk_bytes, location.nbytes - start)]
@@ -186,6 +149,65 @@ class TensorFiles:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+class TensorFiles(OpenFiles):
+    """The tensors of a directory of safetensors files, or of one such file.  headers: file -> its header."""
+
+    def __init__(self, paths: tuple[Path, ...], headers: dict[Path, Header], states: FileStates):
+        tensors = {
+            name: TensorLocation(name, path, entry.dtype, entry.shape, header.data_start + entry.begin, entry.nbytes)
+            for path, header in headers.items()
+            for name, entry in header.tensors.items()
+        }
+        super().__init__(paths, tensors, states)
+        self.headers = headers
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Open a ``.safetensors`` file, or a directory that holds ``model.safetensors`` or shards with an index.
+
+        Raises CheckpointError that lists all that is wrong with files, headers or index.
+        """
+        path = Path(path)
+        weight_map: dict[str, str] | None = None
+        if path.is_dir():
+            found = list_directory(path)
+            names = [name for name in found if name.endswith(".safetensors") and not name.startswith(".")]
+            if INDEX_NAME in found:
+                weight_map = _read_index(path / INDEX_NAME)
+                _check_names(path, names, weight_map)
+            elif names != [SINGLE_NAME]:
+                raise CheckpointError(_no_index(path, names))
+            paths = tuple(path / name for name in names)
+        else:
+            paths = (path,)
+        headers, states = read_headers(paths, read_header)
+        _check_placement(path, headers, weight_map)
+        return cls(paths, headers, states)
+
+    def read(self, name: str, expert: int | None = None, buffer: NDArray[np.uint8] | None = None) -> torch.Tensor:
+        """A tensor, or the slice ``expert`` of its first dimension, as it is stored.
+
+        buffer: uint8, contiguous, at least as long as the data; the tensor is a view of it.  Without it a new one is allocated.
+        Raises CheckpointError when the file is gone, has changed or is too short.
+        """
+        location = self.tensors[name]
+        shape, nbytes, offset = location.shape, location.nbytes, location.offset
+        if expert is not None:
+            if not 0 <= expert < shape[0]:
+                raise IndexError(f"{_what(name, expert)}: there are {shape[0]}")
+            nbytes //= shape[0]
+            offset += expert * nbytes
+            shape = shape[1:]
+        dtype = TORCH_DTYPES.get(location.dtype)
+        if dtype is None:
+            raise CheckpointError(f"{location.path}: {_what(name, expert)} is {location.dtype}, which quantkit does not read.")
+        if nbytes == 0:
+            return torch.empty(shape, dtype=dtype)
+        data = np.empty(nbytes, np.uint8) if buffer is None else buffer[:nbytes]
+        self._fill(location, expert, data.data, offset)
+        return torch.from_numpy(data).view(dtype).view(shape)
 
 
 def _what(name: str, expert: int | None) -> str:
@@ -248,14 +270,15 @@ def _no_index(directory: Path, names: list[str]) -> str:
     )
 
 
-def _read_headers(paths: tuple[Path, ...]) -> tuple[dict[Path, Header], dict[Path, tuple[int, int]]]:
-    headers: dict[Path, Header] = {}
-    states: dict[Path, tuple[int, int]] = {}
+def read_headers(paths: tuple[Path, ...], read: Callable[[Path], AnyHeader]) -> tuple[dict[Path, AnyHeader], FileStates]:
+    """The header of each file, and the state of the file before.  Raises CheckpointError that names every damaged file."""
+    headers: dict[Path, AnyHeader] = {}
+    states: FileStates = {}
     faults: list[str] = []
     for path in paths:
         try:
             status = path.stat()
-            headers[path] = read_header(path)
+            headers[path] = read(path)
             states[path] = (status.st_size, status.st_mtime_ns)
         except CheckpointError as error:
             faults.append(str(error))
@@ -264,7 +287,9 @@ def _read_headers(paths: tuple[Path, ...]) -> tuple[dict[Path, Header], dict[Pat
     if len(faults) == 1:
         raise CheckpointError(faults[0])
     if faults:
-        raise CheckpointError(f"{len(faults)} of {len(paths)} safetensors files are damaged:\n  " + "\n  ".join(faults[:LISTED]))
+        raise CheckpointError(
+            f"{len(faults)} of {len(paths)} {paths[0].suffix[1:]} files are damaged:\n  " + "\n  ".join(faults[:LISTED])
+        )
     return headers, states
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from gguf.constants import GGML_QUANT_VERSION, Keys
 
-from quantkit.config import Llama4Config, RopeScaling
+from quantkit.config import MAX_EXPERTS, MAX_LAYERS, Llama4Config, RopeScaling
 from quantkit.errors import ArtifactError
 from quantkit.formats.gguf_general import computed_label, count, flag, general_metadata, real
 from quantkit.formats.gguf_names import OUTPUT, ROPE_FREQS, TOKEN_EMBEDDING
@@ -197,7 +197,7 @@ def config_from_metadata(
     the vision tower stands in another file, so ``vision`` is None and the prefix is empty.  Raises ArtifactError when a key is
     missing or has another type than llama.cpp reads.
     """
-    read = _Reader(metadata, where)
+    read = MetadataReader(metadata, where)
     architecture = read.value(Keys.General.ARCHITECTURE, GGUFValueType.STRING)
     if architecture != ARCHITECTURE:
         raise ArtifactError(f"{where}: general.architecture is {brief(architecture)}; expected {ARCHITECTURE!r}.")
@@ -206,6 +206,8 @@ def config_from_metadata(
             f"{where} has no tensor {TOKEN_EMBEDDING}. Name the first file of a split model, with all others beside it."
         )
     layers, experts, step = read.count(Keys.LLM.BLOCK_COUNT), read.count(Keys.LLM.EXPERT_COUNT), read.count(_INTERLEAVE)
+    if layers > MAX_LAYERS or layers * experts > MAX_EXPERTS:
+        raise ArtifactError(f"{where}: {layers:,} layers with {experts:,} experts cannot be. Convert the model again.")
     hidden, heads = read.count(Keys.LLM.EMBEDDING_LENGTH), read.count(Keys.Attention.HEAD_COUNT)
     return Llama4Config(
         hidden_size=hidden,
@@ -237,8 +239,8 @@ def config_from_metadata(
     )
 
 
-class _Reader:
-    """Typed access to the keys of one file."""
+class MetadataReader:
+    """Typed access to the keys of one file.  Raises ArtifactError for a key that is missing, mistyped or out of range."""
 
     def __init__(self, metadata: Mapping[str, MetadataEntry], where: str):
         self.metadata, self.where = metadata, where

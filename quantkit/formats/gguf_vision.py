@@ -7,16 +7,17 @@ the releases has rows of 1408 weights, which no type with blocks of 256 fits, so
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gguf.constants import GGML_QUANT_VERSION, GGUFType, Keys, VisionProjectorType
 
-from quantkit.config import Llama4Config, VisionConfig
-from quantkit.errors import CheckpointError, RecipeError
+from quantkit.config import MAX_LAYERS, Llama4Config, VisionConfig
+from quantkit.errors import ArtifactError, CheckpointError, RecipeError
 from quantkit.formats.gguf_general import FILE_TYPES, count, flag, general_metadata, real, reals, text
-from quantkit.gguf_header import MetadataEntry
+from quantkit.formats.gguf_metadata import MetadataReader
+from quantkit.gguf_header import GGUFValueType, MetadataEntry
 from quantkit.strict_json import brief, parse_object
 
 ARCHITECTURE = "clip"
@@ -121,6 +122,41 @@ def vision_type(tensor: str, shape: Sequence[int], file_type: str) -> str:
     if file_type == "Q8_0" and shape[-1] % _Q8_BLOCK:
         return "F16"
     return file_type
+
+
+def vision_from_metadata(
+    metadata: Mapping[str, MetadataEntry], shapes: Mapping[str, tuple[int, ...]], where: str = "the vision file"
+) -> VisionConfig:
+    """The config of the tower that a finished vision file stands for, as llama.cpp reads it; the reverse of ``vision_metadata``.
+
+    shapes: of all tensors, in torch's order.  Raises ArtifactError when a key or tensor is missing.
+    """
+    read, keys = MetadataReader(metadata, where), Keys.ClipVision
+    projector = read.value(Keys.Clip.PROJECTOR_TYPE, GGUFValueType.STRING)
+    if projector != VisionProjectorType.LLAMA4:
+        raise ArtifactError(f"{where}: its projector is {brief(projector)}; expected {VisionProjectorType.LLAMA4}.")
+    sizes = [shapes.get(f"mm.model.{name}.weight", ()) for name in ("mlp.1", "mlp.2", "fc")]
+    if not all(len(shape) == 2 for shape in sizes):
+        raise ArtifactError(f"{where}: the projector's matrices mm.model.mlp.1, mm.model.mlp.2 and mm.model.fc are not all there.")
+    layers, image, patch = read.count(keys.BLOCK_COUNT), read.count(keys.IMAGE_SIZE), read.count(keys.PATCH_SIZE)
+    if layers > MAX_LAYERS:
+        raise ArtifactError(f"{where}: {layers:,} layers cannot be. Convert the model again.")
+    return VisionConfig(
+        hidden_size=read.count(keys.EMBEDDING_LENGTH),
+        intermediate_size=read.count(keys.FEED_FORWARD_LENGTH),
+        num_hidden_layers=layers,
+        image_size=image,
+        patch_size=patch,
+        num_channels=CHANNELS,
+        projector_input_dim=sizes[0][0],
+        projector_output_dim=sizes[1][0],
+        vision_output_dim=sizes[2][1],
+        num_attention_heads=read.count(keys.Attention.HEAD_COUNT),
+        norm_eps=read.real(keys.Attention.LAYERNORM_EPS),
+        rope_theta=ROPE_THETA,
+        hidden_act="gelu",
+        pixel_shuffle_ratio=1 / read.count(keys.Projector.SCALE_FACTOR),
+    )
 
 
 def modelfile(model_files: Sequence[str], vision_file: str | None = None) -> str:
