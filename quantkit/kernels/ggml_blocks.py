@@ -24,11 +24,10 @@ from quantkit.kernels.ggml_search import (
     divide_by_unit,
     extreme,
     fitted_scale,
-    is_uniform,
     luckiest_scale,
+    prepared,
     reciprocal,
     refitted_common,
-    relative_importance,
     rounded_scale,
     units,
 )
@@ -74,10 +73,10 @@ def no_sums() -> Sums:
 
 
 @compiled
-def totals(sums: Sums, peak: Any) -> tuple[float, float, float, float, int]:
-    """The sums over all lanes, and the bits of the largest magnitude, as the kernels return them."""
-    plain, weighted = (lane_sum(sums.error), lane_sum(sums.power)), (lane_sum(sums.weighted_error), lane_sum(sums.weighted_power))
-    return plain[0], plain[1], weighted[0], weighted[1], largest_lane(peak)
+def totals(sums: Sums, unit: float, peak: Any) -> tuple[float, float, float, float, int]:
+    """The sums over all lanes, weighted ones times the unit of importance, and the bits of the largest magnitude."""
+    weighted, weighted_power = lane_sum(sums.weighted_error) * unit, lane_sum(sums.weighted_power) * unit
+    return lane_sum(sums.error), lane_sum(sums.power), weighted, weighted_power, largest_lane(peak)
 
 
 @compiled
@@ -138,9 +137,8 @@ def single_scales(
     candidate clips.
     """
     tile, block = np.empty(HALF_TILE, np.float32), np.empty(SINGLE_BLOCK * 16, np.float32)
-    words, weights = np.empty(TILE_INPUTS * 4, np.float32), np.empty(source.columns, np.float32)
-    candidates = few if is_uniform(importance) else many
-    relative_importance(importance, SINGLE_BLOCK, weights)
+    words, weighting = np.empty(TILE_INPUTS * 4, np.float32), prepared(importance, SINGLE_BLOCK)
+    candidates = few if weighting.uniform else many
     blocks, height, sums = source.columns // SINGLE_BLOCK, strip_rows(source), no_sums()
     peak = ints(0)
     for strip in range(first_row, last_row, height):
@@ -158,22 +156,22 @@ def single_scales(
                     top = extreme(block, 0, SINGLE_BLOCK)
                     if searched:
                         if clips:
-                            scale = fitted_scale(block, 0, SINGLE_BLOCK, weights, first, candidates, top, grid)
+                            scale = fitted_scale(block, 0, SINGLE_BLOCK, weighting.shares, first, candidates, top, grid)
                         else:
-                            scale = luckiest_scale(block, 0, SINGLE_BLOCK, weights, first, candidates, top)
+                            scale = luckiest_scale(block, 0, SINGLE_BLOCK, weighting.shares, first, candidates, top)
                     else:
                         scale = top / floats(spanning)
                     half, scale = rounded_scale(scale, unit, inverse_unit)
                     scatter_halves(target.scales, row * blocks + first // SINGLE_BLOCK, blocks, half)
-                    sums = write_codes(block, 0, SINGLE_BLOCK, importance, first, scale, unit, grid, words, offset * 4, sums)
+                    sums = write_codes(block, 0, SINGLE_BLOCK, weighting.scaled, first, scale, unit, grid, words, offset * 4, sums)
                 store_codes(words, target.codes, row, chunk, source.columns)
-    return totals(sums, peak)
+    return totals(sums, weighting.unit, peak)
 
 
 @compiled
 def search_block(
     scratch: BlockScratch,
-    weights: Any,
+    shares: Any,
     first: int,
     group: int,
     unit: Any,
@@ -190,7 +188,7 @@ def search_block(
     for number in range(groups):
         start, column = number * group * 16, first + number * group
         top = extreme(scratch.block, start, group)
-        fit, square = best_scale(scratch.block, start, group, weights, column, candidates, top, grid)
+        fit, square = best_scale(scratch.block, start, group, shares, column, candidates, top, grid)
         store(scratch.fits, number * 16, fit)
         store(scratch.squares, number * 16, square)
     half, scale, least = ints(0), floats(0.0), floats(np.inf)
@@ -199,18 +197,18 @@ def search_block(
         common = common_scale(scratch.fits, scratch.squares, groups, some, lowest, highest)
         its_half, common = rounded_scale(common, unit, inverse_unit)
         error = best_multiples(
-            scratch.block, group, groups, weights, first, common, scratch.fits, common, lowest, highest, grid, scratch.others
+            scratch.block, group, groups, shares, first, common, scratch.fits, common, lowest, highest, grid, scratch.others
         )
         better = error < least
         least, scale, half = select(better, error, least), select(better, common, scale), select(better, its_half, half)
         for place in range(0, groups * 16, 16):
             kept = select(better, load_float32(scratch.others, place), load_float32(scratch.multiples, place))
             store(scratch.multiples, place, kept)
-    scale = refitted_common(scratch.block, group, groups, weights, first, scale, scratch.multiples, grid)
+    scale = refitted_common(scratch.block, group, groups, shares, first, scale, scratch.multiples, grid)
     half, scale = rounded_scale(scale, unit, inverse_unit)
     one = floats(1.0)
     best_multiples(
-        scratch.block, group, groups, weights, first, scale, scratch.multiples, one, lowest, highest, grid, scratch.multiples
+        scratch.block, group, groups, shares, first, scale, scratch.multiples, one, lowest, highest, grid, scratch.multiples
     )
     return half
 
@@ -257,7 +255,7 @@ def double_scales(
     commons: what the extreme scale of a block's groups may become as a multiple; in each of ``portions`` equal parts of them the
     best is found by an estimate, and these are compared by their real errors.  lowest, highest: of multiples.
     """
-    tile, weights = np.empty(2 * HALF_TILE, np.float32), np.empty(source.columns, np.float32)
+    tile, weighting = np.empty(2 * HALF_TILE, np.float32), prepared(importance, DOUBLE_BLOCK)
     scratch = BlockScratch(
         np.empty(DOUBLE_BLOCK * 16, np.float32),
         np.empty(DOUBLE_BLOCK * 4, np.float32),
@@ -266,8 +264,7 @@ def double_scales(
         np.zeros(256, np.float32),
         np.empty(256, np.float32),
     )
-    candidates = few if is_uniform(importance) else many
-    relative_importance(importance, DOUBLE_BLOCK, weights)
+    candidates = few if weighting.uniform else many
     blocks, groups, height, sums = source.columns // DOUBLE_BLOCK, DOUBLE_BLOCK // group, strip_rows(source), no_sums()
     peak = ints(0)
     for strip in range(first_row, last_row, height):
@@ -285,7 +282,7 @@ def double_scales(
                 if searched:
                     half = search_block(
                         scratch,
-                        weights,
+                        weighting.shares,
                         chunk,
                         group,
                         unit,
@@ -309,7 +306,7 @@ def double_scales(
                         scratch.block,
                         offset * 16,
                         group,
-                        importance,
+                        weighting.scaled,
                         chunk + offset,
                         scale * multiple,
                         unit,
@@ -320,4 +317,4 @@ def double_scales(
                     )
                 store_codes(scratch.words, target.codes, row, chunk, source.columns)
                 store_codes(scratch.words[TILE_INPUTS * 4 :], target.codes, row, chunk + TILE_INPUTS, source.columns)
-    return totals(sums, peak)
+    return totals(sums, weighting.unit, peak)

@@ -12,7 +12,7 @@ import numpy as np
 from quantkit.kernels.block_target import BlockTarget
 from quantkit.kernels.ggml_blocks import SINGLE_BLOCK, double_scales, no_sums, single_scales, totals, write_codes
 from quantkit.kernels.ggml_grids import fp4_levels, iq4_table
-from quantkit.kernels.ggml_search import LARGE, divide_by_unit, relative_importance, units, weighted_error
+from quantkit.kernels.ggml_search import LARGE, divide_by_unit, prepared, units, weighted_error
 from quantkit.kernels.jit import kernel
 from quantkit.kernels.memory import scatter_bytes
 from quantkit.kernels.numbers import largest_magnitude
@@ -70,8 +70,7 @@ def quantize_iq4_xs(source: Source, target: BlockTarget, importance: Any, search
 def quantize_mxfp4(source: Source, target: BlockTarget, importance: Any, searched: int, first_row: int, last_row: int) -> Sums:
     """MXFP4.  In units the largest weight lies between 1 and 2, so one step of the doubled levels is about 1/8."""
     tile, block = np.empty(STRIP_ROWS * TILE_INPUTS, np.float32), np.empty(SINGLE_BLOCK * 16, np.float32)
-    words, weights = np.empty(TILE_INPUTS * 4, np.float32), np.empty(source.columns, np.float32)
-    relative_importance(importance, SINGLE_BLOCK, weights)
+    words, weighting = np.empty(TILE_INPUTS * 4, np.float32), prepared(importance, SINGLE_BLOCK)
     blocks, height, sums, peak, grid = source.columns // SINGLE_BLOCK, strip_rows(source), no_sums(), ints(0), fp4_levels()
     for strip in range(first_row, last_row, height):
         vectors = min(height, last_row - strip) // 16
@@ -89,12 +88,12 @@ def quantize_mxfp4(source: Source, target: BlockTarget, importance: Any, searche
                     if searched:
                         for power in range(-3, 0):
                             scale = floats(2.0 ** (power - 1))
-                            error = weighted_error(block, 0, SINGLE_BLOCK, weights, first, scale, grid)
+                            error = weighted_error(block, 0, SINGLE_BLOCK, weighting.shares, first, scale, grid)
                             better = error < least
                             least, best = select(better, error, least), select(better, scale, best)
                             exponent = select(better, ints(power), exponent)
                     exponent = (bits(unit) >> ints(23)) + exponent
                     scatter_bytes(target.scales, row * blocks + first // SINGLE_BLOCK, blocks, exponent)
-                    sums = write_codes(block, 0, SINGLE_BLOCK, importance, first, best, unit, grid, words, offset * 4, sums)
+                    sums = write_codes(block, 0, SINGLE_BLOCK, weighting.scaled, first, best, unit, grid, words, offset * 4, sums)
                 store_codes(words, target.codes, row, chunk, source.columns)
-    return totals(sums, peak)
+    return totals(sums, weighting.unit, peak)

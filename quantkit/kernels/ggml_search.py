@@ -15,7 +15,8 @@ Levels are those of a ``grid`` of :mod:`quantkit.kernels.ggml_grids`.
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,28 +26,36 @@ from quantkit.kernels.jit import compiled
 from quantkit.kernels.memory import load_float32, store
 from quantkit.kernels.simd import floats, from_bits, fused, ints, maximum, minimum, nearest, select
 
-LEAST_WEIGHT = 2.0**-30  # of the largest in a block: inputs that are never used still get sensible codes, and sums stay above 0
+LEAST_SHARE = 2.0**-30  # of the largest in a block: inputs that are never used still get sensible codes, and sums stay above 0
 LARGE = 3e38
 
 # ------------------------------------------------------------------------------------------------------------ preparation
 
 
-@compiled
-def is_uniform(importance: Any) -> bool:
-    """Whether all inputs are equally important."""
-    return bool(importance.min() == importance.max())
+class Weighting(NamedTuple):
+    """Importance of the inputs in the forms that are needed.
+
+    shares: of the largest in the same block, at least ``LEAST_SHARE``; ones where nothing is important.  scaled: by 1 / ``unit``,
+    a power of two, so that no weighted sum overflows.  uniform: whether all inputs are equally important.
+    """
+
+    shares: Any
+    scaled: Any
+    unit: float
+    uniform: bool
 
 
 @compiled
-def relative_importance(importance: Any, block: int, weights: Any) -> None:
-    """Importance as the search uses it: between ``LEAST_WEIGHT`` and 1 in every block."""
+def prepared(importance: Any, block: int) -> Weighting:
+    """Importance float32 ``[columns]``, for blocks of that size."""
+    shares, scaled = np.empty(importance.size, np.float32), np.empty(importance.size, np.float32)
+    unit = math.ldexp(1.0, math.frexp(importance.max())[1])
     for first in range(0, importance.size, block):
-        largest = np.float32(0.0)
-        for column in range(first, first + block):
-            largest = max(largest, importance[column])
+        largest = importance[first : first + block].max()
         for column in range(first, first + block):
             share = importance[column] / largest if largest > 0 else np.float32(1.0)
-            weights[column] = max(share, np.float32(LEAST_WEIGHT))
+            shares[column], scaled[column] = max(share, np.float32(LEAST_SHARE)), importance[column] / unit
+    return Weighting(shares, scaled, unit, importance.min() == importance.max())
 
 
 @compiled
@@ -94,7 +103,7 @@ def best_scale(
     block: Any,
     start: int,
     count: int,
-    weights: Any,
+    shares: Any,
     first: int,
     candidates: Any,
     top: Any,
@@ -112,10 +121,10 @@ def best_scale(
         along0, along1, along2, along3 = floats(0.0), floats(0.0), floats(0.0), floats(0.0)
         square0, square1, square2, square3 = floats(0.0), floats(0.0), floats(0.0), floats(0.0)
         for step in range(count):
-            value, weight = load_float32(block, start + step * 16), floats(weights[first + step])
+            value, share = load_float32(block, start + step * 16), floats(shares[first + step])
             level0, level1 = nearest_level(value, inverse0, grid), nearest_level(value, inverse1, grid)
             level2, level3 = nearest_level(value, inverse2, grid), nearest_level(value, inverse3, grid)
-            weighted0, weighted1, weighted2, weighted3 = weight * level0, weight * level1, weight * level2, weight * level3
+            weighted0, weighted1, weighted2, weighted3 = share * level0, share * level1, share * level2, share * level3
             along0, square0 = fused(weighted0, value, along0), fused(weighted0, level0, square0)
             along1, square1 = fused(weighted1, value, along1), fused(weighted1, level1, square1)
             along2, square2 = fused(weighted2, value, along2), fused(weighted2, level2, square2)
@@ -127,13 +136,13 @@ def best_scale(
 
 
 @compiled
-def level_sums(block: Any, start: int, count: int, weights: Any, first: int, scale: Any, grid: Any) -> tuple[Any, Any]:
+def level_sums(block: Any, start: int, count: int, shares: Any, first: int, scale: Any, grid: Any) -> tuple[Any, Any]:
     """sum(w x level) and sum(w level^2) for the levels that a scale gives."""
     inverse, along, square = reciprocal(scale), floats(0.0), floats(0.0)
     for step in range(count):
         value = load_float32(block, start + step * 16)
         chosen = nearest_level(value, inverse, grid)
-        weighted = floats(weights[first + step]) * chosen
+        weighted = floats(shares[first + step]) * chosen
         along, square = fused(weighted, value, along), fused(weighted, chosen, square)
     return along, square
 
@@ -143,15 +152,15 @@ def fitted_scale(
     block: Any,
     start: int,
     count: int,
-    weights: Any,
+    shares: Any,
     first: int,
     candidates: Any,
     top: Any,
     grid: Any,
 ) -> Any:
     """``best_scale``, and once more the best scale for the levels that it gives."""
-    scale, _ = best_scale(block, start, count, weights, first, candidates, top, grid)
-    along, square = level_sums(block, start, count, weights, first, scale, grid)
+    scale, _ = best_scale(block, start, count, shares, first, candidates, top, grid)
+    along, square = level_sums(block, start, count, shares, first, scale, grid)
     return select(square > floats(0.0), along / square, scale)
 
 
@@ -160,7 +169,7 @@ def luckiest_scale(
     block: Any,
     start: int,
     count: int,
-    weights: Any,
+    shares: Any,
     first: int,
     candidates: Any,
     top: Any,
@@ -177,12 +186,12 @@ def luckiest_scale(
         inverse2, inverse3 = inverse_top * floats(four[2]), inverse_top * floats(four[3])
         error0, error1, error2, error3 = floats(0.0), floats(0.0), floats(0.0), floats(0.0)
         for step in range(count):
-            value, weight = load_float32(block, start + step * 16), floats(weights[first + step])
+            value, share = load_float32(block, start + step * 16), floats(shares[first + step])
             steps0, steps1, steps2, steps3 = value * inverse0, value * inverse1, value * inverse2, value * inverse3
             miss0, miss1 = steps0 - nearest(steps0), steps1 - nearest(steps1)
             miss2, miss3 = steps2 - nearest(steps2), steps3 - nearest(steps3)
-            error0, error1 = fused(weight * miss0, miss0, error0), fused(weight * miss1, miss1, error1)
-            error2, error3 = fused(weight * miss2, miss2, error2), fused(weight * miss3, miss3, error3)
+            error0, error1 = fused(share * miss0, miss0, error0), fused(share * miss1, miss1, error1)
+            error2, error3 = fused(share * miss2, miss2, error2), fused(share * miss3, miss3, error3)
         for error, inverse in ((error0, inverse0), (error1, inverse1), (error2, inverse2), (error3, inverse3)):
             scale = reciprocal(inverse)
             squared = error * scale * scale
@@ -192,16 +201,16 @@ def luckiest_scale(
 
 
 @compiled
-def weighted_error(block: Any, start: int, count: int, weights: Any, first: int, scale: Any, grid: Any) -> Any:
+def weighted_error(block: Any, start: int, count: int, shares: Any, first: int, scale: Any, grid: Any) -> Any:
     """sum(w (x - scale level)^2)."""
     inverse, even, odd = reciprocal(scale), floats(0.0), floats(0.0)
     for step in range(0, count, 2):
         value = load_float32(block, start + step * 16)
         miss = value - scale * nearest_level(value, inverse, grid)
-        even = fused(floats(weights[first + step]) * miss, miss, even)
+        even = fused(floats(shares[first + step]) * miss, miss, even)
         value = load_float32(block, start + step * 16 + 16)
         miss = value - scale * nearest_level(value, inverse, grid)
-        odd = fused(floats(weights[first + step + 1]) * miss, miss, odd)
+        odd = fused(floats(shares[first + step + 1]) * miss, miss, odd)
     return even + odd
 
 
@@ -243,7 +252,7 @@ def best_multiples(
     block: Any,
     count: int,
     groups: int,
-    weights: Any,
+    shares: Any,
     first: int,
     scale: Any,
     middles: Any,
@@ -260,7 +269,7 @@ def best_multiples(
         least, chosen = floats(LARGE), floats(0.0)
         for offset in range(-1, 2):
             multiple = clamped(middle + floats(offset), lowest, highest)
-            error = weighted_error(block, group * count * 16, count, weights, first + group * count, scale * multiple, grid)
+            error = weighted_error(block, group * count * 16, count, shares, first + group * count, scale * multiple, grid)
             better = error < least
             least, chosen = select(better, error, least), select(better, multiple, chosen)
         total = total + least
@@ -273,7 +282,7 @@ def refitted_common(
     block: Any,
     count: int,
     groups: int,
-    weights: Any,
+    shares: Any,
     first: int,
     scale: Any,
     multiples: Any,
@@ -284,6 +293,6 @@ def refitted_common(
     for group in range(groups):
         multiple = load_float32(multiples, group * 16)
         start, column = group * count * 16, first + group * count
-        its_along, its_square = level_sums(block, start, count, weights, column, scale * multiple, grid)
+        its_along, its_square = level_sums(block, start, count, shares, column, scale * multiple, grid)
         along, square = fused(its_along, multiple, along), fused(its_square * multiple, multiple, square)
     return select(square > floats(0.0), along / square, scale)
