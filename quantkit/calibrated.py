@@ -26,6 +26,7 @@ from quantkit.errors import CalibrationError
 from quantkit.estimate import available_cores
 from quantkit.evidence import Evidence, Received
 from quantkit.formats import FORMATS
+from quantkit.imatrix import read_imatrix, statistics_from_imatrix
 from quantkit.llama4 import Unit
 from quantkit.plan import Plan
 from quantkit.recipe import METHODS_WITH_HESSIANS, Recipe
@@ -86,10 +87,7 @@ class Calibrated:
                 f"{', '.join(hungry)}: its method needs Hessians, which saved statistics do not hold; "
                 "give a corpus instead of --statistics"
             )
-        statistics = load_statistics(options.statistics)
-        check_statistics(statistics, checkpoint.config, checkpoint.provenance())
-        check_tokens(statistics, options.minimum_expert_tokens)
-        return cls(checkpoint, options, output, None, statistics)
+        return cls(checkpoint, options, output, None, _statistics(checkpoint, recipes, options, options.statistics))
 
     def fingerprint(self, recipe: Recipe) -> dict[str, Any]:
         """What a partial artifact of ``recipe`` must have been calibrated on to be resumed; nothing for a data-free one."""
@@ -122,9 +120,9 @@ class Calibrated:
         return Seen(
             evidence,
             received,
-            self.statistics.cache_peaks[unit.layer or 0],
+            self.statistics.cache_peaks.get(unit.layer or 0, (0.0, 0.0)),
             {},
-            None if inner is None else smoothing_factors(inner.peak),
+            None if inner is None or not inner.peak.numel() else smoothing_factors(inner.peak),
         )
 
     def run(
@@ -183,6 +181,22 @@ class Calibrated:
                 recipe=recipe,
                 stop=stop,
             )
+
+
+def _statistics(checkpoint: Checkpoint, recipes: Sequence[Recipe], options: CalibrationOptions, path: Path) -> Statistics:
+    """Saved statistics, or an importance file of llama.cpp, which holds less.  Raises CalibrationError."""
+    if path.is_dir():
+        statistics = load_statistics(path)
+        check_statistics(statistics, checkpoint.config, checkpoint.provenance())
+        check_tokens(statistics, options.minimum_expert_tokens)
+        return statistics
+    demanding = [recipe.name for recipe in recipes if recipe.needs_peaks]
+    if demanding:
+        raise CalibrationError(
+            f"{', '.join(demanding)}: asks for the largest inputs, which an importance file does not hold; give the statistics of "
+            "`quantkit calibrate`, or a corpus"
+        )
+    return statistics_from_imatrix(read_imatrix(path), checkpoint.config, checkpoint.provenance())
 
 
 class _Handler:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 import torch
 
+from quantkit import codebooks
 from quantkit.errors import WeightError
 from quantkit.scheme import BLOCK_SIZE, Scheme
 
@@ -138,6 +139,9 @@ def dequantize_blocks(quantized: QuantizedTensor) -> torch.Tensor:
     kind, codes = quantized.scheme.block_type, quantized.codes
     if kind.floating:
         return codes.to(torch.float32)
+    if kind.codebook:
+        assert quantized.group_scale is not None
+        return codebooks.dequantize_codebook(kind.name, codes, quantized.scale, quantized.group_scale)
     if kind.levels is not None:
         level = torch.tensor(kind.levels, dtype=torch.float32)[codes.to(torch.int64)]
     else:

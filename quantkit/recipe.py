@@ -198,6 +198,12 @@ class Recipe:
         """Whether a method asks for Hessians, which saved statistics do not hold."""
         return not METHODS_WITH_HESSIANS.isdisjoint(method for _, method in self._quantizing())
 
+    @property
+    def needs_peaks(self) -> bool:
+        """Whether largest magnitudes are asked for, which importance files do not hold."""
+        static = any(scheme.static_activations for scheme, _ in self._quantizing())
+        return static or self.kv_cache is not None or any(rule.smooth for rule in self.rules)
+
     def _quantizing(self) -> list[tuple[Scheme, str]]:
         """The schemes that are asked for, each with its method."""
         found = [(scheme, rule.method or self.method) for rule in self.rules if (scheme := parse_scheme(rule.scheme)) is not None]
@@ -208,11 +214,7 @@ class Recipe:
     @property
     def needs_calibration(self) -> bool:
         """Whether something here can only be known from what the model does with text."""
-        return (
-            self.kv_cache is not None
-            or any(rule.smooth for rule in self.rules)
-            or any(scheme.static_activations or method in METHODS_WITH_EVIDENCE for scheme, method in self._quantizing())
-        )
+        return self.needs_peaks or any(method in METHODS_WITH_EVIDENCE for _, method in self._quantizing())
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, the one that fingerprints and manifests hold."""

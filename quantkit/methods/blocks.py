@@ -21,7 +21,7 @@ from quantkit import ggml
 from quantkit.errors import RecipeError, WeightError
 from quantkit.evidence import Evidence
 from quantkit.grid import QuantizationStatistics, QuantizedTensor, block_steps
-from quantkit.kernels import ggml_minimum, tiles
+from quantkit.kernels import ggml_codebook, ggml_levels, ggml_minimum, ggml_symmetric, tiles
 from quantkit.kernels.block_target import BlockTarget
 from quantkit.methods.sources import checked_peak, kernel_source
 from quantkit.scheme import Scheme
@@ -37,6 +37,15 @@ KERNELS: dict[str, Callable[..., tuple[float, float, float, float, int]]] = {
     "Q4_K": ggml_minimum.quantize_q4_k,
     "Q5_1": ggml_minimum.quantize_q5_1,
     "Q5_K": ggml_minimum.quantize_q5_k,
+    "Q3_K": ggml_symmetric.quantize_q3_k,
+    "Q4_0": ggml_symmetric.quantize_q4_0,
+    "Q5_0": ggml_symmetric.quantize_q5_0,
+    "Q6_K": ggml_symmetric.quantize_q6_k,
+    "Q8_0": ggml_symmetric.quantize_q8_0,
+    "IQ4_NL": ggml_levels.quantize_iq4_nl,
+    "IQ4_XS": ggml_levels.quantize_iq4_xs,
+    "MXFP4": ggml_levels.quantize_mxfp4,
+    **ggml_codebook.KERNELS,
 }
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -125,12 +134,8 @@ def _target(kind: ggml.BlockType, source: tiles.Source, workspace: Workspace, in
         scales=scales if kind.name == "MXFP4" else scales.view(np.uint16),
         minimums=workspace.take(f"block minimums {index}", 2 * blocks if kind.minimum else 0).view(np.uint16),
         group_scales=workspace.take(f"group scales {index}", groups).view(np.int8),
-        group_minimums=workspace.take(f"group minimums {index}", groups if _has_group_minimum(kind) else 0).view(np.int8),
+        group_minimums=workspace.take(f"group minimums {index}", groups if kind.minimum else 0).view(np.int8),
     )
-
-
-def _has_group_minimum(kind: ggml.BlockType) -> bool:
-    return kind.group > 0 and (kind.minimum or kind.codebook)
 
 
 def _assemble(shape: torch.Size, scheme: Scheme, source: tiles.Source, target: BlockTarget) -> QuantizedTensor:
@@ -148,7 +153,7 @@ def _assemble(shape: torch.Size, scheme: Scheme, source: tiles.Source, target: B
         scale=tensor(target.scales, torch.uint8 if scheme.scale_number == "e8m0" else torch.float16, kind.block),
         group_scale=tensor(target.group_scales, torch.int8, kind.group) if kind.group else None,
         minimum=tensor(target.minimums, torch.float16, kind.block) if kind.minimum else None,
-        group_minimum=tensor(target.group_minimums, torch.int8, kind.group) if _has_group_minimum(kind) else None,
+        group_minimum=tensor(target.group_minimums, torch.int8, kind.group) if kind.group and kind.minimum else None,
     )
 
 
