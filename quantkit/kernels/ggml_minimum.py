@@ -30,11 +30,11 @@ from quantkit.kernels.memory import load_float32, scatter_bytes, scatter_halves
 from quantkit.kernels.simd import floats, fused, ints, lane_sum, largest_lane, maximum, select
 from quantkit.kernels.tiles import STRIP_ROWS, TILE_INPUTS, Source, load_tile, store_codes, strip_rows
 
-#             block group codes scales starts from to spread trials reach
-Q4_K = Layout(256, 32, 15.0, 63.0, 3, -0.25, 0.5, 0.03, 7, 2)
-Q5_K = Layout(256, 32, 31.0, 63.0, 3, -0.25, 0.5, 0.03, 7, 2)
-Q2_K = Layout(256, 16, 3.0, 15.0, 3, -0.25, 0.5, 0.1, 7, 1)
-SINGLE = Starts(4, -0.5, 0.75)
+# How each type is searched was tuned on the error for about ten times ggml's speed without importance; see benchmarks/LOG.md.
+Q4_K = Layout(block=256, group=32, highest=15.0, highest_scale=63.0, starts=Starts(4, -0.5, 0.75), spread=0.03, trials=7, reach=2)
+Q5_K = Layout(block=256, group=32, highest=31.0, highest_scale=63.0, starts=Starts(3, -0.25, 0.5), spread=0.03, trials=7, reach=3)
+Q2_K = Layout(block=256, group=16, highest=3.0, highest_scale=15.0, starts=Starts(4, -0.25, 0.75), spread=0.1, trials=7, reach=1)
+SINGLE = Starts(5, -0.5, 0.75)
 
 
 @compiled

@@ -4,9 +4,9 @@ Rounding weights to codes and solving for step and minimum by weighted least squ
 ends in the next best of very many local optima.  What decides is where it starts, and the two ends of the range matter separately:
 nine starts, with either end moved out, left or moved in by a fraction of a step, do better than a dozen along one line.
 
-For a group of a block (``ggml_minimum_block``) only five sums matter, over its inputs: of the importance, of importance times weight,
-and (for given codes) of importance times code, code squared, and code times weight.  From them the error for *any* step and minimum
-follows without looking at the weights again.  Errors here leave out the sum of squared weights, which no choice changes.
+For a group of a block (``ggml_minimum_block``) only five sums over its inputs matter: of the importance, of importance times
+weight, and (for given codes) of importance times code, code squared, and code times weight.  From them the error for *any* step and
+minimum follows without looking at the weights again.  Errors here leave out the sum of squared weights, which no choice changes.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ SINGULAR = 1e-5  # least squares whose determinant is a smaller part of its firs
 
 
 class Starts(NamedTuple):
-    """From where fits start: each end of the range at ``count`` places from ``outermost`` to ``innermost``, in steps inwards."""
+    """From where fits start: each end of the range at ``places`` from ``outermost`` to ``innermost``, in steps inwards."""
 
-    count: int
+    places: int
     outermost: float
     innermost: float
 
@@ -157,10 +157,10 @@ def fit_group(
         zeros = floats(0.0)
         return Fit(unit, floats(0.0) - smallest, Sums(zeros, zeros, zeros), zeros), total
     best = fit_codes(block, start, count, importance, first, total, weight, unit, floats(0.0) - smallest, highest, signed)
-    stride = (starts.innermost - starts.outermost) / (starts.count - 1)
-    for bottom_number in range(starts.count):
+    stride = (starts.innermost - starts.outermost) / (starts.places - 1)
+    for bottom_number in range(starts.places):
         bottom = starts.outermost + stride * bottom_number
-        for top_number in range(starts.count):
+        for top_number in range(starts.places):
             top = starts.outermost + stride * top_number
             step = unit * floats(1.0 - (bottom + top) / highest)
             low = floats(0.0) - fused(unit, floats(bottom), smallest)

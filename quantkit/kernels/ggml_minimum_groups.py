@@ -1,12 +1,12 @@
 """The two levels of scales of Q4_K, Q5_K and Q2_K: integers for groups, FP16 scale and minimum for a block of 256.
 
-The weight of a K type is ``(scale * group_scale) * code - minimum * group_minimum``; the integers have 4 or 6 bits.  Once each group
-has been fitted with any step and minimum (``ggml_minimum_fit``) a block goes through these stages:
+The weight of a K type is ``(scale * group_scale) * code - minimum * group_minimum``; the integers have 4 or 6 bits.  Once each
+group has been fitted with any step and minimum (``ggml_minimum_fit``) a block goes through these stages:
 
 1. Scale and minimum of the block: candidates around "the largest group takes the largest integer" are tried on the fits' sums.
    What the integers cost depends so much on the luck of rounding that trying is worth more than any rule.
-2. Each group takes the pair of integers with the least error.  The two are chosen together: an error of the step is partly made up
-   for by the minimum.  Codes are rounded again with these numbers, and integers chosen again.
+2. Each group takes the pair of integers with the least error among some fifteen, with codes rounded for each.  The two are chosen
+   together: an error of the step is partly made up for by the minimum.
 3. Scale and minimum of the block are solved for by least squares with all codes and integers fixed.
 
 Each stage keeps what has the least importance-weighted squared error.
@@ -28,18 +28,15 @@ from quantkit.kernels.simd import floats, fused, maximum, minimum, nearest, sele
 class Layout(NamedTuple):
     """Numbers of one type, and how it is searched.
 
-    highest, highest_scale: largest code, and largest integer of a group.  shift: where the ends of the range start, see
-    ``ggml_minimum_fit.fit_group``.  spread, trials: the block's scale and minimum are each tried so many times within (1 - spread,
-    1 + spread) times the plain one.  reach: how many group scales are tried to either side.
+    highest, highest_scale: largest code, and largest integer of a group.  spread, trials: the block's scale and minimum are tried
+    so many times each, within (1 - spread, 1 + spread) times the plain one.  reach: group scales tried to either side.
     """
 
     block: int
     group: int
     highest: float
     highest_scale: float
-    starts: int
-    outermost: float
-    innermost: float
+    starts: Starts
     spread: float
     trials: int
     reach: int
@@ -234,11 +231,12 @@ def fit_block(
     searched: int,
 ) -> Any:
     """Leave the integers of the groups in scales and minimums; return scale and minimum of the block."""
-    starts = Starts(layout.starts, layout.outermost, layout.innermost)
     groups, first_group, size = layout.block // layout.group, first_input // layout.group, layout.group
     for group in range(groups):
         start, place, weight = group * size, group * 16, floats(importance.groups[first_group + group])
-        fit, total = fit_group(block, start, size, importance.search, first_input + start, weight, layout.highest, False, starts, searched)
+        fit, total = fit_group(
+            block, start, size, importance.search, first_input + start, weight, layout.highest, False, layout.starts, searched
+        )
         store(kept.step, place, fit.step)
         store(kept.low, place, fit.low)
         store(kept.total, place, total)
