@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_letters, digits
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gguf.constants import Keys, TokenType
 
@@ -24,6 +24,9 @@ from quantkit.errors import CheckpointError, CorpusError
 from quantkit.formats.gguf_general import count, flag, integers, text, texts
 from quantkit.gguf_header import MetadataEntry
 from quantkit.strict_json import brief, parse_object
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
 MODEL = "gpt2"  # llama.cpp's name for every byte-level BPE
@@ -61,8 +64,10 @@ def tokenizer_metadata(directory: Path, config: Llama4Config) -> list[MetadataEn
     path = directory / TOKENIZER_FILE
     content = _required_object(path)
     model = _byte_level_model(content, path)
-    _check_rules(path)
+    tokenizer = _opened(path)
+    _check_rules(tokenizer, path)
     vocabulary = _vocabulary(content, model, config.vocab_size, path)
+    _check_ids(tokenizer, vocabulary, path)
     try:
         settings = chat.tokenizer_settings(directory)
         templates = chat._templates(directory, settings)
@@ -137,14 +142,17 @@ def _byte_level_model(content: Mapping[str, Any], path: Path) -> Mapping[str, An
     return model
 
 
-def _check_rules(path: Path) -> None:
-    """Refuse a tokenizer that cuts text into other words than Llama 4's."""
+def _opened(path: Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exceptions
         raise CheckpointError(f"{path} is damaged: {str(error)[:300]}. Download it again.") from error
+
+
+def _check_rules(tokenizer: Tokenizer, path: Path) -> None:
+    """Refuse a tokenizer that cuts text into other words than Llama 4's."""
     for words in _WORDS:
         line = "".join(words)
         found = tuple(line[start:stop] for _, (start, stop) in tokenizer.pre_tokenizer.pre_tokenize_str(line))
@@ -152,6 +160,16 @@ def _check_rules(path: Path) -> None:
             raise CheckpointError(
                 f"{path}: cuts {line!r} into {brief(found)}, Llama 4's rules into {brief(words)}; llama.cpp knows only these, so "
                 "its tokens would be others. Use the model's own tokenizer."
+            )
+
+
+def _check_ids(tokenizer: Tokenizer, vocabulary: _Vocabulary, path: Path) -> None:
+    """Refuse gaps between the ids of added tokens: the library numbers them anew, and nobody knows which ids are meant."""
+    for token, number in vocabulary.added.items():
+        if (found := tokenizer.token_to_id(token)) != number:
+            raise CheckpointError(
+                f"{path}: says that the token {brief(token)} has the id {number}, but the tokenizers library gives it {found}. "
+                "Number the added tokens without gaps, after the vocabulary."
             )
 
 
