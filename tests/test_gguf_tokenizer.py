@@ -1,8 +1,8 @@
 """The tokenizer in a GGUF file: llama.cpp cuts text into the same tokens as the tokenizers library, and stops where it should.
 
 llama.cpp's rule named ``llama4`` does not count combining marks as parts of words, unlike Llama 4's own (llama.cpp issue 27783).
-So lines are compared twice: all of them under the one rule of llama.cpp that treats marks as Llama 4 does, which shows that tokens and
-merges are right; and those without marks, and nearly all others, under ``llama4``.
+So lines are compared twice: all of them under the one rule of llama.cpp that treats marks as Llama 4 does, which shows that tokens
+and merges are right; and those without marks, and nearly all others, under ``llama4``.
 """
 
 from __future__ import annotations

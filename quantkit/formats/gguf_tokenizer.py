@@ -2,7 +2,9 @@
 
 Llama 4 has a byte-level BPE: the vocabulary and the merges are copied from ``tokenizer.json`` as they are.  How text is cut into
 words before that cannot be copied: llama.cpp knows a list of rules by name.  Llama 4's is ``llama4``, and a tokenizer that cuts a
-set of awkward lines in another way is refused, since its tokens would silently be others.
+set of awkward lines in another way is refused, since its tokens would silently be others.  llama.cpp's rule differs from the
+model's in one point: it cuts words at combining marks (its issue 27783), which changes some tokens of Hindi or Thai text.  Rules
+that treat marks rightly have names that older versions of llama.cpp do not load.
 
 Two special tokens are given that the converter leaves out: ``<|eot|>`` ends a turn, and ``<|eom|>`` a message that calls a tool.
 Without them llama.cpp does not stop at ``<|eom|>``, and at ``<|eot|>`` only in models that have it as their end of sequence.
