@@ -359,7 +359,9 @@ def inspect(
     path: Annotated[
         str,
         typer.Argument(
-            metavar="PATH", callback=_expand, help="A checkpoint, artifact, safetensors file, statistics, or a hub repository id."
+            metavar="PATH",
+            callback=_expand,
+            help="A checkpoint, artifact, safetensors or GGUF file, statistics, or a hub repository id.",
         ),
     ],
     revision: Revision = None,

@@ -88,6 +88,7 @@ def inspection_data(inspection: Inspection) -> dict[str, Any]:
         "roles": role_data(inspection.roles),
         "files": dict(inspection.files),
         "notes": list(inspection.notes),
+        "facts": dict(inspection.facts),
     }
 
 

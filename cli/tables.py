@@ -201,7 +201,7 @@ def _rate(name: str, rate: float) -> str:
 def print_inspection(console: Console, inspection: Inspection) -> None:
     """What stands at a path: kind, model, roles, files, notes."""
     console.print(Text(str(inspection.path), style="bold"), soft_wrap=True)
-    kind = "quantized" if inspection.kind == "artifact" else "not quantized"
+    kind = {"artifact": "quantized", "importance": "statistics"}.get(inspection.kind, "not quantized")
     console.print(Text(inspection.model))
     sizes = f"{text.count(inspection.parameters)} parameters, {text.size(inspection.bytes)}"
     files = many(len(inspection.files), "file")
@@ -210,6 +210,12 @@ def print_inspection(console: Console, inspection: Inspection) -> None:
     console.print(role_table(inspection.roles))
     width = max((len(name) for name, _ in inspection.files), default=0)
     console.print(Columns([Text(f"{name:<{width}} {size:>15,}") for name, size in inspection.files], padding=(0, 4)))
+    if inspection.facts:
+        facts = Table.grid(padding=(0, 2))
+        for label, value in inspection.facts:
+            facts.add_row(Text(label), Text(value))
+        console.print()
+        console.print(facts)
     for note in inspection.notes:
         console.print(Text(f"Note: {note}", style="yellow"), soft_wrap=True)
 

@@ -1,7 +1,8 @@
 """Inspection: what a checkpoint or artifact is, from headers alone.
 
-Works on any Llama 4 directory (BF16 source, our artifact, somebody else's) and on a single safetensors file.  Each stored tensor is
-given its role by name, each module its scheme by the quantization section of the config; nothing is read but headers and JSON.
+Works on any Llama 4 directory (BF16 source, our artifact, somebody else's), on a single safetensors file, and on GGUF files of any
+model (:mod:`quantkit.gguf_inspection`).  Each stored tensor is given its role by name, each module its scheme by the quantization
+section of the config; nothing is read but headers and JSON.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from quantkit.checkpoint import CONFIG_NAME, TensorFiles, load_config
 from quantkit.errors import ArtifactError, CheckpointError
 from quantkit.formats import compressed_tensors
 from quantkit.formats.compressed_tensors_config import QUANT_METHOD, check_section
+from quantkit.gguf_files import is_gguf
+from quantkit.gguf_inspection import gguf_contents
 from quantkit.llama4 import Llama4Config, Role, inventory, parse_config
 from quantkit.plan import RoleSummary
 from quantkit.strict_json import brief, parse_object
 from quantkit.tensor_files import read_small_file
 
 _CONFIG_LIMIT = 16 << 20  # bytes
+_NO_MANIFEST = "no manifest.json: not made by quantkit, or stripped of its proof"
 
 # First match decides; the order puts the specific before the general.
 _ROLE_PATTERNS: tuple[tuple[str, Role], ...] = (
@@ -48,8 +52,9 @@ _KV_CACHE = (".self_attn.k_scale", ".self_attn.v_scale")  # belong to a layer's 
 class Inspection:
     """What stands at ``path``.
 
-    kind: ``source`` or ``artifact``.  format: how it is stored.  parameters: of the model, by its config, or the stored elements
-    when there is no config.  notes: what a reader should know.
+    kind: ``source``, ``artifact`` (quantized), or of GGUF files also ``unquantized`` and ``importance``.  format: how it is stored.
+    parameters: of the model, by its config, or the stored elements when there is no config.  roles: of GGUF files that are no Llama
+    4 by type, of several models by file.  notes: what a reader should know.  facts: what a GGUF file says of itself.
     """
 
     path: Path
@@ -61,6 +66,7 @@ class Inspection:
     files: tuple[tuple[str, int], ...]
     roles: tuple[RoleSummary, ...]
     notes: tuple[str, ...]
+    facts: tuple[tuple[str, str], ...] = ()
 
 
 def role_of(name: str) -> Role | None:
@@ -69,7 +75,7 @@ def role_of(name: str) -> Role | None:
 
 
 def inspect(path: str | Path, revision: str | None = None) -> Inspection:
-    """Inspect a directory, a safetensors file or a hub repository.
+    """Inspect a directory, a safetensors or GGUF file, or a hub repository.
 
     Raises CheckpointError when it cannot be read, ArtifactError when its quantization section is malformed.  A section that is
     sound but says nothing that quantkit writes is no error: ``notes`` tells.
@@ -78,6 +84,8 @@ def inspect(path: str | Path, revision: str | None = None) -> Inspection:
     config: Llama4Config | None = None
     quantization: Mapping[str, Any] | None = None
     notes: list[str] = []
+    if is_gguf(target):
+        return _inspect_gguf(target)
     if target.suffix == ".safetensors" and os.path.isfile(target):
         notes.append("a single file: the parameter count is that of the stored elements")
     else:
@@ -92,13 +100,23 @@ def inspect(path: str | Path, revision: str | None = None) -> Inspection:
         sizes = tuple((file.name, file.stat().st_size) for file in files.paths)
         parameters = sum(row.parameters for row in rows)
     if quantization is not None and not os.path.isfile(target / "manifest.json"):
-        notes.append("no manifest.json: not made by quantkit, or stripped of its proof")
+        notes.append(_NO_MANIFEST)
     form = "safetensors"
     if quantization is not None:
         stated = quantization.get("format") or quantization.get("quant_method")
         form = stated if isinstance(stated, str) else brief(stated)
     kind = "artifact" if quantization is not None else "source"
     return Inspection(target, kind, form, _describe(config), parameters, sum(size for _, size in sizes), sizes, rows, tuple(notes))
+
+
+def _inspect_gguf(target: Path) -> Inspection:
+    found = gguf_contents(target)
+    notes = found.notes
+    if os.path.isdir(target) and not os.path.isfile(target / "manifest.json"):
+        notes += (_NO_MANIFEST,)
+    return Inspection(
+        target, found.kind, "gguf", found.model, found.parameters, found.bytes, found.files, found.roles, notes, found.facts
+    )
 
 
 def _config_text(path: str | Path, revision: str | None) -> tuple[bytes, Path]:
