@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from quantkit.kernels.ggml_minimum_block import Importance, reciprocal, stored
-from quantkit.kernels.ggml_minimum_fit import Starts, Sums, code_sums, error_of, fit_group, select_sums, solve
+from quantkit.kernels.ggml_minimum_block import SMALLEST_STEP, Importance, reciprocal, stored
+from quantkit.kernels.ggml_minimum_fit import SINGULAR, Starts, Sums, code_sums, error_of, fit_group, select_sums, solve
 from quantkit.kernels.jit import compiled
 from quantkit.kernels.memory import load_float32, store
 from quantkit.kernels.simd import floats, fused, maximum, minimum, nearest, select
@@ -209,11 +209,13 @@ def refit_scales(
         scale_weight = fused(step, sums.products, scale_weight)
         low_weight = fused(lift, total, low_weight)
     determinant = scale_scale * low_low - scale_low * scale_low
-    sound = determinant > scale_scale * low_low * floats(1e-5)
+    sound = determinant > scale_scale * low_low * floats(SINGULAR)
     divisor = select(sound, determinant, floats(1.0))
-    new_scale = maximum(select(sound, (scale_weight * low_low - low_weight * scale_low) / divisor, scale), zero)
-    new_low = maximum(select(sound, (scale_weight * scale_low - low_weight * scale_scale) / divisor, low), zero)
-    new_scale, new_low = stored(new_scale, unit, inverse_unit), stored(new_low, unit, inverse_unit)
+    together = (scale_weight * low_low - low_weight * scale_low) / divisor
+    alone = select(scale_scale > zero, fused(low, scale_low, scale_weight) / maximum(scale_scale, floats(SMALLEST_STEP)), scale)
+    new_scale = stored(maximum(select(sound, together, alone), zero), unit, inverse_unit)
+    for_scale = fused(new_scale, scale_low, zero - low_weight) / maximum(low_low, floats(SMALLEST_STEP))
+    new_low = stored(maximum(select(low_low > zero, for_scale, low), zero), unit, inverse_unit)
     sums = Sums(scale_low, scale_scale, scale_weight)
     improved = error_of(sums, low_weight, low_low, new_scale, new_low) < error_of(sums, low_weight, low_low, scale, low)
     return select(improved, new_scale, scale), select(improved, new_low, low)
