@@ -163,8 +163,12 @@ def test_what_is_not_finite_shows(name: str, bad: float) -> None:
 
 
 @compiled
-def find_points(grid: Any, scratch: Any, inverse: float, trial: int, costs: Any, levels: Any) -> None:
-    one, other, payload, other_payload = ggml_codebook_points.nearest_points(grid, scratch, 0, simd.floats(inverse), trial)
+def find_points(grid: Any, scratch: Any, inverse: float, shift: float, costs: Any, levels: Any) -> None:
+    step, move = simd.floats(inverse), simd.floats(shift)
+    if grid.shifted:
+        one, other, payload, other_payload = ggml_codebook_points._assign_runs(grid, scratch, 0, step, move, move)
+    else:
+        one, other, payload, other_payload = ggml_codebook_points.nearest_points(grid, scratch, 0, step, move, move)
     memory.store(costs, 0, one)
     memory.store(costs, 16, other)
     for k in range(grid.length):
@@ -175,24 +179,31 @@ def find_points(grid: Any, scratch: Any, inverse: float, trial: int, costs: Any,
 @compiled
 def fill(grid: Any, importance: Any, magnitudes: Any) -> Any:
     scratch = ggml_codebook._scratch(grid)
+    scratch.magnitudes[:] = magnitudes
     ggml_codebook._prepare_levels(grid, scratch, importance, 0)
-    scratch.magnitudes[: magnitudes.size] = magnitudes
+    if grid.shifted:
+        ggml_codebook._prepare_tilts(grid, scratch, importance, 0)
     return scratch
 
 
-@pytest.mark.parametrize("trial", [0, 1])
+@compiled
+def guess_shifts(grid: Any, scratch: Any, inverse: float, importance: Any) -> None:
+    ggml_codebook_points.choose_shifts(grid, scratch, 0, simd.floats(inverse), importance, 0)
+
+
+@pytest.mark.parametrize("shift", [0, 1, -1])
 @pytest.mark.parametrize("name", NAMES)
-def test_nearest_points_are_those_of_the_whole_grid(name: str, trial: int) -> None:
+def test_nearest_points_are_those_of_the_whole_grid(name: str, shift: int) -> None:
     book, grid = CODEBOOKS[name], grid_tables(name)
-    if trial >= grid.trials:
-        pytest.skip("levels of this type are not moved")
+    if (shift != 0) != (book.shifted > 0):
+        pytest.skip("levels of this type are always moved, or never")
     generator, count = np.random.default_rng(1), 2 * book.length
     importance = generator.lognormal(0, 1, 256).astype(np.float32)
-    magnitudes = generator.standard_normal((count, 16)).astype(np.float32)
-    step = np.float32(0.5 / grid.rms)
+    magnitudes = generator.standard_normal((256, 16)).astype(np.float32)
+    step = 0.5 / grid.rms
     costs, levels = np.empty(32, np.float32), np.empty(count * 16, np.float32)
-    find_points(grid, fill(grid, importance, magnitudes.reshape(-1)), 2 / step, trial, costs, levels)
-    points = np.array(book.levels, np.float64)[grid_digits(name)] + ((1, -1)[trial] if book.shifted else 0)
+    find_points(grid, fill(grid, importance, magnitudes.reshape(-1)), 2 / step, shift, costs, levels)
+    points = np.array(book.levels, np.float64)[grid_digits(name)] + shift
     for run in range(2):
         inputs = slice(run * book.length, (run + 1) * book.length)
         wanted = magnitudes[inputs].astype(np.float64) / step  # [length, 16]
@@ -204,6 +215,37 @@ def test_nearest_points_are_those_of_the_whole_grid(name: str, trial: int) -> No
         # Costs are compared with 15 bits.
         np.testing.assert_allclose(ours, distances.min(0), atol=1e-3 * float(np.abs(distances.min(0) - constant).max()))
         np.testing.assert_allclose(costs[run * 16 : run * 16 + 16], distances.min(0) - constant, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["IQ1_S", "IQ1_M"])
+def test_levels_are_moved_where_that_suits_free_combinations(name: str) -> None:
+    book, grid = CODEBOOKS[name], grid_tables(name)
+    generator = np.random.default_rng(2)
+    importance = generator.lognormal(0, 1, 256).astype(np.float32)
+    magnitudes = generator.standard_normal((256, 16)).astype(np.float32)
+    scratch, step = fill(grid, importance, magnitudes.reshape(-1)), 0.12
+    guess_shifts(grid, scratch, 2 / step, importance)
+    for start in range(0, book.group, book.shifted):
+        inputs = slice(start, start + book.shifted)
+        levels = np.array(book.levels)[:, None] + np.array([1, -1])  # [levels, directions]
+        gaps = np.square(magnitudes[inputs, :, None, None].astype(np.float64) / step - levels).min(2)  # [inputs, 16, directions]
+        expected = np.array([1, -1])[(importance[inputs, None, None] * gaps).sum(0).argmin(1)]
+        for run in range(start // book.length, (start + book.shifted) // book.length):
+            assert np.array_equal(scratch.shifts[run * 16 : run * 16 + 16], expected)
+
+
+@compiled
+def roots(values: Any) -> None:
+    for place in range(0, values.size, 16):
+        memory.store(values, place, simd.root(memory.load_float32(values, place)))
+
+
+def test_roots() -> None:
+    ordinary = np.random.default_rng(0).exponential(size=1008)
+    values = np.concatenate([ordinary, [0, 1, 2, 1e-45, 1e-38, 3e38, 4, 9]] * 2).astype(np.float32)
+    expected = np.sqrt(values)
+    roots(values)
+    assert np.array_equal(values, expected)
 
 
 def test_tile_is_two_loads_of_a_block() -> None:

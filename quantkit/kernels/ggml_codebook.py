@@ -21,7 +21,7 @@ import numpy as np
 
 from quantkit.codebooks import CODEBOOKS
 from quantkit.kernels.block_target import BlockTarget
-from quantkit.kernels.ggml_codebook_points import BLOCK, Scratch, assign_group, copy_payloads, level_of, moments
+from quantkit.kernels.ggml_codebook_points import BLOCK, Scratch, assign_group, choose_shifts, copy_payloads, level_of, moments
 from quantkit.kernels.ggml_codebook_tables import Grid, Search, grid_tables, search_plan
 from quantkit.kernels.halves import from_half, to_half
 from quantkit.kernels.jit import compiled, kernel
@@ -51,19 +51,19 @@ SMALLEST = 1e-30  # a step or a peak that is at least this has a finite reciproc
 
 @compiled
 def _scratch(grid: Grid) -> Scratch:
-    levels = grid.trials * grid.digits
     return Scratch(
         weights=np.empty(BLOCK * 16, np.float32),
         magnitudes=np.empty(BLOCK * 16, np.float32),
-        linear=np.empty(BLOCK * levels, np.float32),
-        square=np.empty(BLOCK * levels, np.float32),
-        costs=np.empty(grid.length * grid.digits * 32, np.float32),
-        pairs=np.empty(2 * 9 * 32, np.float32),
-        firsts=np.empty(81 * 32, np.float32),
+        linear=np.empty(BLOCK * grid.digits, np.float32),
+        square=np.empty(BLOCK * grid.digits, np.float32),
+        sums=np.empty(4 * 9 * 32, np.float32),
         seconds=np.empty(81 * 32, np.float32),
         chosen=np.empty(64 * 16, np.float32),
         tried=np.empty(64 * 16, np.float32),
         other=np.empty(64 * 16, np.float32),
+        shifts=np.empty(32 * 16, np.float32),
+        tilts=np.empty(32 * 16, np.float32),
+        shares=np.empty(32, np.float32),
         power=np.empty(16 * 16, np.float32),
         best=np.empty(16 * 16, np.float32),
         steps=np.empty(16 * 16, np.float32),
@@ -76,6 +76,9 @@ def _scratch(grid: Grid) -> Scratch:
 @compiled
 def _prepare_levels(grid: Grid, scratch: Scratch, importance: Any, first_input: int) -> None:
     levels = grid.levels.size
+    if grid.shifted:
+        for run in range(BLOCK // grid.length):
+            scratch.shares[run] = importance[first_input + run * grid.length : first_input + (run + 1) * grid.length].sum()
     for k in range(BLOCK):
         for level in range(levels):
             linear = importance[first_input + k] * grid.levels[level]
@@ -87,7 +90,7 @@ def _prepare_levels(grid: Grid, scratch: Scratch, importance: Any, first_input: 
 def _prepare_signs(scratch: Scratch, importance: Any, first_input: int) -> None:
     """Give one magnitude of 8 a sign where an odd number of weights is negative: the one that costs least."""
     for start in range(0, BLOCK, 8):
-        count, least, where = ints(0), floats(1e38), ints(0)
+        count, least, where = ints(0), floats(MOST_ERROR), ints(0)
         for k in range(8):
             place = (start + k) * 16
             count = count - (bits(load_float32(scratch.weights, place)) >> ints(31))
@@ -99,6 +102,16 @@ def _prepare_signs(scratch: Scratch, importance: Any, first_input: int) -> None:
             place = (start + k) * 16
             magnitude = bits(load_float32(scratch.magnitudes, place))
             store(scratch.magnitudes, place, select(flip != ints(k), magnitude, magnitude | ints(-(2**31))))
+
+
+@compiled
+def _prepare_tilts(grid: Grid, scratch: Scratch, importance: Any, first_input: int) -> None:
+    """What moving the levels of a run adds to the cost of all its points."""
+    for start in range(0, BLOCK, grid.length):
+        tilt = floats(0.0)
+        for k in range(start, start + grid.length):
+            tilt = fused(load_float32(scratch.magnitudes, k * 16), floats(importance[first_input + k]), tilt)
+        store(scratch.tilts, start // grid.length * 16, tilt)
 
 
 @compiled
@@ -120,6 +133,8 @@ def _prepare(grid: Grid, source: Source, row: int, importance: Any, first_input:
             store(scratch.magnitudes, k * 16, value)
             power = fused(value * value, floats(importance[first_input + k]), power)
         store(scratch.power, group * 16, power)
+    if grid.shifted:
+        _prepare_tilts(grid, scratch, importance, first_input)
     if grid.signs == 2:
         _prepare_signs(scratch, importance, first_input)
     return peak, unit
@@ -148,10 +163,12 @@ def _fit_groups(grid: Grid, scratch: Scratch, importance: Any, first_input: int,
     for group in range(BLOCK // grid.group):
         power = load_float32(scratch.power, group * 16)
         reference = _reference(grid, scratch, group, importance, first_input, mix)
-        best, step = floats(1e38), reference
+        best, step = floats(MOST_ERROR), reference
         for factor in factors:
             trial = reference * floats(factor)
-            cost = assign_group(grid, scratch, group, _inverse(trial), scratch.tried)
+            if grid.shifted:
+                choose_shifts(grid, scratch, group, _inverse(trial), importance, first_input)
+            cost = assign_group(grid, scratch, group, _inverse(trial), scratch.tried, False)
             error = fused(trial * trial, cost, power)
             better = error < best
             best, step = select(better, error, best), select(better, trial, step)
@@ -176,7 +193,7 @@ def _choose_scale(grid: Grid, scratch: Scratch, unit: Any, multiples: Any) -> tu
     groups = BLOCK // grid.group
     for group in range(groups):
         largest = maximum(load_float32(scratch.steps, group * 16), largest)
-    least, best_half, best = floats(1e38), ints(0), floats(0.0)
+    least, best_half, best = floats(MOST_ERROR), ints(0), floats(0.0)
     for multiple in multiples:
         half, scale = _stored(largest / floats(multiple * grid.fraction), unit)
         inverse = _inverse(scale * floats(2.0 * grid.fraction)) * floats(0.5)
@@ -204,23 +221,18 @@ def _step_of(grid: Grid, scale: Any, code: Any) -> Any:
 
 
 @compiled
-def _assign(
-    grid: Grid, scratch: Scratch, importance: Any, first_input: int, unit: Any, half: Any, scale: Any, offsets: Any, again: bool
-) -> tuple[Any, Any]:
+def _assign(grid: Grid, scratch: Scratch, importance: Any, first_input: int, unit: Any, half: Any, scale: Any, offsets: Any) -> Any:
     """Codes of all groups and points of all runs for the block's scale as it is stored; then the scale that suits these best."""
     inverse = _inverse(scale * floats(2.0 * grid.fraction)) * floats(0.5)
     products, squares = floats(0.0), floats(0.0)
     for group in range(BLOCK // grid.group):
         power = load_float32(scratch.power, group * 16)
-        if again:
-            middle = load_float32(scratch.group_codes, group * 16)
-        else:
-            middle = _nearest_code(grid, load_float32(scratch.steps, group * 16), inverse)
+        middle = _nearest_code(grid, load_float32(scratch.steps, group * 16), inverse)
         best, chosen = floats(MOST_ERROR), middle
         for offset in offsets:
             code = minimum(maximum(middle + floats(offset), floats(0.0)), floats(grid.highest))
             step = _step_of(grid, scale, code)
-            cost = assign_group(grid, scratch, group, _inverse(step), scratch.tried)
+            cost = assign_group(grid, scratch, group, _inverse(step), scratch.tried, True)
             error = fused(step * step, cost, power)
             better = error < best
             best, chosen = select(better, error, best), select(better, code, chosen)
@@ -233,7 +245,7 @@ def _assign(
     fitted_half, fitted = _stored(maximum(products, floats(0.0)) / maximum(squares, floats(SMALLEST)), unit)
     old = scale * (scale * squares - (products + products))
     new = fitted * (fitted * squares - (products + products))
-    return select(new < old, fitted_half, half), select(new < old, fitted, scale)
+    return select(new < old, fitted_half, half)
 
 
 @compiled
@@ -314,9 +326,7 @@ def quantize_blocks(
             peak = maximum(peak, largest)
             _fit_groups(grid, scratch, relative, first_input, search.mix, search.factors)
             half, scale = _choose_scale(grid, scratch, unit, search.multiples)
-            for turn in range(search.rounds):
-                offsets = search.offsets if turn == 0 else search.offsets[:1]
-                half, scale = _assign(grid, scratch, relative, first_input, unit, half, scale, offsets, turn > 0)
+            half = _assign(grid, scratch, relative, first_input, unit, half, scale, search.offsets)
             error, power, weighted_error, weighted_power = _signed_codes(grid, scratch, importance, first_input, half)
             errors, powers = errors + error, powers + power
             weighted_errors, weighted_powers = weighted_errors + weighted_error, weighted_powers + weighted_power
@@ -325,7 +335,7 @@ def quantize_blocks(
 
 
 def quantize(name: str, source: Source, target: BlockTarget, importance: Any, searched: int, first_row: int, last_row: int) -> Sums:
-    """:func:`quantize_blocks` for the type of that name; without search each group's scale just spans its range."""
+    """:func:`quantize_blocks` for the type of that name; without search scales only follow from the size of what they are for."""
     return quantize_blocks(
         grid_tables(name), search_plan(name, int(bool(searched))), source, target, importance, first_row, last_row
     )

@@ -20,12 +20,15 @@ class Grid(NamedTuple):
     """A codebook type as plain numbers and flat arrays.
 
     length: weights of a point.  digits: levels of one weight.  digit_bits: bits of a digit in a payload.  group: weights of a
-    scale. highest: largest group scale.  fraction: see :mod:`quantkit.codebooks`.  signs: 0 none, 1 free, 2 an even number in 8.
-    trials: 2 where levels are moved up or down.  shifted: weights moved together. base, step, extra: a level is ``base + step *
-    digit``, and ``extra`` more for the last digit; ``2`` less in the second trial. levels: float32 ``[trials * digits]``.  rms:
-    of all levels of all points. firsts: int32, the first halves that the grid holds, as places in the table of first halves, and
-    first_payloads: their digits side by side.  starts: int32, where the partners of each begin, and one more.  partners: int32,
-    places of second halves. second_payloads: int32, digits of every second half.
+    scale.  highest: largest group scale.  fraction: see :mod:`quantkit.codebooks`.  signs: 0 none, 1 free, 2 an even number in 8.
+    shifted: weights that are moved up or down together, by 1; 0 where none are.  levels: float32 ``[digits]``, before they are
+    moved. base, step, extra: a level is ``base + step * digit``, and ``extra`` more for the last digit.  rms: of the levels of
+    all points. payloads: int32 ``[halves]``, the digits of each half side by side.
+
+    Of the first halves that the grid holds, those with most partners first, so that loops over partners rarely change their length:
+    first_payloads: int32, payloads as part of the whole.  lefts, rights: int64, where the costs of its own two parts stand in their
+    tables.  starts: int64, where its partners begin in ``partners``, int64, which are places in the table of second halves.
+    usual: payload of some point.
     """
 
     length: int
@@ -35,18 +38,19 @@ class Grid(NamedTuple):
     highest: int
     fraction: float
     signs: int
-    trials: int
     shifted: int
     base: float
     step: float
     extra: float
     levels: Any
     rms: float
-    firsts: Any
+    payloads: Any
     first_payloads: Any
+    lefts: Any
+    rights: Any
     starts: Any
     partners: Any
-    second_payloads: Any
+    usual: int
 
 
 class Search(NamedTuple):
@@ -54,28 +58,27 @@ class Search(NamedTuple):
 
     mix: where between its typical and its largest magnitude a group's reference step lies, 0 .. 1.  factors: float32, the steps
     tried for each group, as multiples of the reference.  multiples: float32, the odd numbers (and some between them) that the
-    largest step may become.  offsets: float32, group scales tried around the nearest one, 0 first.  rounds: how often points are
-    chosen for the stored scales.
+    largest step may become.  offsets: float32, group scales tried around the nearest one, 0 first.
     """
 
     mix: float
     factors: Any
     multiples: Any
     offsets: Any
-    rounds: int
 
 
 @functools.cache
 def search_plan(name: str, searched: int) -> Search:
-    """How a type is searched; without search the steps just reach the largest magnitudes."""
-    top, digits = 2 * CODEBOOKS[name].highest + 1, len(CODEBOOKS[name].levels)
+    """How a type is searched; without search the steps are the reference ones."""
+    book = CODEBOOKS[name]
+    top, none = 2 * book.highest + 1, _floats([0])
+    mix = 1.0 if len(book.levels) == 8 else 0.2 if book.shifted else 0.35
     if not searched:
-        return Search(1.0, _floats([1.0]), _floats([top]), _floats([0.0]), 1)
+        return Search(mix, _floats([1]), _floats([top]), none)
     multiples = _floats(np.arange(top + 2, top / 2, -0.5))
-    if digits == 8:
-        return Search(1.0, _floats([0.72, 0.85, 0.98, 1.12, 1.3]), multiples, _floats([0, -1, 1]), 2)
-    mix = 0.2 if CODEBOOKS[name].shifted else 0.35
-    return Search(mix, _floats([0.72, 0.85, 0.98, 1.12, 1.3]), multiples, _floats([0, -1, 1]), 2)
+    if book.shifted:
+        return Search(mix, _floats([0.8, 1.0, 1.25]), multiples, none)
+    return Search(mix, _floats([0.72, 0.85, 0.98, 1.12, 1.3]), multiples, _floats([0, -1, 1]))
 
 
 def _floats(values: Any) -> NDArray[np.float32]:
@@ -89,12 +92,13 @@ def grid_tables(name: str) -> Grid:
     half, count = book.length // 2, len(book.levels)
     powers = count ** np.arange(half)[::-1]  # the first digit of a half is the slowest
     first, second = points[:, :half] @ powers, points[:, half:] @ powers
-    order = np.lexsort((second, first))
-    firsts, starts = np.unique(first[order], return_index=True)
+    counts = np.bincount(first, minlength=count**half)
+    halves = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
+    rank = np.argsort(np.argsort(-counts, kind="stable"))
+    order = np.lexsort((second, rank[first]))
     digits = np.arange(count**half)[:, None] // powers % count  # [halves, half]
     payloads = digits @ (1 << (book.digit_bits * np.arange(half)))
     levels = np.array(book.levels, np.float32)
-    moved = np.concatenate([levels + 1, levels - 1]) if book.shifted else levels
     return Grid(
         length=book.length,
         digits=count,
@@ -103,16 +107,17 @@ def grid_tables(name: str) -> Grid:
         highest=book.highest,
         fraction=book.fraction,
         signs={"none": 0, "free": 1, "even": 2}[book.signs],
-        trials=2 if book.shifted else 1,
         shifted=book.shifted,
-        base=float(moved[0]),
-        step=float(moved[1] - moved[0]),
-        extra=float(moved[count - 1] - moved[0] - (count - 1) * (moved[1] - moved[0])),
-        levels=moved.astype(np.float32),
+        base=float(levels[0]),
+        step=float(levels[1] - levels[0]),
+        extra=float(levels[count - 1] - levels[0] - (count - 1) * (levels[1] - levels[0])),
+        levels=levels,
         rms=float(np.sqrt(np.mean(np.square(levels[points])))),
-        firsts=firsts.astype(np.int32),
-        first_payloads=payloads[firsts].astype(np.int32),
-        starts=np.append(starts, len(points)).astype(np.int32),
-        partners=second[order].astype(np.int32),
-        second_payloads=payloads.astype(np.int32),
+        payloads=payloads.astype(np.int32),
+        first_payloads=(payloads[halves] << 8).astype(np.int32),
+        lefts=32 * (halves // count ** (half // 2)),
+        rights=32 * (halves % count ** (half // 2)),
+        starts=np.append(0, np.cumsum(counts[halves])),
+        partners=32 * second[order],
+        usual=int(payloads[first[0]] << 8 | payloads[second[0]]),
     )
