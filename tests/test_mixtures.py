@@ -193,11 +193,24 @@ def test_fallbacks_end_in_f16() -> None:
     assert all(fitting_type(name, 1) == (name if kind.floating else "F16") for name, kind in TYPES.items())
 
 
-def test_our_own_mixture_is_about_as_large_as_the_one_it_competes_with() -> None:
+def test_our_own_mixture_is_no_larger_than_the_one_it_competes_with() -> None:
+    sizes = {}
     for case in ("scout", "maverick"):
         config = configuration(case)
         ours, theirs = (data_bytes(FILE_TYPES[name], config, True) for name in ("QK4_MOE", "Q4_K_M"))
-        assert 0.95 < ours / theirs <= 1
+        assert 0.9 < ours / theirs <= 1
+        sizes[case] = ours
+    routed = 48 * 16 * 3 * 5120 * 8192
+    attention = 48 * (2 * 5120 * 5120 + 2 * 5120 * 1024) + 202048 * 5120  # and the embedding
+    others = 48 * 3 * 5120 * 8192 + 202048 * 5120  # shared expert and head
+    small = 4 * (48 * (2 * 5120 + 16 * 5120) + 5120)
+    assert sizes["scout"] == routed * 144 // 256 + attention * 34 // 32 + others * 210 // 256 + small
+
+
+def test_our_own_mixture_gives_routed_experts_the_fewest_bits() -> None:
+    for tensor, kind in file_types(FILE_TYPES["QK4_MOE"], configuration("maverick"), True):
+        assert (kind == "Q4_K") == tensor.part.endswith("_exps")
+        assert kind == "Q4_K" or TYPES[kind].bits_per_weight > 6
 
 
 def test_names_in_any_case() -> None:
