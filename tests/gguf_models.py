@@ -17,13 +17,14 @@ from gguf import GGUFReader
 
 from quantkit.formats import ggml_blocks
 from quantkit.grid import dequantize
+from quantkit.llama4 import Role
 from quantkit.recipe import Recipe, Rule
 from quantkit.scheme import parse_scheme
 from tests.tiny_models import write_tiny_model
 
 DEMO = Path(__file__).parent.parent / "demo" / "tiny-scout"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
-QUANTIZABLE = ("embedding", "lm_head", "attention", "routed_expert", "shared_expert", "dense_mlp")
+QUANTIZABLE: tuple[Role, ...] = ("embedding", "lm_head", "attention", "routed_expert", "shared_expert", "dense_mlp")
 SIZES: dict[str, Any] = {
     "vocab_size": 2048,
     "hidden_size": 256,
@@ -80,7 +81,7 @@ def stored_tensors(path: Path) -> dict[str, tuple[str, np.ndarray[Any, Any], tup
     for tensor in GGUFReader(path).tensors:
         shape = tuple(int(size) for size in reversed(tensor.shape))
         rows = int(np.prod(shape[:-1], dtype=np.int64))
-        data = np.ascontiguousarray(tensor.data).reshape(-1).view(np.uint8).reshape(rows, -1)
+        data = np.array(tensor.data).reshape(-1).view(np.uint8).reshape(rows, -1)
         found[tensor.name] = tensor.tensor_type.name, data, shape
     return found
 
