@@ -159,3 +159,14 @@ def check_what_is_not_finite_shows(kernel: Kernel, name: str) -> None:
         weight = torch.from_numpy(matrix("gaussian", 16, 512))
         weight[5, 300] = float(bad)
         assert run(kernel, name, weight)[1][4] >= 0x7F800000
+
+
+def check_small_weights(kernel: Kernel, name: str, worst: float) -> None:
+    """Where scales come near the smallest FP16 numbers, weights are not clipped or lost."""
+    draw, importance = matrix("gaussian", 32, 512) * 50, importance_of(512)
+    for factor in (1e-3, 1e-4, 1e-5):
+        weight = (np.float32(factor) * draw).astype(np.float32)
+        theirs = llama_cpp.ggml_dequantize(name, llama_cpp.ggml_quantize(name, weight, importance), 512)
+        _, sums = run(kernel, name, torch.from_numpy(weight), importance)
+        assert sums[2] < squared_error(weight, theirs, importance)
+        assert sums[2] < worst**2 * sums[3]

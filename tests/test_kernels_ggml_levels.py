@@ -44,6 +44,11 @@ def test_what_is_not_finite_shows(name: str) -> None:
     block_kernels.check_what_is_not_finite_shows(KERNELS[name], name)
 
 
+@pytest.mark.parametrize("name", KERNELS)
+def test_small_weights_are_neither_clipped_nor_lost(name: str) -> None:
+    block_kernels.check_small_weights(KERNELS[name], name, 0.12)
+
+
 @compiled
 def round_iq4(numbers: Any, codes: Any, levels: Any) -> None:
     grid = ggml_grids.iq4_table()

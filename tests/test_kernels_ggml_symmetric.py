@@ -49,6 +49,12 @@ def test_what_is_not_finite_shows(name: str) -> None:
     block_kernels.check_what_is_not_finite_shows(KERNELS[name], name)
 
 
+@pytest.mark.parametrize("name", KERNELS)
+def test_small_weights_are_neither_clipped_nor_lost(name: str) -> None:
+    worst = {"Q8_0": 0.007, "Q4_0": 0.08, "Q5_0": 0.045, "Q3_K": 0.14, "Q6_K": 0.02}[name]
+    block_kernels.check_small_weights(KERNELS[name], name, worst)
+
+
 @pytest.mark.parametrize("name", ["Q4_0", "Q5_0"])
 def test_scale_is_near_the_best_of_all(name: str) -> None:
     """A fine grid of scales, each refitted, by brute force: the search is within 1 % of it, with importance too."""

@@ -25,10 +25,11 @@ from quantkit.kernels.ggml_search import (
     extreme,
     fitted_scale,
     luckiest_scale,
+    nearest_scale,
     prepared,
     reciprocal,
     refitted_common,
-    rounded_scale,
+    scale_not_below,
     units,
 )
 from quantkit.kernels.halves import from_half
@@ -161,7 +162,10 @@ def single_scales(
                             scale = luckiest_scale(block, 0, SINGLE_BLOCK, weighting.shares, first, candidates, top)
                     else:
                         scale = top / floats(spanning)
-                    half, scale = rounded_scale(scale, unit, inverse_unit)
+                    if clips:
+                        half, scale = nearest_scale(scale, unit, inverse_unit)
+                    else:
+                        half, scale = scale_not_below(scale, unit, inverse_unit)
                     scatter_halves(target.scales, row * blocks + first // SINGLE_BLOCK, blocks, half)
                     sums = write_codes(block, 0, SINGLE_BLOCK, weighting.scaled, first, scale, unit, grid, words, offset * 4, sums)
                 store_codes(words, target.codes, row, chunk, source.columns)
@@ -195,7 +199,7 @@ def search_block(
     for portion in range(portions):
         some = commons[portion * share : (portion + 1) * share]
         common = common_scale(scratch.fits, scratch.squares, groups, some, lowest, highest)
-        its_half, common = rounded_scale(common, unit, inverse_unit)
+        its_half, common = scale_not_below(common, unit, inverse_unit)
         error = best_multiples(
             scratch.block, group, groups, shares, first, common, scratch.fits, common, lowest, highest, grid, scratch.others
         )
@@ -205,7 +209,7 @@ def search_block(
             kept = select(better, load_float32(scratch.others, place), load_float32(scratch.multiples, place))
             store(scratch.multiples, place, kept)
     scale = refitted_common(scratch.block, group, groups, shares, first, scale, scratch.multiples, grid)
-    half, scale = rounded_scale(scale, unit, inverse_unit)
+    half, scale = nearest_scale(scale, unit, inverse_unit)
     one = floats(1.0)
     best_multiples(
         scratch.block, group, groups, shares, first, scale, scratch.multiples, one, lowest, highest, grid, scratch.multiples
@@ -224,7 +228,7 @@ def span_block(
         store(scratch.fits, number * 16, fit)
         longer = fit * fit > size
         extreme_fit, size = select(longer, fit, extreme_fit), select(longer, fit * fit, size)
-    half, scale = rounded_scale(extreme_fit / floats(lowest), unit, inverse_unit)
+    half, scale = scale_not_below(extreme_fit / floats(lowest), unit, inverse_unit)
     inverse = reciprocal(scale)
     for number in range(groups):
         multiple = clamped(nearest(load_float32(scratch.fits, number * 16) * inverse), lowest, highest)

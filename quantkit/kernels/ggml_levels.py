@@ -21,14 +21,14 @@ from quantkit.kernels.tiles import STRIP_ROWS, TILE_INPUTS, Source, load_tile, s
 
 Sums = tuple[float, float, float, float, int]  # what a kernel returns
 
-# What the extreme weight of a group becomes, four in a visit: where inputs are equally important (FEW), and where not (MANY).
-FEW = np.array([[-138.3, -131.2, -125.6, -119.9], [-107.2, 108.7, 115.1, 123.2]], np.float32)
-MANY = np.array(
+# What the extreme weight of a group becomes, four in a visit.
+CANDIDATES = np.array(
     [
         [-198.6, -158.6, -146.9, -138.5],
-        [-131.9, -126.9, -120.2, -110.2],
-        [-101.9, -86.8, 91.7, 107.2],
-        [114.3, 121.4, 129.8, 143.9],
+        [-131.9, -126.9, -121.9, -116.9],
+        [-110.2, -101.9, -86.8, 91.7],
+        [107.2, 112.9, 117.1, 121.4],
+        [127, 134.1, 145.3, 167.9],
     ],
     np.float32,
 )
@@ -39,14 +39,14 @@ COMMONS = np.concatenate([np.linspace(-33.9, -27.2, 24), np.linspace(28.2, 32.6,
 @kernel
 def quantize_iq4_nl(source: Source, target: BlockTarget, importance: Any, searched: int, first_row: int, last_row: int) -> Sums:
     """IQ4_NL."""
-    few, many, grid = FEW, MANY, iq4_table()
-    return single_scales(source, target, importance, searched, first_row, last_row, few, many, -127.0, 1, grid)
+    candidates, grid = CANDIDATES, iq4_table()
+    return single_scales(source, target, importance, searched, first_row, last_row, candidates, candidates, -127.0, 1, grid)
 
 
 @kernel
 def quantize_iq4_xs(source: Source, target: BlockTarget, importance: Any, searched: int, first_row: int, last_row: int) -> Sums:
     """IQ4_XS."""
-    few, many, commons, grid = FEW, MANY, COMMONS, iq4_table()
+    candidates, commons, grid = CANDIDATES, COMMONS, iq4_table()
     return double_scales(
         source,
         target,
@@ -55,8 +55,8 @@ def quantize_iq4_xs(source: Source, target: BlockTarget, importance: Any, search
         first_row,
         last_row,
         32,
-        few,
-        many,
+        candidates,
+        candidates,
         -127.0,
         commons,
         4,

@@ -73,9 +73,29 @@ def divide_by_unit(tile: Any, start: int, count: int, inverse_unit: Any, block: 
 
 
 @compiled
-def rounded_scale(scale: Any, unit: Any, inverse_unit: Any) -> tuple[Any, Any]:
-    """A scale in units as FP16 bits, and what these stand for, in units."""
-    half = to_half(scale * unit)
+def nearest_scale(scale: Any, unit: Any, inverse_unit: Any) -> tuple[Any, Any]:
+    """A scale in units as FP16 bits, and what these stand for, in units.
+
+    Between 2^-27 and the smallest FP16 number that one is taken: it is still better than nothing.
+    """
+    value = scale * unit
+    half = to_half(value)
+    vanishes = maximum(value, floats(0.0) - value) > floats(2.0**-27)
+    half = select(vanishes, maximum(half & ints(0x7FFF), ints(1)) | (half & ints(0x8000)), half)
+    return half, from_half(half) * inverse_unit
+
+
+@compiled
+def scale_not_below(scale: Any, unit: Any, inverse_unit: Any) -> tuple[Any, Any]:
+    """The same, but a scale that would lose 1 / 256 is rounded up: so many steps of it would fall short of the largest weight.
+
+    FP16 numbers are so coarse near their smallest, and there weights of some 1e-4 have their scales.
+    """
+    value = scale * unit
+    half = to_half(value)
+    size = half & ints(0x7FFF)
+    below = from_half(size) * floats(1.0 + 2.0**-8) < maximum(value, floats(0.0) - value)
+    half = minimum(size + ints(below), ints(0x7BFF)) | (half & ints(0x8000))
     return half, from_half(half) * inverse_unit
 
 

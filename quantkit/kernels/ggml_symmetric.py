@@ -19,7 +19,7 @@ from quantkit.kernels.tiles import Source
 Sums = tuple[float, float, float, float, int]  # what a kernel returns
 
 # What the extreme weight of a group becomes, four in a visit: where inputs are equally important (FEW), and where not (MANY).
-Q8_0_CANDIDATES = np.array([[127, 126, 124.9, 123.8]], np.float32)
+Q8_0_CANDIDATES = np.array([[127, 126, 125, 123]], np.float32)
 Q4_0_FEW = np.array([[-9.07, -8.71, -8.44, -8.18], [-8, -7.73, -7.11, -6.04]], np.float32)
 Q4_0_MANY = np.array(
     [
@@ -46,10 +46,7 @@ Q3_K_FEW = np.array([[-4.95, -4.65, -4.42, -4.19], [-3.96, -3.73, -3.28, -2.97]]
 Q3_K_MANY = np.array(
     [[-8.63, -7.34, -6.37, -5.56], [-4.99, -4.59, -4.27, -3.94], [-3.62, -2.09, 2.9, 3.24], [4.09, 4.59, 5.36, 6.72]], np.float32
 )
-Q6_K_FEW = np.array(
-    [[-32.3, -32.05, -31.8, -31.3], [-30.8, -30.3, -29.8, -29.25], [-28.75, -28, -27, -26], [-25, -24.2, -22.9, -22.4]], np.float32
-)
-Q6_K_MANY = np.array(
+Q6_K_CANDIDATES = np.array(
     [
         [-33.7, -32.8, -32.2, -31.8],
         [-31, -30.6, -30.3, -29.9],
@@ -123,7 +120,7 @@ def quantize_q3_k(source: Source, target: BlockTarget, importance: Any, searched
 @kernel
 def quantize_q6_k(source: Source, target: BlockTarget, importance: Any, searched: int, first_row: int, last_row: int) -> Sums:
     """Q6_K."""
-    few, many, commons, grid = Q6_K_FEW, Q6_K_MANY, Q6_K_COMMONS, whole_numbers(-32.0, 31.0, 32)
+    few, many, commons, grid = Q6_K_CANDIDATES, Q6_K_CANDIDATES, Q6_K_COMMONS, whole_numbers(-32.0, 31.0, 32)
     return double_scales(
         source,
         target,
