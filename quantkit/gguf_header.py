@@ -296,11 +296,14 @@ class _Cursor:
         return values
 
     def text(self, what: str, errors: str = "strict") -> str:
-        self.need(_LENGTH.size, what)
+        start = self.position + _LENGTH.size
+        if start > len(self.buffer):  # asked here too, because a vocabulary has hundreds of thousands of texts
+            self.need(_LENGTH.size, what)
         (length,) = _LENGTH.unpack_from(self.buffer, self.position)
-        self.position += _LENGTH.size
-        self.need(length, what)
-        start, self.position = self.position, self.position + length
+        self.position = start
+        if start + length > len(self.buffer):
+            self.need(length, what)
+        self.position += length
         try:
             return self.buffer[start : self.position].decode("utf-8", errors)
         except UnicodeDecodeError as error:
