@@ -163,6 +163,11 @@ def test_files_that_are_no_llama_4() -> None:
         config_from_metadata({**table, "general.architecture": MetadataEntry("x", GGUFValueType.STRING, "llama")}, known)
     with pytest.raises(ArtifactError, match="first file"):
         config_from_metadata(table, {})
+    with pytest.raises(ArtifactError, match="no matrix"):
+        config_from_metadata(table, {**known, "token_embd.weight": ()})
+    for key in ("llama4.block_count", "llama4.expert_count"):
+        with pytest.raises(ArtifactError, match="cannot be"):
+            config_from_metadata({**table, key: MetadataEntry(key, GGUFValueType.UINT32, 2**32 - 1)}, known)
 
 
 # ----------------------------------------------------------------------------------------------------- what has no key
@@ -184,6 +189,8 @@ def test_files_that_are_no_llama_4() -> None:
         ({"moe_layers": [0, 1, 3]}, r"\[0, 1, 3\]"),
         ({"moe_layers": [0]}, "every n-th"),
         ({"num_experts_per_tok": 17}, "17"),
+        ({"num_hidden_layers": 513}, "512 layers"),
+        ({"num_local_experts": 1025}, "1024 experts"),
         ({"head_dim": 127}, "head_dim is 127"),
         ({"num_key_value_heads": 7}, "multiple of the 7"),
     ],

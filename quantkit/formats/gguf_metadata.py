@@ -34,6 +34,8 @@ ATTENTION_CHUNK = 8192
 FLOOR_SCALE = 8192.0
 ATTENTION_SCALE = 0.1
 EXPERTS_WITHOUT_QK_NORM = 128
+MOST_LAYERS = 512
+MOST_EXPERTS = 1024
 # Read by versions of Ollama before 0.30 only
 USE_QK_NORM = f"{ARCHITECTURE}.use_qk_norm"
 CHUNK_SIZE = f"{ARCHITECTURE}.attention.chunk_size"
@@ -144,6 +146,11 @@ def inexpressible(config: Llama4Config) -> str | None:
             f"the layers with experts are {brief(listed)}, but llama.cpp knows only every n-th layer: those whose number, counted "
             "from 1, is a multiple of interleave_moe_layer_step"
         )
+    if config.num_layers > MOST_LAYERS or config.num_experts > MOST_EXPERTS:
+        reasons.append(
+            f"there are {config.num_layers} layers with {config.num_experts} experts, but llama.cpp allows {MOST_LAYERS} layers "
+            f"and {MOST_EXPERTS} experts"
+        )
     if config.experts_per_token > config.num_experts:
         reasons.append(f"num_experts_per_tok is {config.experts_per_token}, but there are {config.num_experts} experts")
     return "; ".join(reasons) or None
@@ -201,9 +208,9 @@ def config_from_metadata(
     architecture = read.value(Keys.General.ARCHITECTURE, GGUFValueType.STRING)
     if architecture != ARCHITECTURE:
         raise ArtifactError(f"{where}: general.architecture is {brief(architecture)}; expected {ARCHITECTURE!r}.")
-    if TOKEN_EMBEDDING not in shapes:
+    if len(shapes.get(TOKEN_EMBEDDING, ())) != 2:
         raise ArtifactError(
-            f"{where} has no tensor {TOKEN_EMBEDDING}. Name the first file of a split model, with all others beside it."
+            f"{where} has no matrix {TOKEN_EMBEDDING}. Name the first file of a split model, with all others beside it."
         )
     layers, experts, step = read.count(Keys.LLM.BLOCK_COUNT), read.count(Keys.LLM.EXPERT_COUNT), read.count(_INTERLEAVE)
     if layers > MAX_LAYERS or layers * experts > MAX_EXPERTS:
