@@ -220,17 +220,38 @@ def root(_typing: Any, value: Any) -> Any:
     return FLOATS(FLOATS), lambda context, builder, signature, args: _call(builder, "llvm.sqrt.v16f32", FLOATS.llvm, *args)
 
 
+def _permuted(builder: Any, table: ir.Value, index: ir.Value, count: int) -> ir.Value:
+    """Elements of a vector of ``count`` at as many indices: one instruction where the processor permutes so many."""
+    low = builder.and_(index, ir.Constant(index.type, [count - 1] * count))
+    found = ir.Constant(table.type, ir.Undefined)
+    for number in range(count):
+        lane = ir.Constant(_I32, number)
+        found = builder.insert_element(found, builder.extract_element(table, builder.extract_element(low, lane)), lane)
+    return found
+
+
+def _part(builder: Any, vector: ir.Value, first: int, count: int) -> ir.Value:
+    lanes = ir.Constant(ir.VectorType(_I32, count), list(range(first, first + count)))
+    return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), lanes)
+
+
 @vector_function
 def lookup(_typing: Any, table: Any, index: Any) -> Any:
     """The elements of a table of 16 at each index, of which the low four bits count."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
-        low = builder.and_(args[1], ir.Constant(INTS.llvm, [LANES - 1] * LANES))
-        found = ir.Constant(args[0].type, ir.Undefined)
-        for number in range(LANES):  # one instruction where there is a permutation by variable indices
-            lane = ir.Constant(_I32, number)
-            found = builder.insert_element(found, builder.extract_element(args[0], builder.extract_element(low, lane)), lane)
-        return found
+        features = context.codegen().magic_tuple()[-1]
+        if "+avx2" not in features or "+avx512f" in features:
+            return _permuted(builder, *args, LANES)
+        half, found = LANES // 2, []  # AVX2 permutes eight
+        tables = [_part(builder, args[0], first, half) for first in (0, half)]
+        for first in (0, half):
+            some = _part(builder, args[1], first, half)
+            lower, upper = (_permuted(builder, part, some, half) for part in tables)
+            eight = ir.Constant(some.type, [half] * half)
+            above = builder.icmp_signed("==", builder.and_(some, eight), eight)
+            found.append(builder.select(above, upper, lower))
+        return builder.shuffle_vector(*found, ir.Constant(ir.VectorType(_I32, LANES), list(range(LANES))))
 
     return table(table, INTS), emit
 
