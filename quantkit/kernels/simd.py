@@ -242,7 +242,7 @@ def lookup(_typing: Any, table: Any, index: Any) -> Any:
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
         features = context.codegen().magic_tuple()[-1]
         if "+avx2" not in features or "+avx512f" in features:
-            return _permuted(builder, *args, LANES)
+            return _permuted(builder, args[0], args[1], LANES)
         half, found = LANES // 2, []  # AVX2 permutes eight
         tables = [_part(builder, args[0], first, half) for first in (0, half)]
         for first in (0, half):
