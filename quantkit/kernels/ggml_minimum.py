@@ -14,10 +14,12 @@ import numpy as np
 from quantkit.kernels.block_target import BlockTarget
 from quantkit.kernels.ggml_minimum_block import (
     Errors,
+    Importance,
     add_errors,
     copy_inputs,
     no_errors,
     prepare_importance,
+    reciprocal,
     scale_block,
     stored,
     write_group,
@@ -27,7 +29,7 @@ from quantkit.kernels.ggml_minimum_groups import Layout, fit_block, new_groups
 from quantkit.kernels.halves import to_half
 from quantkit.kernels.jit import compiled, kernel
 from quantkit.kernels.memory import load_float32, scatter_bytes, scatter_halves
-from quantkit.kernels.simd import floats, fused, ints, lane_sum, largest_lane, maximum, select
+from quantkit.kernels.simd import floats, ints, lane_sum, largest_lane, maximum, select
 from quantkit.kernels.tiles import STRIP_ROWS, TILE_INPUTS, Source, load_tile, store_codes, strip_rows
 
 # How each type is searched was tuned on the error for about ten times ggml's speed without importance; see benchmarks/LOG.md.
@@ -118,19 +120,19 @@ def quantize_q2_k(source: Source, target: BlockTarget, importance: Any, searched
 
 @compiled
 def fit_single(
-    block: Any, importance: Any, first: int, weight: float, size: int, highest: float, unit: Any, inverse_unit: Any, searched: int
+    block: Any, importance: Importance, first: int, size: int, highest: float, unit: Any, inverse_unit: Any, searched: int
 ) -> Any:
     """FP16 step and minimum (subtracted) of a block without groups."""
-    wide = floats(weight)
-    fit, total = fit_group(block, 0, size, importance, first, wide, highest, True, SINGLE, searched)
+    fit, group = fit_group(block, 0, size, importance, first, highest, True, SINGLE, searched)
     step, low = stored(fit.step, unit, inverse_unit), stored(fit.low, unit, inverse_unit)
     if searched == 0:
         return step, low
-    low = stored(fused(step, fit.sums.codes, floats(0.0) - total) / wide, unit, inverse_unit)
-    again = fit_codes(block, 0, size, importance, first, total, wide, step, low, highest, True)
+    low = stored((step * fit.sums.codes - group.total) * group.share, unit, inverse_unit)
+    again = fit_codes(block, group, importance.search, step, reciprocal(step), low, highest, True)
     other = stored(again.step, unit, inverse_unit)
-    other_low = stored(fused(other, again.sums.codes, floats(0.0) - total) / wide, unit, inverse_unit)
-    improved = error_of(again.sums, total, wide, other, other_low) < error_of(again.sums, total, wide, step, low)
+    other_low = stored((other * again.sums.codes - group.total) * group.share, unit, inverse_unit)
+    error = error_of(again.sums, group.total, group.weight, step, low)
+    improved = error_of(again.sums, group.total, group.weight, other, other_low) < error
     return select(improved, other, step), select(improved, other_low, low)
 
 
@@ -155,17 +157,7 @@ def quantize_single(
                     largest = copy_inputs(tile, (vector * TILE_INPUTS + start) * 16, size, block, 0)
                     peak = maximum(peak, largest)
                     unit, inverse_unit = scale_block(block, size, largest)
-                    step, low = fit_single(
-                        block,
-                        importance.search,
-                        first,
-                        importance.groups[first // size],
-                        size,
-                        highest,
-                        unit,
-                        inverse_unit,
-                        searched,
-                    )
+                    step, low = fit_single(block, importance, first, size, highest, unit, inverse_unit, searched)
                     errors = write_group(block, 0, size, importance.exact, first, step, low, highest, words, no_errors())
                     totals = add_errors(totals, errors, unit)
                     scatter_halves(target.scales, place, blocks_of_row, to_half(step * unit))

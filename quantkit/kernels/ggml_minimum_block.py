@@ -24,11 +24,12 @@ class Importance(NamedTuple):
     """Importance of the inputs, float32.
 
     search ``[columns]``: divided by the largest in its block, and at least LEAST_IMPORTANCE.  groups ``[columns / group]``: sums of
-    ``search``.  exact ``[columns]``: as given, divided by ``divisor``, a power of two.
+    ``search``; shares: their reciprocals.  exact ``[columns]``: as given, divided by ``divisor``, a power of two.
     """
 
     search: Any
     groups: Any
+    shares: Any
     exact: Any
     divisor: float
 
@@ -56,7 +57,7 @@ def prepare_importance(given: Any, block: int, group: int) -> Any:
             search[index] = max(given[index] / largest, LEAST_IMPORTANCE) if largest > 0.0 else 1.0
     for index in range(groups.size):
         groups[index] = search[index * group : (index + 1) * group].sum()
-    return Importance(search, groups, exact, divisor)
+    return Importance(search, groups, np.float32(1.0) / groups, exact, divisor)
 
 
 @compiled

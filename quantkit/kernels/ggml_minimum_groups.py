@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from quantkit.kernels.ggml_minimum_block import SMALLEST_STEP, Importance, reciprocal, stored
-from quantkit.kernels.ggml_minimum_fit import SINGULAR, Starts, Sums, code_sums, error_of, fit_group, select_sums, solve
+from quantkit.kernels.ggml_minimum_fit import SINGULAR, Group, Starts, Sums, code_sums, error_of, fit_group, select_sums, solve
 from quantkit.kernels.jit import compiled
 from quantkit.kernels.memory import load_float32, store
 from quantkit.kernels.simd import floats, fused, maximum, minimum, nearest, select
@@ -98,19 +98,29 @@ def whole(value: Any, highest: float) -> Any:
 
 
 @compiled
-def choose_integers(sums: Sums, total: Any, weight: Any, free: Any, layout: Layout, scale: Any, low: Any) -> Any:
+def group_of(kept: Groups, place: int, importance: Importance, first_input: int, layout: Layout) -> Any:
+    """A group of the block, as it was measured."""
+    start = place // 16 * layout.group
+    first = first_input + start
+    weight, share = importance.groups[first // layout.group], importance.shares[first // layout.group]
+    return Group(start, first, layout.group, floats(weight), floats(share), load_float32(kept.total, place))
+
+
+@compiled
+def choose_integers(
+    sums: Sums, group: Group, free: Any, layout: Layout, scale: Any, inverse: Any, low: Any, inverse_low: Any
+) -> Any:
     """Group scale, group minimum and error, the best for given codes.  free: the step that these codes would like best.
 
     Three scales are tried, each with the minimum that suits it.
     """
-    inverse, inverse_low, share = reciprocal(scale), reciprocal(low), floats(1.0) / weight
     middle = nearest(free * inverse)
     best, best_scale, best_low = floats(np.inf), floats(0.0), floats(0.0)
     for offset in range(-1, 2):
         group_scale = whole(middle + floats(offset), layout.highest_scale)
         step = group_scale * scale
-        group_low = whole((step * sums.codes - total) * share * inverse_low, layout.highest_scale)
-        error = error_of(sums, total, weight, step, group_low * low)
+        group_low = whole((step * sums.codes - group.total) * group.share * inverse_low, layout.highest_scale)
+        error = error_of(sums, group.total, group.weight, step, group_low * low)
         lower = error < best
         best, best_scale = select(lower, error, best), select(lower, group_scale, best_scale)
         best_low = select(lower, group_low, best_low)
@@ -119,30 +129,30 @@ def choose_integers(sums: Sums, total: Any, weight: Any, free: Any, layout: Layo
 
 @compiled
 def search_integers(
-    kept: Groups, place: int, block: Any, start: int, importance: Any, first: int, weight: Any, layout: Layout, scale: Any, low: Any
+    kept: Groups, place: int, block: Any, group: Group, importance: Any, layout: Layout, scale: Any, low: Any
 ) -> Any:
     """Integers of a group: of all pairs around the one that suits the fit's codes, the one with the least error after rounding.
 
     Leaves integers and sums in ``kept``.
     """
-    fitted, total = sums_of(kept, place), load_float32(kept.total, place)
-    middle, _, _ = choose_integers(fitted, total, weight, load_float32(kept.step, place), layout, scale, low)
-    inverse_low, share = reciprocal(low), floats(1.0) / weight
+    fitted, inverse_scale, inverse_low = sums_of(kept, place), reciprocal(scale), reciprocal(low)
+    free = load_float32(kept.step, place)
+    middle, _, _ = choose_integers(fitted, group, free, layout, scale, inverse_scale, low, inverse_low)
     best, best_scale, best_low, best_sums = floats(np.inf), floats(0.0), floats(0.0), fitted
     for offset in range(-layout.reach, layout.reach + 1):
         group_scale = whole(middle + floats(offset), layout.highest_scale)
         step = group_scale * scale
-        inverse, wanted = reciprocal(step), nearest((step * fitted.codes - total) * share * inverse_low)
+        inverse, wanted = reciprocal(step), nearest((step * fitted.codes - group.total) * group.share * inverse_low)
         for other in range(-1, 2):
             group_low = whole(wanted + floats(other), layout.highest_scale)
             lift = group_low * low
-            sums = code_sums(block, start, layout.group, importance, first, inverse, lift, layout.highest)
-            error = error_of(sums, total, weight, step, lift)
+            sums = code_sums(block, group, importance, inverse, lift, layout.highest)
+            error = error_of(sums, group.total, group.weight, step, lift)
             lower = error < best
             best, best_scale = select(lower, error, best), select(lower, group_scale, best_scale)
             best_low, best_sums = select(lower, group_low, best_low), select_sums(lower, sums, best_sums)
-    free, _ = solve(best_sums, total, weight, best_scale * scale, False)
-    group_scale, group_low, error = choose_integers(best_sums, total, weight, free, layout, scale, low)
+    free, _ = solve(best_sums, group, best_scale * scale, False)
+    group_scale, group_low, error = choose_integers(best_sums, group, free, layout, scale, inverse_scale, low, inverse_low)
     lower = error < best
     store(kept.scales, place, select(lower, group_scale, best_scale))
     store(kept.minimums, place, select(lower, group_low, best_low))
@@ -156,7 +166,9 @@ def trial(layout: Layout, number: int) -> float:
 
 
 @compiled
-def choose_scales(kept: Groups, weights: Any, first_group: int, layout: Layout, unit: Any, inverse_unit: Any, searched: int) -> Any:
+def choose_scales(
+    kept: Groups, importance: Importance, first_group: int, layout: Layout, unit: Any, inverse_unit: Any, searched: int
+) -> Any:
     """Scale and minimum of the block for the fits of its groups."""
     groups = layout.block // layout.group
     largest_step = largest_low = floats(0.0)
@@ -172,20 +184,20 @@ def choose_scales(kept: Groups, weights: Any, first_group: int, layout: Layout, 
         candidate = stored(plain_scale * floats(trial(layout, scale_number)), unit, inverse_unit)
         inverse, base = reciprocal(candidate), floats(0.0)
         for group in range(groups):
-            place, weight = group * 16, floats(weights[first_group + group])
+            place, sums = group * 16, sums_of(kept, group * 16)
             step = whole(load_float32(kept.step, place) * inverse, layout.highest_scale) * candidate
-            sums = sums_of(kept, place)
-            wanted = fused(step, sums.codes, floats(0.0) - load_float32(kept.total, place)) / weight
+            missing = fused(step, sums.codes, floats(0.0) - load_float32(kept.total, place))
+            wanted = missing * floats(importance.shares[first_group + group])
             store(kept.wanted, place, wanted)
             of_step = step * fused(step, sums.squares, floats(-2.0) * sums.products)
-            base = base + (of_step - weight * wanted * wanted)
+            base = base + (of_step - missing * wanted)
         for low_number in range(layout.trials):
             candidate_low = stored(plain_low * floats(trial(layout, low_number)), unit, inverse_unit)
             inverse_low, error = reciprocal(candidate_low), base
             for group in range(groups):
                 wanted = load_float32(kept.wanted, group * 16)
                 missed = whole(wanted * inverse_low, layout.highest_scale) * candidate_low - wanted
-                error = fused(missed * missed, floats(weights[first_group + group]), error)
+                error = fused(missed * missed, floats(importance.groups[first_group + group]), error)
             lower = error < best
             best, scale = select(lower, error, best), select(lower, candidate, scale)
             low = select(lower, candidate_low, low)
@@ -234,23 +246,21 @@ def fit_block(
 ) -> Any:
     """Leave the integers of the groups in scales and minimums; return scale and minimum of the block."""
     groups, first_group, size = layout.block // layout.group, first_input // layout.group, layout.group
-    for group in range(groups):
-        start, place, weight = group * size, group * 16, floats(importance.groups[first_group + group])
-        fit, total = fit_group(
-            block, start, size, importance.search, first_input + start, weight, layout.highest, False, layout.starts, searched
-        )
+    for place in range(0, groups * 16, 16):
+        start = place // 16 * size
+        fit, group = fit_group(block, start, size, importance, first_input + start, layout.highest, False, layout.starts, searched)
         store(kept.step, place, fit.step)
         store(kept.low, place, fit.low)
-        store(kept.total, place, total)
+        store(kept.total, place, group.total)
         keep_sums(kept, place, fit.sums)
-    scale, low = choose_scales(kept, importance.groups, first_group, layout, unit, inverse_unit, searched)
+    scale, low = choose_scales(kept, importance, first_group, layout, unit, inverse_unit, searched)
     if searched == 0:
         inverse, inverse_low = reciprocal(scale), reciprocal(low)
         for place in range(0, groups * 16, 16):
             store(kept.scales, place, whole(load_float32(kept.step, place) * inverse, layout.highest_scale))
             store(kept.minimums, place, whole(load_float32(kept.low, place) * inverse_low, layout.highest_scale))
         return scale, low
-    for group in range(groups):
-        start, weight = group * size, floats(importance.groups[first_group + group])
-        search_integers(kept, group * 16, block, start, importance.search, first_input + start, weight, layout, scale, low)
+    for place in range(0, groups * 16, 16):
+        group = group_of(kept, place, importance, first_input, layout)
+        search_integers(kept, place, block, group, importance.search, layout, scale, low)
     return refit_scales(kept, importance.groups, first_group, layout, unit, inverse_unit, scale, low)
