@@ -8,6 +8,7 @@ and merges are right; and those without marks, and nearly all others, under ``ll
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import unicodedata
 from collections.abc import Iterator
@@ -112,6 +113,12 @@ def test_held_out_text_is_cut_alike(models: tuple[Llama, Llama], tokenizer: Toke
     assert differing < len(texts) // 50
 
 
+def test_the_demo_cuts_words_as_the_releases_do() -> None:
+    [rule] = [step["pattern"]["Regex"] for step in tokenizer_file()["pre_tokenizer"]["pretokenizers"] if step["type"] == "Split"]
+    # the digest of Llama 4's, as Ollama's issue 17698 gives it
+    assert hashlib.sha256(rule.encode()).hexdigest() == "2d1b8dc11e89af71459b36004f698ab3693f59fd84f63e8ec2b49564ab857420"
+
+
 def test_special_tokens(models: tuple[Llama, Llama], tokenizer: Tokenizer) -> None:
     model, _ = models
     text = "<|header_start|>user<|header_end|>\n\nHi<|eot|><|header_start|>assistant<|header_end|>\n\n<|eom|>"
@@ -209,7 +216,7 @@ def test_where_special_tokens_are_named(tmp_path: Path) -> None:
     assert found(config=listed) == (5, turn, 7, (turn, 9, 8, end, message))
     assert found(config={"eos_token_id": 4}, generation_config={"eos_token_id": [3]})[1:] == (4, None, (4, 3, end, message, turn))
     content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] == begin]
-    with pytest.raises(CheckpointError, match="names a eos token"):
+    with pytest.raises(CheckpointError, match="names a token for eos"):
         found()
 
 

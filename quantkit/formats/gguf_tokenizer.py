@@ -135,8 +135,9 @@ def _byte_level_model(content: Mapping[str, Any], path: Path) -> Mapping[str, An
     ]
     before = [step.get("type") for step in _steps(content.get("pre_tokenizer"), "pretokenizers")]
     after = [step.get("type") for step in _steps(content.get("decoder"), "decoders")]
-    if odd or "ByteLevel" not in before or "ByteLevel" not in after or content.get("normalizer") is not None:
-        found = f"{odd=}, pre_tokenizer {brief(before)}, decoder {brief(after)}, normalizer {brief(content.get('normalizer'))}"
+    changing = [step.get("type") for step in _steps(content.get("normalizer"), "normalizers")]
+    if odd or changing or "ByteLevel" not in before or "ByteLevel" not in after:
+        found = f"settings {brief(odd)}, normalizer {brief(changing)}, pre_tokenizer {brief(before)}, decoder {brief(after)}"
         raise CheckpointError(
             f"{path}: not a plain byte-level BPE as Llama 4 has ({found}); llama.cpp would cut text differently. "
             "Use the model's own tokenizer."
@@ -258,7 +259,7 @@ def _special_ids(directory: Path, settings: Mapping[str, Any], vocabulary: _Voca
     for name in ("bos", "eos"):
         if name not in found:  # llama.cpp would silently take id 11
             raise CheckpointError(
-                f"{directory}: neither tokenizer_config.json nor config.json names a {name} token that tokenizer.json has. "
+                f"{directory}: neither tokenizer_config.json nor config.json names a token for {name} that tokenizer.json has. "
                 f"Add {name}_token to tokenizer_config.json."
             )
     return found
