@@ -12,7 +12,7 @@ import numpy as np
 from quantkit.kernels.block_target import BlockTarget
 from quantkit.kernels.ggml_blocks import SINGLE_BLOCK, double_scales, no_sums, single_scales, totals, write_codes
 from quantkit.kernels.ggml_grids import fp4_levels, iq4_table
-from quantkit.kernels.ggml_search import LARGE, divide_by_unit, prepared, units, weighted_error
+from quantkit.kernels.ggml_search import divide_by_unit, prepared, units, weighted_errors
 from quantkit.kernels.jit import kernel
 from quantkit.kernels.memory import scatter_bytes
 from quantkit.kernels.numbers import largest_magnitude
@@ -84,14 +84,15 @@ def quantize_mxfp4(source: Source, target: BlockTarget, importance: Any, searche
                     peak = maximum(peak, largest)
                     unit, inverse_unit = units(largest)
                     divide_by_unit(tile, start, SINGLE_BLOCK, inverse_unit, block, 0)
-                    least, best, exponent = floats(LARGE), floats(0.125), ints(-2)
+                    best, exponent = floats(0.125), ints(-2)
                     if searched:
-                        for power in range(-3, 0):
-                            scale = floats(2.0 ** (power - 1))
-                            error = weighted_error(block, 0, SINGLE_BLOCK, weighting.shares, first, scale, grid)
-                            better = error < least
-                            least, best = select(better, error, least), select(better, scale, best)
-                            exponent = select(better, ints(power), exponent)
+                        scales = (floats(0.125), floats(0.0625), floats(0.25))
+                        least, low, high = weighted_errors(block, 0, SINGLE_BLOCK, weighting.shares, first, scales, grid)
+                        lower = low < least
+                        least, best = select(lower, low, least), select(lower, scales[1], best)
+                        higher = high < least
+                        best = select(higher, scales[2], best)
+                        exponent = select(higher, ints(-1), select(lower, ints(-3), exponent))
                     exponent = (bits(unit) >> ints(23)) + exponent
                     scatter_bytes(target.scales, row * blocks + first // SINGLE_BLOCK, blocks, exponent)
                     sums = write_codes(block, 0, SINGLE_BLOCK, weighting.scaled, first, best, unit, grid, words, offset * 4, sums)

@@ -221,17 +221,21 @@ def luckiest_scale(
 
 
 @compiled
-def weighted_error(block: Any, start: int, count: int, shares: Any, first: int, scale: Any, grid: Any) -> Any:
-    """sum(w (x - scale level)^2)."""
-    inverse, even, odd = reciprocal(scale), floats(0.0), floats(0.0)
-    for step in range(0, count, 2):
-        value = load_float32(block, start + step * 16)
-        miss = value - scale * nearest_level(value, inverse, grid)
-        even = fused(floats(shares[first + step]) * miss, miss, even)
-        value = load_float32(block, start + step * 16 + 16)
-        miss = value - scale * nearest_level(value, inverse, grid)
-        odd = fused(floats(shares[first + step + 1]) * miss, miss, odd)
-    return even + odd
+def weighted_errors(
+    block: Any, start: int, count: int, shares: Any, first: int, scales: tuple[Any, Any, Any], grid: Any
+) -> tuple[Any, Any, Any]:
+    """sum(w (x - scale level)^2) of three scales."""
+    inverse0, inverse1, inverse2 = reciprocal(scales[0]), reciprocal(scales[1]), reciprocal(scales[2])
+    minus0, minus1, minus2 = floats(0.0) - scales[0], floats(0.0) - scales[1], floats(0.0) - scales[2]
+    error0, error1, error2 = floats(0.0), floats(0.0), floats(0.0)
+    for step in range(count):
+        value, share = load_float32(block, start + step * 16), floats(shares[first + step])
+        miss0 = fused(minus0, nearest_level(value, inverse0, grid), value)
+        miss1 = fused(minus1, nearest_level(value, inverse1, grid), value)
+        miss2 = fused(minus2, nearest_level(value, inverse2, grid), value)
+        error0, error1 = fused(share * miss0, miss0, error0), fused(share * miss1, miss1, error1)
+        error2 = fused(share * miss2, miss2, error2)
+    return error0, error1, error2
 
 
 # ------------------------------------------------------------------------------------------------------- scale of a block
@@ -286,12 +290,13 @@ def best_multiples(
     total, inverse_unit = floats(0.0), reciprocal(unit_of_middles)
     for group in range(groups):
         middle = nearest(load_float32(middles, group * 16) * inverse_unit)
-        least, chosen = floats(LARGE), floats(0.0)
-        for offset in range(-1, 2):
-            multiple = clamped(middle + floats(offset), lowest, highest)
-            error = weighted_error(block, group * count * 16, count, shares, first + group * count, scale * multiple, grid)
-            better = error < least
-            least, chosen = select(better, error, least), select(better, multiple, chosen)
+        same = clamped(middle, lowest, highest)
+        below, above = clamped(middle - floats(1.0), lowest, highest), clamped(middle + floats(1.0), lowest, highest)
+        start, column, scales = group * count * 16, first + group * count, (scale * below, scale * same, scale * above)
+        low, least, high = weighted_errors(block, start, count, shares, column, scales, grid)
+        chosen = same
+        least, chosen = select(low < least, low, least), select(low < least, below, chosen)
+        least, chosen = select(high < least, high, least), select(high < least, above, chosen)
         total = total + least
         store(multiples, group * 16, chosen)
     return total
