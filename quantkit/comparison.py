@@ -92,6 +92,7 @@ def _rows_at_once(item: Item) -> int:
 
 
 def check_decodes(artifact: Artifact, chosen: list[tuple[Item, Scheme]]) -> str:
+    """Decode a sample; every value must be finite.  Raises ArtifactError."""
     for item, scheme in chosen:
         for values in [_decode(artifact, item, scheme)] if isinstance(item, WeightMatrix) else _decode_rows(artifact, item, scheme):
             if not bool(torch.isfinite(values).all()):
@@ -106,6 +107,7 @@ def check_source(
     source: str | Path,
     revision: str | None,
 ) -> str:
+    """Compare all that is kept, and a sample of what is quantized, with the source.  Raises ArtifactError, CheckpointError."""
     with Checkpoint.open(source, revision) as checkpoint:
         artifact.check_source(checkpoint)
         kept = 0
