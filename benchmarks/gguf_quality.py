@@ -52,7 +52,7 @@ def compare(path: Path, truth: Reference) -> tuple[float, float, float]:
         for row in answers:
             ids = truth.windows[position]
             position += 1
-            expected, found = row[:-1], model.logits(ids.tolist())[:-1].log_softmax(-1)
+            expected, found = row, model.logits(ids.tolist())[:-1].log_softmax(-1)
             targets = ids[1:, None]
             count += len(targets)
             loss += float((expected.gather(1, targets) - found.gather(1, targets)).sum(dtype=torch.float64))

@@ -95,7 +95,9 @@ def _mixture(recipe: Recipe, units: list[Unit], config: Llama4Config | None) -> 
     """What the recipe's mixture gives to each tensor of the model."""
     if recipe.mixture is None or config is None:
         return {}
-    types = mixture_types(FILE_TYPES[recipe.mixture], config, importance=recipe.method != "rtn")
+    # Some rules of llama.cpp count tensors and leave out those whose type the user chose; so it has to know which these are.
+    chosen = [(rule.name, rule.scheme) for rule in recipe.rules if rule.name is not None and _is_override(rule)]
+    types = mixture_types(FILE_TYPES[recipe.mixture], config, recipe.method != "rtn", chosen)
     kept = Assignment(None)
     result: dict[str, Assignment] = {}
     for unit in units:
@@ -107,6 +109,11 @@ def _mixture(recipe: Recipe, units: list[Unit], config: Llama4Config | None) -> 
                 given = _assignment(recipe, Rule(name))
                 result[item.name] = _streamed(given) if unit.copies else given
     return result
+
+
+def _is_override(rule: Rule) -> bool:
+    """Whether the rule is what llama.cpp's option --tensor-type can say."""
+    return rule.roles is None and rule.layers is None and rule.scheme in TYPES
 
 
 def _vision_type(item: WeightMatrix | SourceTensor, chosen: str) -> str | None:

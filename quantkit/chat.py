@@ -54,7 +54,7 @@ def special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
 def load_chat_format(directory: Path, has_token: Callable[[str], bool]) -> ChatFormat:
     """The chat format of the checkpoint whose tokenizer files lie in ``directory``.  Raises CorpusError."""
     settings = tokenizer_settings(directory)
-    templates = _templates(directory, settings)
+    templates = named_templates(directory, settings)
     if templates is not None:
         name, by_use = templates
         render = _template_renderer(f"{directory / name}", by_use, special_tokens(settings))
@@ -67,7 +67,7 @@ def load_chat_format(directory: Path, has_token: Callable[[str], bool]) -> ChatF
 # ---------------------------------------------------------------------------------------------------------------- templates
 
 
-def _templates(directory: Path, settings: Mapping[str, Any]) -> tuple[str, dict[str, str]] | None:
+def named_templates(directory: Path, settings: Mapping[str, Any]) -> tuple[str, dict[str, str]] | None:
     """(name of the file, templates by use: "default" and perhaps "tool_use"), or None."""
     path = directory / "chat_template.jinja"
     try:

@@ -107,9 +107,10 @@ def client_notes(schemes: Mapping[Any, Scheme | None], config: Llama4Config, kv_
         raise UnsupportedModelError(f"llama.cpp cannot run this model as it is: {reason}. Choose a safetensors format.")
     if kv_cache is not None:
         raise RecipeError("kv_cache is for safetensors; with llama.cpp say --cache-type-k and --cache-type-v when it runs")
-    notes = [ClientNote("llama.cpp b11549", True), ClientNote("Ollama 0.30 or newer", True, "ollama create NAME -f Modelfile")]
+    marks = "its rule for Llama 4's words splits at combining marks (Hindi, Thai): such text becomes other, longer tokens"
+    notes = [ClientNote("llama.cpp b11549", True, marks), ClientNote("Ollama 0.30 or newer", True, "ollama create NAME -f Modelfile")]
     if config.vision is not None:
-        notes[0] = ClientNote(notes[0].client, True, "images: --mmproj with the second file")
+        notes[0] = ClientNote(notes[0].client, True, f"images: --mmproj with the second file; {marks}")
     return notes
 
 

@@ -72,7 +72,7 @@ def tokenizer_metadata(directory: Path, config: Llama4Config) -> list[MetadataEn
     _check_ids(tokenizer, vocabulary, path)
     try:
         settings = chat.tokenizer_settings(directory)
-        templates = chat._templates(directory, settings)
+        templates = chat.named_templates(directory, settings)
     except CorpusError as error:
         raise CheckpointError(str(error)) from error
     identifiers = _special_ids(directory, settings, vocabulary, config.vocab_size)
