@@ -13,6 +13,8 @@ import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from quantkit.convert import convert
 from quantkit.errors import CheckpointError
@@ -179,3 +181,54 @@ def test_the_command_line(artifact: Path, tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     broken = run("inspect", str(tmp_path / "m.gguf"))
     assert broken.returncode == 3 and "m.gguf" in broken.stderr and "Traceback" not in broken.stderr
+
+
+KEYS = [
+    "general.type",
+    "general.architecture",
+    "general.name",
+    "general.file_type",
+    "llama4.block_count",
+    "llama4.expert_count",
+    "llama4.expert_used_count",
+    "llama4.context_length",
+    "clip.projector_type",
+    "tokenizer.ggml.model",
+    "tokenizer.ggml.pre",
+    "tokenizer.ggml.tokens",
+    "tokenizer.chat_template",
+    "imatrix.datasets",
+    "split.no",
+    "split.count",
+    "split.tensors.count",
+]
+VALUES = st.one_of(
+    st.builds(
+        lambda text: (GGUFValueType.STRING, text, None), st.sampled_from(["llama4", "clip", "imatrix", "model", "\0\n", "x" * 500])
+    ),
+    st.builds(lambda number: (GGUFValueType.INT64, number, None), st.integers(-3, 2**40)),
+    st.builds(lambda number: (GGUFValueType.UINT16, number, None), st.integers(0, 3)),
+    st.builds(lambda number: (GGUFValueType.FLOAT32, number, None), st.floats(width=32)),
+    st.builds(lambda flag: (GGUFValueType.BOOL, flag, None), st.booleans()),
+    st.builds(lambda texts: (GGUFValueType.ARRAY, tuple(texts), GGUFValueType.STRING), st.lists(st.text("ab\n"), min_size=1)),
+    st.builds(lambda numbers: (GGUFValueType.ARRAY, tuple(numbers), GGUFValueType.INT64), st.lists(st.integers(0, 9), min_size=1)),
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(st.sampled_from(KEYS), VALUES), st.sampled_from(["model.gguf", "model-00001-of-00001.gguf"]))
+def test_values_of_any_type_are_shown_or_refused_and_nothing_else(
+    tmp_path: Path, values: dict[str, tuple[GGUFValueType, Any, GGUFValueType | None]], name: str
+) -> None:
+    entries = [MetadataEntry(key, kind, value, items) for key, (kind, value, items) in values.items()]
+    header, _, size = build_header(entries, [("output_norm.weight", "F32", (8,)), ("blk.0.attn_q.weight", "Q8_0", (2, 32))])
+    for path in tmp_path.iterdir():
+        path.unlink()
+    (tmp_path / name).write_bytes(header + bytes(size - len(header)))
+    inspected = inspect(tmp_path / name)
+    assert inspected.parameters == 72
+    assert all(text.isprintable() for fact in inspected.facts for text in fact) and inspected.model.isprintable()
+    try:
+        assert inspect(tmp_path).parameters == 72
+    except CheckpointError as error:
+        assert "split" in str(error)
