@@ -14,7 +14,16 @@ from quantkit.errors import RecipeError
 from quantkit.ggml import TYPES
 from quantkit.llama4 import Llama4Config, Role, SourceTensor, Unit, WeightMatrix
 from quantkit.mixtures import FILE_TYPES, mixture_types
-from quantkit.recipe import FEED_FORWARD_ROLES, GGUF, METHODS_WITH_HESSIANS, Recipe, Rule, fitting_method, parse_layers
+from quantkit.recipe import (
+    FEED_FORWARD_ROLES,
+    GGUF,
+    METHODS_WITH_HESSIANS,
+    OVERRIDE_ROLES,
+    Recipe,
+    Rule,
+    fitting_method,
+    parse_layers,
+)
 from quantkit.scheme import Scheme, parse_scheme
 
 QUANTIZABLE_ROLES: tuple[Role, ...] = ("routed_expert", "shared_expert", "dense_mlp", "attention")
@@ -65,8 +74,9 @@ def assign(
                 if pattern is not None and not _searched(pattern, item.name, aliases):
                     continue
                 used[index] += 1
-                if table[index].scheme is not None and (item.role not in changeable or item.name.endswith(".bias")):
-                    problems.append(f"rule {index + 1} gives {rule.scheme} to {item.name}, but {item.role} tensors are always kept")
+                if table[index].scheme is not None and (item.role not in changeable or not _is_matrix(item)):
+                    which = "tensors" if item.role not in changeable else "tensors that are no matrices"
+                    problems.append(f"rule {index + 1} gives {rule.scheme} to {item.name}, but {item.role} {which} are always kept")
                 result[item.name] = _streamed(table[index]) if unit.copies else table[index]
                 break
             else:
@@ -80,6 +90,11 @@ def assign(
         shown = problems[:12] + ([f"and {len(problems) - 12} more"] if len(problems) > 12 else [])
         raise RecipeError(f"recipe {recipe.name!r} does not fit this model:\n  " + "\n  ".join(shown))
     return result
+
+
+def _is_matrix(item: WeightMatrix | SourceTensor) -> bool:
+    """Whether it is multiplied with activations; biases, norms and positions within the vision tower are not."""
+    return isinstance(item, WeightMatrix) or (len(item.shape) == 2 and item.name.endswith(".weight"))
 
 
 def _searched(pattern: re.Pattern[str], name: str, aliases: Mapping[str, str] | None) -> bool:
@@ -113,7 +128,7 @@ def _mixture(recipe: Recipe, units: list[Unit], config: Llama4Config | None) -> 
 
 def _is_override(rule: Rule) -> bool:
     """Whether the rule is what llama.cpp's option --tensor-type can say."""
-    return rule.roles is None and rule.layers is None and rule.scheme in TYPES
+    return rule.roles in (None, OVERRIDE_ROLES) and rule.layers is None and rule.scheme in TYPES
 
 
 def _vision_type(item: WeightMatrix | SourceTensor, chosen: str) -> str | None:

@@ -270,6 +270,12 @@ def gguf_recipe(*rules: Rule, **others: Any) -> Recipe:
         (lambda: gguf_recipe(Rule("int4-g128", roles=("attention",))), r"q_proj has int4-g128, which is no type of GGUF files"),
         (lambda: gguf_recipe(Rule("Q4_K", roles=("router",))), "router tensors are always kept"),
         (lambda: gguf_recipe(Rule("Q4_K", roles=("norm",))), "norm tensors are always kept"),
+        (
+            lambda: gguf_recipe(Rule("F16", name=r"vision_model.*norm.*\.weight")),
+            r"layernorm_pre\.weight, but vision tensors that are no matrices are always kept",
+        ),
+        (lambda: gguf_recipe(Rule("F16", name="positional_embedding")), "vision tensors that are no matrices are always kept"),
+        (lambda: gguf_recipe(Rule("Q8_0", name="patch_embedding")), r"linear\.weight cannot be Q8_0"),
         (lambda: gguf_recipe(Rule("Q4_K", name="ffn_gate_up_exps")), r"rule 1 \(.*ffn_gate_up_exps\) decides no tensor"),
         (lambda: gguf_recipe(Rule("Q4_K", roles=("projector",), layers="3")), "decides no tensor"),
         (lambda: gguf_recipe(mixture="IQ2_M"), "IQ2_M is useless without importance: take method importance or gptq"),
