@@ -132,7 +132,7 @@ def test_results_do_not_depend_on_how_weights_lie(name: str) -> None:
 def test_extreme_weights_and_importance_give_valid_blocks(name: str, searched: int) -> None:
     generator = np.random.default_rng(9)
     weight = generator.standard_normal((32, 512)).astype(np.float32)
-    factors = [0.0, 1e-45, 1e-40, 1e-30, 1e-12, 1e-7, 1e-4, 1e4, 1e6, 1e12, 1e30, 3e37]
+    factors = [0.0, 1e-45, 1e-40, 1e-30, 1e-12, 1e-6, 1e-4, 1e4, 1e6, 1e12, 1e30, 3e37]
     for row, factor in enumerate(factors):
         weight[row] = np.float32(factor) * weight[row]
     weight[12, :256] = 0
@@ -149,7 +149,7 @@ def test_extreme_weights_and_importance_give_valid_blocks(name: str, searched: i
         encode_codebook(quantized)  # refuses what is no point of the grid
         assert all(np.isfinite(sums))
     assert not values_of(quantized)[0].any()
-    ordinary = [6, 7, *range(18, 32)]
+    ordinary = [5, 6, 7, *range(18, 32)]
     error = np.linalg.norm(values_of(quantized)[ordinary] - weight[ordinary], axis=1) / np.linalg.norm(weight[ordinary], axis=1)
     assert error.max() < 0.7
 
