@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from transformers import Llama4ForConditionalGeneration
 
 from quantkit.convert import convert
-from quantkit.recipe import Recipe
+from quantkit.recipe import Recipe, Rule
 from tests.gguf_models import DEMO, SIZES, TOKENIZER_FILES, stored_values, text_file, vision_file
 from tests.llama_cpp import Llama, Vision
 from tests.tiny_models import tiny_config, tiny_tensors, write_files
@@ -69,9 +69,14 @@ class Made:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
     directory = tmp_path_factory.mktemp("vision")
     source = write_vision_source(directory / "source")
-    recipes = [Recipe(f"tower-{kind}", format="gguf", mixture="F32", vision=kind) for kind in TYPES]
-    result = convert(source, recipes, directory)
-    artifacts = {kind: artifact.directory for kind, artifact in zip(TYPES, result.artifacts, strict=True)}
+    recipes = {kind: Recipe(f"tower-{kind}", format="gguf", mixture="F32", vision=kind) for kind in TYPES}
+    kept, fine = Rule("keep", roles=("vision", "projector")), Rule("Q8_0", name=r"^vision_model.*(proj|fc\d)\.weight")
+    recipes |= {
+        "kept": Recipe("kept", (kept,), format="gguf", mixture="F32"),
+        "by rule": Recipe("by-rule", (fine,), format="gguf", mixture="F32"),
+    }
+    result = convert(source, list(recipes.values()), directory)
+    artifacts = {kind: artifact.directory for kind, artifact in zip(recipes, result.artifacts, strict=True)}
     text = Llama(text_file(artifacts["F32"]))
     yield Made(source, artifacts, text)
     text.close()
@@ -114,7 +119,15 @@ def relative_distances(found: torch.Tensor, expected: torch.Tensor) -> torch.Ten
 
 
 @pytest.mark.parametrize(
-    ("kind", "usual", "largest"), [("F32", 1e-6, 2e-3), ("F16", 2e-3, 4e-3), ("BF16", 1e-2, 2e-2), ("Q8_0", 3e-2, 5e-2)]
+    ("kind", "usual", "largest"),
+    [
+        ("F32", 1e-6, 2e-3),
+        ("F16", 2e-3, 4e-3),
+        ("BF16", 1e-2, 2e-2),
+        ("kept", 1e-2, 2e-2),
+        ("Q8_0", 3e-2, 5e-2),
+        ("by rule", 3e-2, 5e-2),
+    ],
 )
 def test_an_image_becomes_the_tokens_that_transformers_makes(kind: str, usual: float, largest: float, made: Made) -> None:
     """Most tokens of the tower in F32 differ by 2e-7.  With matrices in 16 and 8 bits, activations are rounded to the type."""
