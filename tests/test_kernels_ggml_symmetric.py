@@ -55,6 +55,16 @@ def test_small_weights_are_neither_clipped_nor_lost(name: str) -> None:
     block_kernels.check_small_weights(KERNELS[name], name, worst)
 
 
+@pytest.mark.parametrize("searched", [0, 1])
+@pytest.mark.parametrize("name", ["Q4_0", "Q5_0", "Q3_K", "Q6_K"])
+def test_weights_that_are_all_the_same_stay_exact(name: str, searched: int) -> None:
+    weight = torch.full((16, 512), 0.02, dtype=torch.bfloat16)
+    weight[8:] *= -3
+    target, sums = block_kernels.run(KERNELS[name], name, weight, searched=searched)
+    assert sums[0] == 0
+    assert np.array_equal(block_kernels.values(name, target, 16), weight.float().numpy())
+
+
 @pytest.mark.parametrize("name", ["Q4_0", "Q5_0"])
 def test_scale_is_near_the_best_of_all(name: str) -> None:
     """A fine grid of scales, each refitted, by brute force: the search is within 1 % of it, with importance too."""

@@ -24,8 +24,8 @@ Sums = tuple[float, float, float, float, int]  # what a kernel returns
 # What the extreme weight of a group becomes, four in a visit.
 CANDIDATES = np.array(
     [
-        [-198.6, -158.6, -146.9, -138.5],
-        [-131.9, -126.9, -121.9, -116.9],
+        [-127, -198.6, -158.6, -146.9],
+        [-138.5, -131.9, -121.9, -116.9],
         [-110.2, -101.9, -86.8, 91.7],
         [107.2, 112.9, 117.1, 121.4],
         [127, 134.1, 145.3, 167.9],
@@ -33,7 +33,7 @@ CANDIDATES = np.array(
     np.float32,
 )
 # What the extreme scale of a block's groups becomes as a multiple of the block's scale, in equal portions.
-COMMONS = np.concatenate([np.linspace(-33.9, -27.2, 24), np.linspace(28.2, 32.6, 8)]).astype(np.float32)
+COMMONS = np.concatenate([[-32], np.linspace(-33.9, -27.2, 23), np.linspace(28.2, 32.6, 8)]).astype(np.float32)
 
 
 @kernel

@@ -28,6 +28,7 @@ from quantkit.kernels.simd import floats, from_bits, fused, ints, maximum, minim
 
 LEAST_SHARE = 2.0**-30  # of the largest in a block: inputs that are never used still get sensible codes, and sums stay above 0
 LARGE = 3e38
+CLEARLY = 1.0 + 2.0**-21  # what a candidate must be better by; less may be rounding
 
 # ------------------------------------------------------------------------------------------------------------ preparation
 
@@ -150,7 +151,7 @@ def best_scale(
             along2, square2 = fused(weighted2, value, along2), fused(weighted2, level2, square2)
             along3, square3 = fused(weighted3, value, along3), fused(weighted3, level3, square3)
         for other, its_square in ((along0, square0), (along1, square1), (along2, square2), (along3, square3)):
-            better = other * other * square > along * along * its_square
+            better = other * other * square > along * along * its_square * floats(CLEARLY)
             along, square = select(better, other, along), select(better, its_square, square)
     return along / square, square
 
@@ -266,7 +267,7 @@ def common_scale(fits: Any, squares: Any, groups: int, candidates: Any, lowest: 
             multiple = clamped(nearest(fit * inverse), lowest, highest)
             weighted = load_float32(squares, group * 16) * multiple
             other, its_square = fused(weighted, fit, other), fused(weighted, multiple, its_square)
-        better = other * other * square > along * along * its_square
+        better = other * other * square > along * along * its_square * floats(CLEARLY)
         along, square = select(better, other, along), select(better, its_square, square)
     return along / square
 
