@@ -64,7 +64,7 @@ Q6_K_COMMONS = np.concatenate([[-128], np.linspace(-135.7, -108.8, 23), np.linsp
 
 @kernel
 def quantize_q8_0(source: Source, target: BlockTarget, importance: Any, searched: int, first_row: int, last_row: int) -> Sums:
-    """Q8_0; see the module's note."""
+    """Q8_0; see ``ggml_search.luckiest_scale``."""
     few, many, grid = Q8_0_CANDIDATES, Q8_0_CANDIDATES, whole_numbers(-127.0, 127.0, 0)
     return single_scales(
         source,
