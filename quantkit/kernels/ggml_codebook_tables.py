@@ -73,10 +73,10 @@ def search_plan(name: str, searched: int) -> Search:
     book = CODEBOOKS[name]
     top, none = 2 * book.highest + 1, _floats([0])
     mix = 1.0 if len(book.levels) == 8 else 0.2 if book.shifted else 0.35
+    small = np.arange(top // 2, 0, -2)  # for weights so small that the block's scale would else be rounded to zero
     if not searched:
-        return Search(mix, _floats([1]), _floats([top]), none)
-    # The small ones are for weights so small that the block's scale would else be rounded to zero.
-    multiples = _floats(np.append(np.arange(top + 2, top / 2, -0.5), np.arange(top // 2, 0, -2)))
+        return Search(mix, _floats([1]), _floats([top, *small]), none)
+    multiples = _floats([*np.arange(top + 2, top / 2, -0.5), *small])
     if book.shifted:
         return Search(mix, _floats([0.8, 1.0, 1.25]), multiples, none)
     return Search(mix, _floats([0.72, 0.85, 0.98, 1.12, 1.3]), multiples, _floats([0, -1, 1]))
