@@ -250,6 +250,17 @@ def test_tiny_and_huge_weights_give_finite_numbers(name: str, size: float) -> No
 
 
 @every_type
+@pytest.mark.parametrize("size", [1e-3, 1e-4, 1e-5, 3e-6])
+def test_scales_with_few_bits_of_fp16(name: str, size: float) -> None:
+    """Such weights have scales near the smallest FP16 numbers."""
+    weights = (sample("gaussian") * np.float32(size / 0.02)).astype(np.float32)
+    theirs = ggml_dequantize(name, ggml_quantize(name, weights), 1024)
+    error = error_of(weights, checked(name, weights).values, None)
+    assert error < error_of(weights, theirs, None)
+    assert error < 0.1 * error_of(weights, np.zeros_like(weights), None)
+
+
+@every_type
 def test_one_huge_outlier(name: str) -> None:
     """It is met within what FP16 scales allow, and changes nothing for other rows."""
     weights, importance = sample("gaussian", 32, 512), importance_of(512)

@@ -166,6 +166,12 @@ def trial(layout: Layout, number: int) -> float:
 
 
 @compiled
+def at_least_a_half(plain: Any, largest: Any, inverse_unit: Any) -> Any:
+    """The smallest FP16 number instead of a smaller scale, where one or more of it are nearer to what groups need than 0 is."""
+    return maximum(plain, select(largest > floats(2.0**-25) * inverse_unit, floats(2.0**-24) * inverse_unit, floats(0.0)))
+
+
+@compiled
 def choose_scales(
     kept: Groups, importance: Importance, first_group: int, layout: Layout, unit: Any, inverse_unit: Any, searched: int
 ) -> Any:
@@ -175,7 +181,8 @@ def choose_scales(
     for group in range(groups):
         largest_step = maximum(largest_step, load_float32(kept.step, group * 16))
         largest_low = maximum(largest_low, load_float32(kept.low, group * 16))
-    plain_scale, plain_low = largest_step * floats(1.0 / layout.highest_scale), largest_low * floats(1.0 / layout.highest_scale)
+    plain_scale = at_least_a_half(largest_step * floats(1.0 / layout.highest_scale), largest_step, inverse_unit)
+    plain_low = at_least_a_half(largest_low * floats(1.0 / layout.highest_scale), largest_low, inverse_unit)
     scale, low = stored(plain_scale, unit, inverse_unit), stored(plain_low, unit, inverse_unit)
     if searched == 0:
         return scale, low
