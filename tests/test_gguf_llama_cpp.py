@@ -76,8 +76,9 @@ def test_logits_of_a_file_in_float32_are_those_of_transformers(name: str, tmp_pa
     tokens = random_window()
     expected = reference_logits(load_reference(source), torch.tensor([tokens]))[0]
     found = their_logits(text_file(made.directory), tokens)
-    assert float(expected.std()) > 0.5
-    assert float((found - expected).abs().max()) <= 1e-4
+    spread = float(expected.std())  # 1, of tied embeddings 16
+    assert spread > 0.5
+    assert float((found - expected).abs().max()) <= 2e-5 * spread
 
 
 @pytest.fixture(scope="module")
