@@ -5,7 +5,7 @@ exactly, so what remains is the choice of scales:
 
 1. Each group for itself: the best of some scales around what its size suggests, then the least squares scale of those points.
 2. The block's scale: candidates are compared by what rounding the groups' scales to its odd multiples would cost.
-3. Each group again, with the nearest multiples as they will be stored; then the least squares scale of the block, and once more.
+3. Each group again, with the nearest multiples as they will be stored; then the least squares scale of the block.
 
 Signs: where only an even number of 8 may be negative, the weight for which it costs least takes the wrong sign where needed.  That
 is decided beforehand, and the search then sees a negative magnitude.
@@ -65,7 +65,6 @@ def _scratch(grid: Grid) -> Scratch:
         tilts=np.empty(32 * 16, np.float32),
         shares=np.empty(32, np.float32),
         power=np.empty(16 * 16, np.float32),
-        best=np.empty(16 * 16, np.float32),
         steps=np.empty(16 * 16, np.float32),
         curvature=np.empty(16 * 16, np.float32),
         group_codes=np.empty(16 * 16, np.float32),

@@ -49,7 +49,6 @@ class Scratch(NamedTuple):
     tilts: Any
     shares: Any
     power: Any
-    best: Any
     steps: Any
     curvature: Any
     group_codes: Any
