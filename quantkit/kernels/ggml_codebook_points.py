@@ -32,7 +32,7 @@ class Scratch(NamedTuple):
     sums: ``[4, 9 or 8, 2]``, for two runs side by side, costs of pairs of weights, or of weights where points have 4. seconds:
     ``[81, 2]``, costs of second halves.
     chosen, tried, other: ``[64]``, payloads of all runs.  For moved levels, of each run: shifts: ``[32]``, by how much; tilts:
-    ``[32]``, sums of importance * magnitude; shares: ``[32]``, not by row, sums of importance. power, best, steps, curvature:
+    ``[32]``, sums of importance * magnitude; shares: ``[32]``, not by row, sums of importance.  power, steps, curvature:
     ``[16]``, of each group.  group_codes: ``[16]``, their scales as stored.  words: ``[64]``, codes.
     """
 
