@@ -77,7 +77,7 @@ def assign(
                 if table[index].scheme is not None and (item.role not in changeable or not _is_matrix(item)):
                     which = "tensors" if item.role not in changeable else "tensors that are no matrices"
                     problems.append(f"rule {index + 1} gives {rule.scheme} to {item.name}, but {item.role} {which} are always kept")
-                result[item.name] = _streamed(table[index]) if unit.copies else table[index]
+                result[item.name] = _streamed(item, table[index]) if unit.copies else table[index]
                 break
             else:
                 if item.name in mixture:
@@ -101,9 +101,11 @@ def _searched(pattern: re.Pattern[str], name: str, aliases: Mapping[str, str] | 
     return bool(pattern.search(name) or (aliases is not None and pattern.search(aliases.get(name, ""))))
 
 
-def _streamed(assignment: Assignment) -> Assignment:
-    """Nothing is known of what reaches a tensor that is quantized as it is copied."""
-    return assignment if assignment.scheme is None else replace(assignment, method="rtn")
+def _streamed(item: WeightMatrix | SourceTensor, assignment: Assignment) -> Assignment:
+    """Calibration says nothing of tensors that are quantized as they are copied; GPTQ knows how to round an embedding all the
+    same."""
+    learns = item.role == "embedding" and assignment.method == "gptq"
+    return assignment if assignment.scheme is None or learns else replace(assignment, method="rtn")
 
 
 def _mixture(recipe: Recipe, units: list[Unit], config: Llama4Config | None) -> dict[str, Assignment]:
@@ -122,7 +124,7 @@ def _mixture(recipe: Recipe, units: list[Unit], config: Llama4Config | None) -> 
                 result[item.name] = kept  # in full: GGUF widens what is small to F32
             else:
                 given = _assignment(recipe, Rule(name))
-                result[item.name] = _streamed(given) if unit.copies else given
+                result[item.name] = _streamed(item, given) if unit.copies else given
     return result
 
 

@@ -340,10 +340,12 @@ def _convert_units(
 ) -> None:
     """The units that need no pass of the corpus through the model, on worker threads."""
 
+    first_inputs = next((unit for unit in plan.units if unit.layer == 0 and unit.key.endswith("self_attn.qkv")), None)
+
     def work(unit: Unit, workspace: Workspace) -> None:
         pending = [run for run in runs if unit.key not in run.writer.completed]
         if unit.copies:
-            copy_unit(checkpoint, unit, pending, workspace)
+            copy_unit(checkpoint, unit, pending, workspace, first_inputs)
         else:
             weights, digests = checkpoint.read_unit(unit, workspace)
             for run in pending:

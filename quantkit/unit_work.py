@@ -18,6 +18,7 @@ from quantkit import grid, ledger
 from quantkit.assignment import Assignment
 from quantkit.calibration import Seen
 from quantkit.checkpoint import Checkpoint
+from quantkit.embedding_metric import embedding_evidence
 from quantkit.errors import CalibrationError, WeightError
 from quantkit.evidence import Evidence
 from quantkit.formats import FORMATS
@@ -34,6 +35,7 @@ from quantkit.workspace import Workspace
 from quantkit.writer import ArtifactWriter
 
 STREAM_BYTES = 8 << 20  # of a tensor that is copied or quantized rows by rows
+LEARNED_STREAM_BYTES = 80 << 20  # and of one that GPTQ rounds, which factors a matrix for each portion
 STREAM_ROWS = 16  # a multiple of which are taken at once, whole vectors for the kernels
 # Per source dtype: how to see its bits, all bits but the sign, and the bits of infinity.  Bits beyond infinity are NaN.
 _BITS = {"BF16": (np.uint16, 0x7FFF, 0x7F80), "F16": (np.uint16, 0x7FFF, 0x7C00), "F32": (np.uint32, 0x7FFFFFFF, 0x7F800000)}
@@ -52,16 +54,26 @@ def source_bytes(checkpoint: Checkpoint, unit: Unit) -> int:
     return sum(math.prod(shape) * DTYPE_BYTES[checkpoint.tensors[name].dtype] for name, shape in items)
 
 
-def copy_unit(checkpoint: Checkpoint, unit: Unit, pending: Sequence[Run], workspace: Workspace) -> None:
+def copy_unit(
+    checkpoint: Checkpoint, unit: Unit, pending: Sequence[Run], workspace: Workspace, first_inputs: Unit | None = None
+) -> None:
     """Tensors that are no matrices of a layer, rows by rows: byte for byte, widened, or quantized without calibration.
 
-    Raises WeightError, LedgerError, OutputError.
+    first_inputs: queries, keys and values of the first layer, for an embedding that GPTQ rounds.  Raises WeightError, LedgerError,
+    OutputError.
     """
-    streams = [[_Stream(checkpoint, copy, run) for run in pending] for copy in unit.copies]
+    evidence = None
+    if any(run.plan.assignments[copy.name].method == "gptq" for run in pending for copy in unit.copies):
+        assert first_inputs is not None and unit.role == "embedding"
+        norm = f"{first_inputs.key.removesuffix('self_attn.qkv')}input_layernorm.weight"
+        with Team(1) as team:
+            evidence = embedding_evidence(checkpoint, first_inputs, norm, team)
+    streams = [[_Stream(checkpoint, copy, run, evidence) for run in pending] for copy in unit.copies]
     for copy, outputs in zip(unit.copies, streams, strict=True):
         dtype, columns = checkpoint.tensors[copy.name].dtype, copy.shape[-1]
         row_bytes = columns * DTYPE_BYTES[dtype]
-        portion = max(1, STREAM_BYTES // (row_bytes * STREAM_ROWS)) * STREAM_ROWS * row_bytes
+        size = STREAM_BYTES if evidence is None else LEARNED_STREAM_BYTES
+        portion = max(1, size // (row_bytes * STREAM_ROWS)) * STREAM_ROWS * row_bytes
         digest = xxhash.xxh3_64()
         for chunk in checkpoint.chunks(copy.name, portion):
             _check_finite(chunk, dtype, copy.name)
@@ -79,7 +91,8 @@ def copy_unit(checkpoint: Checkpoint, unit: Unit, pending: Sequence[Run], worksp
 class _Stream:
     """One tensor on its way to one artifact, piece by piece.  target: what it becomes there."""
 
-    def __init__(self, checkpoint: Checkpoint, copy: SourceTensor, run: Run) -> None:
+    def __init__(self, checkpoint: Checkpoint, copy: SourceTensor, run: Run, evidence: Evidence | None) -> None:
+        self._evidence = evidence
         self._form, self._copy, self._run = FORMATS[run.plan.recipe.format], copy, run
         self._assignment = run.plan.assignments[copy.name]
         self._dtype = checkpoint.tensors[copy.name].dtype
@@ -102,10 +115,13 @@ class _Stream:
     def _converted(self, rows: torch.Tensor, workspace: Workspace) -> torch.Tensor:
         if self._assignment.scheme is None:
             return rows.to(TORCH_DTYPES[self.target.dtype])  # a wider type: nothing is lost
+        evidence = self._evidence if self._assignment.method == "gptq" else None
         try:
-            [(quantized, statistics)] = apply_method(self._assignment, self._assignment.scheme, [rows], workspace, None, None)
-        except WeightError as error:
-            raise WeightError(f"{self._copy.name}: {error}") from error
+            with Team(1) as team:
+                found = apply_method(self._assignment, self._assignment.scheme, [rows], workspace, evidence, team)
+        except (WeightError, CalibrationError) as error:
+            raise type(error)(f"{self._copy.name}: {error}") from error
+        [(quantized, statistics)] = found
         self._statistics.append(statistics)
         encoded: list[torch.Tensor] = list(self._form.encode(self._copy.name, quantized, workspace).values())
         return encoded[0]
@@ -126,6 +142,8 @@ class _Stream:
             sum(part.clipped for part in found),
             min(part.scale_minimum for part in found),
             max(part.scale_maximum for part in found),
+            max(part.output_error for part in found),
+            max(part.damping for part in found),
         )
         self.entry = ledger.quantized_entry(self._copy, self._assignment, scheme.name, statistics, source_digest)
         ledger.check_entry(self.entry, self._assignment)
@@ -193,9 +211,10 @@ def apply_method(
     team: Team | None,
 ) -> list[tuple[grid.QuantizedTensor, grid.QuantizationStatistics]]:
     """What the method makes of these weights; GPTQ where the team has its GPU, if it has one."""
-    if assignment.method == "gptq" and scheme.number != "ggml" and team is not None and team.device is not None and evidence is not None:
+    device = team.device if team is not None and scheme.number != "ggml" else None  # the GPU's kernel knows integers only
+    if assignment.method == "gptq" and device is not None and evidence is not None:
         [found] = gptq_gpu.quantize_batch(
-            [weights], scheme, [evidence], team.device, clip_search=assignment.clip_search, workspace=workspace
+            [weights], scheme, [evidence], device, clip_search=assignment.clip_search, workspace=workspace
         )
         return found
     return METHODS[assignment.method](

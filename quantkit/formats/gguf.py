@@ -108,10 +108,11 @@ def client_notes(schemes: Mapping[Any, Scheme | None], config: Llama4Config, kv_
     if kv_cache is not None:
         raise RecipeError("kv_cache is for safetensors; with llama.cpp say --cache-type-k and --cache-type-v when it runs")
     marks = "its rule for Llama 4's words splits at combining marks (Hindi, Thai): such text becomes other, longer tokens"
-    notes = [ClientNote("llama.cpp b11549", True, marks), ClientNote("Ollama 0.30 or newer", True, "ollama create NAME -f Modelfile")]
-    if config.vision is not None:
-        notes[0] = ClientNote(notes[0].client, True, f"images: --mmproj with the second file; {marks}")
-    return notes
+    remarks = [marks] if config.vision is None else ["images: --mmproj with the second file", marks]
+    return [
+        ClientNote("llama.cpp b11549", True, "; ".join(remarks)),
+        ClientNote("Ollama 0.30 or newer", True, "ollama create NAME -f Modelfile"),
+    ]
 
 
 def _check(request: FileRequest) -> None:
