@@ -7,12 +7,36 @@ import sys
 import threading
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import text
-from .presets import LINES, preset_rows
+from .options import (
+    CALIBRATION_TOKENS,
+    DEFAULT_CONTEXT,
+    DEFAULT_SEQUENCE_LENGTH,
+    MAXIMUM_WORKERS,
+    AsJson,
+    Context,
+    Corpus,
+    Device,
+    Method,
+    MinimumTokens,
+    Packing,
+    Revision,
+    Samples,
+    Seed,
+    SequenceLength,
+    ShardSize,
+    Source,
+    Targets,
+    TensorTypes,
+    VisionType,
+    Workers,
+    expand,
+    shard_bytes,
+)
+from .presets import GGUF_ROWS, preset_rows
 from .run import print_json, reporting, what_calibration_left, what_is_left
 from .signals import stopping_on_signals
 
@@ -26,31 +50,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-DEFAULT_CONTEXT = 131_072
-DEFAULT_SEQUENCE_LENGTH = 2048
-CALIBRATION_TOKENS = 400_000  # about what the bundled corpus has
-MAXIMUM_WORKERS = 4096
-
 
 def _examples(*lines: str) -> str:
     return "\n\n".join(("[bold]Examples[/]", *lines))
-
-
-def _complete_preset(incomplete: str) -> list[str]:
-    return [name for name in LINES if name.startswith(incomplete)]
-
-
-def _parse_size(value: str) -> str:
-    try:
-        text.parse_size(value)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    return value
-
-
-def _expand(value: str | None) -> str | None:
-    """``~`` where the shell left it."""
-    return value and os.path.expanduser(value)
 
 
 def _print_version(value: bool) -> None:
@@ -59,59 +61,11 @@ def _print_version(value: bool) -> None:
         raise typer.Exit
 
 
-Source = Annotated[
-    str,
-    typer.Argument(metavar="SOURCE", callback=_expand, help="Directory of the BF16 checkpoint, or a hub repository id."),
-]
-Targets = Annotated[
-    list[str],
-    typer.Option(
-        "--to",
-        metavar="PRESET",
-        help="A preset (see [bold]quantkit presets[/]) or a recipe file (.toml). Repeat it: the source is read once for all.",
-        autocompletion=_complete_preset,
-    ),
-]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit, when the source is a hub repository.")]
-ShardSize = Annotated[
-    str, typer.Option("--max-shard-size", metavar="SIZE", callback=_parse_size, help="Largest tensor file: 5GB, 500MB, 4GiB.")
-]
-Workers = Annotated[
-    int | None, typer.Option(min=1, max=MAXIMUM_WORKERS, help="Units worked on at once. Default: by cores and free memory.")
-]
-Context = Annotated[int, typer.Option(min=1, help="Tokens of KV cache that the GPUs should have room for.")]
-Corpus = Annotated[
-    str | None,
-    typer.Option(
-        "--calibration",
-        metavar="TEXT",
-        callback=_expand,
-        help="Text or JSONL file, a directory of them, or a hub dataset. Default: the bundled corpus.",
-        rich_help_panel="Calibration",
-    ),
-]
-Samples = Annotated[
-    int | None, typer.Option(metavar="N", min=1, help="Samples to calibrate on. Default: all.", rich_help_panel="Calibration")
-]
-Device = Annotated[str, typer.Option(metavar="cpu|cuda", help="Where a calibration computes.", rich_help_panel="Calibration")]
-SequenceLength = Annotated[int, typer.Option(metavar="N", min=2, help="Tokens of a sample.", rich_help_panel="Calibration")]
-Seed = Annotated[int, typer.Option(metavar="N", help="Chooses the samples.", rich_help_panel="Calibration")]
-Packing = Annotated[
-    Literal["packed", "documents"],
-    typer.Option(metavar="HOW", help="packed: documents joined; documents: one a sample.", rich_help_panel="Calibration"),
-]
-MinimumTokens = Annotated[
-    int,
-    typer.Option("--min-expert-tokens", metavar="N", min=0, help="Fail when an expert gets fewer.", rich_help_panel="Calibration"),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for errors too.")]
-
-
 @app.callback()
 def main(
     version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
-    """Quantize Llama 4 checkpoints to FP8, INT8 and INT4 safetensors, one expert at a time, and prove the result."""
+    """Quantize Llama 4 checkpoints to FP8, INT8 and INT4 safetensors and to GGUF, one expert at a time, and prove the result."""
 
 
 @app.command(
@@ -119,6 +73,8 @@ def main(
         "quantkit convert ./scout --to w4a16-rtn -o out",
         "quantkit convert meta-llama/Llama-4-Scout-17B-16E-Instruct --to fp8-dynamic --to w4a16-rtn -o out",
         "quantkit convert ./scout --to fp8-static -o out --calibration text.jsonl --samples 256",
+        "quantkit convert ./scout --to Q4_K_M -o out --method gptq --tensor-type ffn_down_exps=Q6_K --mmproj BF16",
+        "quantkit convert ./scout --to IQ2_XXS -o out --statistics imatrix.gguf",
         "quantkit convert ./scout --to recipe.toml -o out --dry-run",
     )
 )
@@ -128,7 +84,10 @@ def convert(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Each artifact is written to OUT/PRESET.")],
     revision: Revision = None,
     workers: Workers = None,
-    max_shard_size: ShardSize = "5GB",
+    max_shard_size: ShardSize = None,
+    method: Method = None,
+    tensor_type: TensorTypes = None,
+    mmproj: VisionType = None,
     corpus: Corpus = None,
     samples: Samples = None,
     sequence_length: SequenceLength = DEFAULT_SEQUENCE_LENGTH,
@@ -142,7 +101,11 @@ def convert(
     ] = False,
     statistics: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Use these statistics of quantkit calibrate.", rich_help_panel="Calibration"),
+        typer.Option(
+            metavar="DIR|FILE",
+            help="Use these statistics of quantkit calibrate, or an importance file (imatrix) of llama.cpp.",
+            rich_help_panel="Calibration",
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the source, print the plan and stop.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace finished artifacts of the same name.")] = False,
@@ -163,16 +126,19 @@ def convert(
             "--packing and --sequential",
             param_hint="--statistics",
         )
-    with reporting(as_json, lambda: what_is_left(to, output, sys.argv[1:])):
-        from quantkit import CalibrationOptions
+    with reporting(as_json, lambda: what_is_left(to, method, output, sys.argv[1:])):
+        from quantkit import CalibrationOptions, resolve_targets
 
+        targets = resolve_targets(to, method=method, tensor_types=tensor_type or (), vision=mmproj)
         options = CalibrationOptions(
             corpus, samples, sequence_length, seed, packing, minimum_tokens, sequential, statistics, device
         )
         if dry_run:
             from quantkit import plan as make_plan
 
-            planned = make_plan(source, to, revision=revision, max_shard_bytes=text.parse_size(max_shard_size), calibration=options)
+            planned = make_plan(
+                source, targets, revision=revision, max_shard_bytes=shard_bytes(max_shard_size), calibration=options
+            )
             _show_plan(
                 planned, source, output, workers, DEFAULT_CONTEXT, as_json, (samples or 0) * sequence_length or CALIBRATION_TOKENS
             )
@@ -191,11 +157,11 @@ def convert(
         with stopping_on_signals(stop, announce=not as_json), ProgressDisplay(Console(stderr=True), stop) as display:
             result = run_convert(
                 source,
-                to,
+                targets,
                 output,
                 revision=revision,
                 workers=workers,
-                max_shard_bytes=text.parse_size(max_shard_size),
+                max_shard_bytes=shard_bytes(max_shard_size),
                 calibration=options,
                 force=force,
                 restart=restart,
@@ -221,6 +187,7 @@ def convert(
         "quantkit calibrate ./scout -o scout-statistics",
         "quantkit calibrate ./scout -o scout-statistics --calibration text.jsonl --samples 512 --min-expert-tokens 64",
         "quantkit convert ./scout --to fp8-static -o out --statistics scout-statistics",
+        "quantkit calibrate ./scout -o scout-statistics --imatrix imatrix.gguf",
     )
 )
 def calibrate(
@@ -235,7 +202,13 @@ def calibrate(
     seed: Seed = 0,
     packing: Packing = "packed",
     minimum_tokens: MinimumTokens = 0,
-    force: Annotated[bool, typer.Option("--force", help="Replace finished statistics.")] = False,
+    imatrix: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write an importance file for llama.cpp.", rich_help_panel="GGUF")
+    ] = None,
+    imatrix_legacy: Annotated[
+        bool, typer.Option("--imatrix-legacy", help="Write it in llama.cpp's older format (.dat).", rich_help_panel="GGUF")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace finished statistics, and the importance file.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Discard an unfinished run instead of resuming it.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; print the directory only.")] = False,
     as_json: AsJson = False,
@@ -244,8 +217,11 @@ def calibrate(
 
     Shows how many tokens each expert of each layer got, which experts got too few, and which kinds of text reach them.
     DIR holds the statistics, for convert --statistics, and the heat map coverage.svg.
+    With --imatrix, statistics of the same text that are finished are not measured again.
     A run that was killed or stopped is resumed by the same command.
     """
+    if imatrix_legacy and imatrix is None:
+        raise typer.BadParameter("says how --imatrix FILE is written: name the file", param_hint="--imatrix-legacy")
     with reporting(as_json, lambda: what_calibration_left(output, sys.argv[1:])):
         if quiet or as_json:
             _silence_downloads(source)
@@ -267,6 +243,8 @@ def calibrate(
                 workers=workers,
                 force=force,
                 restart=restart,
+                imatrix=imatrix,
+                legacy_imatrix=imatrix_legacy,
                 progress=None if quiet or as_json else unit_progress(display.update),
                 stop=stop,
             )
@@ -275,11 +253,15 @@ def calibrate(
         elif as_json:
             from .data import statistics_data
 
-            print_json({"directory": str(result.directory), "seconds": result.seconds, **statistics_data(result.statistics)})
+            written = {} if result.imatrix is None else {"imatrix": str(result.imatrix)}
+            places = {"directory": str(result.directory), **written}
+            print_json({**places, "seconds": result.seconds, **statistics_data(result.statistics)})
         else:
             from .tables import print_statistics
 
             print_statistics(Console(), result.directory, result.statistics)
+            if result.imatrix is not None:
+                Console().print(f"\nImportance for llama.cpp: {result.imatrix}", markup=False, highlight=False, soft_wrap=True)
         if not as_json:
             warn_of_cold(result.statistics)
 
@@ -296,6 +278,7 @@ def _silence_downloads(source: str) -> None:
     epilog=_examples(
         "quantkit plan meta-llama/Llama-4-Scout-17B-16E-Instruct --to w4a16-rtn",
         "quantkit plan ./config.json --to fp8-dynamic --to w4a16-rtn --context 1000000",
+        "quantkit plan ./scout --to Q4_K_M --tensor-type ffn_down_exps=Q6_K",
         "quantkit plan ./scout --to recipe.toml --json",
     )
 )
@@ -304,7 +287,7 @@ def plan(
         str,
         typer.Argument(
             metavar="SOURCE",
-            callback=_expand,
+            callback=expand,
             help="Checkpoint directory, a config.json or its directory, or a hub repository id.",
         ),
     ],
@@ -314,7 +297,10 @@ def plan(
     ] = Path("."),
     revision: Revision = None,
     workers: Workers = None,
-    max_shard_size: ShardSize = "5GB",
+    max_shard_size: ShardSize = None,
+    method: Method = None,
+    tensor_type: TensorTypes = None,
+    mmproj: VisionType = None,
     context: Context = DEFAULT_CONTEXT,
     calibration_tokens: Annotated[
         int, typer.Option(min=1, help="Samples times their length, for recipes that need calibration.")
@@ -329,8 +315,10 @@ def plan(
     """
     with reporting(as_json):
         from quantkit import plan as make_plan
+        from quantkit import resolve_targets
 
-        planned = make_plan(source, to, revision=revision, max_shard_bytes=text.parse_size(max_shard_size))
+        targets = resolve_targets(to, method=method, tensor_types=tensor_type or (), vision=mmproj)
+        planned = make_plan(source, targets, revision=revision, max_shard_bytes=shard_bytes(max_shard_size))
         _show_plan(planned, source, output, workers, context, as_json, calibration_tokens)
 
 
@@ -354,13 +342,20 @@ def _show_plan(
         print_plan(Console(), plan, roles, cost, context, fits)
 
 
-@app.command(epilog=_examples("quantkit inspect ./scout", "quantkit inspect out/w4a16-rtn --json", "quantkit inspect statistics"))
+@app.command(
+    epilog=_examples(
+        "quantkit inspect ./scout",
+        "quantkit inspect out/w4a16-rtn --json",
+        "quantkit inspect model-Q4_K_M.gguf",
+        "quantkit inspect statistics",
+    )
+)
 def inspect(
     path: Annotated[
         str,
         typer.Argument(
             metavar="PATH",
-            callback=_expand,
+            callback=expand,
             help="A checkpoint, artifact, safetensors or GGUF file, statistics, or a hub repository id.",
         ),
     ],
@@ -413,7 +408,7 @@ def _show_statistics(directory: Path, as_json: bool) -> None:
 def verify(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The artifact.")],
     source: Annotated[
-        str | None, typer.Option(metavar="MODEL", callback=_expand, help="The BF16 checkpoint it was made from, to compare with.")
+        str | None, typer.Option(metavar="MODEL", callback=expand, help="The BF16 checkpoint it was made from, to compare with.")
     ] = None,
     revision: Revision = None,
     sample: Annotated[int, typer.Option(min=0, help="Quantized matrices to decode and compare.")] = 16,
@@ -447,14 +442,17 @@ def verify(
 
 @app.command()
 def presets(as_json: AsJson = False) -> None:
-    """List the presets that --to takes, with the bits that each stores per quantized weight."""
+    """List the presets that --to takes, with the bits that each stores per weight: safetensors first, then GGUF."""
     with reporting(as_json):
         rows = preset_rows()
         if as_json:
-            print_json({row.name: {"scheme": row.scheme, "bits_per_weight": row.bits_per_weight, "what": row.what} for row in rows})
+            from .data import presets_data
+
+            print_json(presets_data(rows, GGUF_ROWS))
         else:
             from rich.console import Console
 
-            from .tables import print_presets
+            from .tables import print_gguf_presets, print_presets
 
             print_presets(Console(), rows)
+            print_gguf_presets(Console(), GGUF_ROWS)

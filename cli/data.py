@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from quantkit import ConvertResult, CostEstimate, GpuFit, Inspection, Plan, RoleSummary, VerifyResult
     from quantkit.statistics import Statistics
 
+    from .presets import GgufRow, PresetRow
+
 
 def role_data(rows: Iterable[RoleSummary]) -> list[dict[str, Any]]:
     """Rows of the role table."""
@@ -90,6 +92,30 @@ def inspection_data(inspection: Inspection) -> dict[str, Any]:
         "notes": list(inspection.notes),
         "facts": dict(inspection.facts),
     }
+
+
+def presets_data(rows: Iterable[PresetRow], gguf: Iterable[GgufRow]) -> dict[str, Any]:
+    """All presets by name.  The bits are those of a quantized weight, of GGUF those of all weights of Scout's text model."""
+    listed = {
+        row.name: {
+            "format": "compressed-tensors",
+            "scheme": row.scheme,
+            "bits_per_weight": row.bits_per_weight,
+            "what": row.what,
+        }
+        for row in rows
+    }
+    for row in gguf:
+        for name in row.presets:
+            _, _, method = name.partition("-")
+            listed[name] = {
+                "format": "gguf",
+                "mixture": row.name,
+                "method": method or ("importance" if row.calibrated else "rtn"),
+                "bits_per_weight": row.bits_per_weight,
+                "what": row.what,
+            }
+    return listed
 
 
 def verify_data(result: VerifyResult) -> dict[str, Any]:

@@ -66,16 +66,16 @@ def _fail(kind: str, message: str, exit_code: int, as_json: bool) -> None:
     raise typer.Exit(exit_code)
 
 
-def what_is_left(targets: Sequence[str], output: Path, arguments: Sequence[str]) -> str:
+def what_is_left(targets: Sequence[str], method: str | None, output: Path, arguments: Sequence[str]) -> str:
     """What an interrupted conversion left in ``output``, and the command that goes on from there.
 
     That is the command line ``arguments`` without ``--restart``, which would begin anew.
     """
     from quantkit.errors import RecipeError
-    from quantkit.recipe import resolve_recipe
+    from quantkit.targets import resolve_targets
 
     try:
-        partial = [output / f"{resolve_recipe(target).name}.partial" for target in targets]
+        partial = [output / f"{recipe.name}.partial" for recipe in resolve_targets(targets, method=method)]
     except RecipeError:  # interrupted before the recipes were read
         partial = []
     return _left_in(partial, output, arguments)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     )
     from quantkit.statistics import Statistics
 
-    from .presets import PresetRow
+    from .presets import GgufRow, PresetRow
 
 
 def make_table(left: Sequence[str], right: Sequence[str] = (), wrap: str | None = None) -> Table:
@@ -135,6 +135,8 @@ def print_plan(
             console.print(_client_table(artifact))
         print_heading(console, f"GPUs that hold {artifact.name} and {context:,} tokens of context")
         console.print(Text("In each cell: the tokens of KV cache there is room for.", style="dim"))
+        if artifact.recipe.format == "gguf":
+            console.print(Text("llama.cpp also runs with less: what does not fit stays in the machine's memory.", style="dim"))
         console.print(_gpu_table(fits[artifact.name]))
     print_heading(console, "The run")
     _print_cost(console, cost)
@@ -250,3 +252,19 @@ def print_presets(console: Console, rows: Iterable[PresetRow]) -> None:
         table.add_row(row.name, row.scheme, f"{row.bits_per_weight:.3f}", row.what)
     console.print(table)
     console.print("Quantized: routed experts, shared expert, dense MLP. All else is as in the source.", highlight=False)
+
+
+def print_gguf_presets(console: Console, rows: Iterable[GgufRow]) -> None:
+    """Name, bits, methods and one line for each file type."""
+    print_heading(console, "GGUF, for llama.cpp and Ollama")
+    table = make_table(("preset", "bits", "calibrated", "what it is"), wrap="what it is")
+    for row in rows:
+        always = ["always"] if row.calibrated else []
+        suffixes = [f"-{method}" for method in row.methods if not (always and method == "importance")]
+        table.add_row(row.name, f"{row.bits_per_weight:5.2f}", ", ".join(always + suffixes) or "never", row.what)
+    console.print(table)
+    for line in (
+        "Bits are those of all weights of Scout's text model; vision goes to a file of its own.",
+        "Q4_K_M-importance or Q4_K_M-gptq calibrates; 'always': such a type is of no use otherwise.",
+    ):
+        console.print(line, highlight=False, soft_wrap=True)

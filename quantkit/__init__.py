@@ -34,11 +34,13 @@ from quantkit.errors import (
 from quantkit.estimate import CostEstimate, GpuFit, estimate_cost, gpu_fits
 from quantkit.inspection import Inspection, inspect
 from quantkit.plan import ArtifactPlan, Plan, RoleSummary, summarize_roles
-from quantkit.recipe import PRESETS, Recipe, Rule, load_recipe, parse_recipe
+from quantkit.recipe import GGUF_PRESETS, PRESETS, Recipe, Rule, load_recipe, parse_recipe
+from quantkit.targets import resolve_targets
 from quantkit.verify import VerifyResult, verify
 from quantkit.version import __version__
 
 __all__ = [
+    "GGUF_PRESETS",
     "PRESETS",
     "AlreadyQuantizedError",
     "ArtifactError",
@@ -76,6 +78,7 @@ __all__ = [
     "load_recipe",
     "parse_recipe",
     "plan",
+    "resolve_targets",
     "summarize_roles",
     "verify",
 ]

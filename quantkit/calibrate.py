@@ -30,21 +30,23 @@ from quantkit.corpus import Corpus, load_corpus
 from quantkit.coverage import save_heat_map
 from quantkit.errors import CalibrationError, CorpusError, OutputError
 from quantkit.estimate import available_cores, available_memory
+from quantkit.imatrix import check_place, imatrix_from_statistics, write_imatrix
 from quantkit.journal import Journal, output_errors, sync_directory
 from quantkit.llama4 import Unit, units
 from quantkit.recipe import Recipe
-from quantkit.statistics import Statistics, load_statistics, save_statistics
+from quantkit.statistics import Statistics, check_statistics, load_statistics, save_statistics
 from quantkit.team import Team
 from quantkit.version import __version__
 
 
 @dataclass(frozen=True)
 class CalibrateResult:
-    """Where the statistics are, and what they say."""
+    """Where the statistics are, and what they say.  imatrix: the importance file, where one was asked for."""
 
     directory: Path
     statistics: Statistics
     seconds: float
+    imatrix: Path | None = None
 
 
 def calibrate(
@@ -56,17 +58,25 @@ def calibrate(
     workers: int | None = None,
     force: bool = False,
     restart: bool = False,
+    imatrix: str | Path | None = None,
+    legacy_imatrix: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
     stop: threading.Event | None = None,
 ) -> CalibrateResult:
     """Send the corpus through the model and save what every unit and expert receives; nothing is quantized.
 
-    output: directory of the statistics.  progress: called after each unit with how many are done, of how many, and its key.  Other
-    arguments as for ``convert``.  Raises CheckpointError, CorpusError, CalibrationError, OutputError, Interrupted; a run that was
-    stopped or killed is resumed by the same call.
+    output: directory of the statistics.  imatrix: importance file for llama.cpp to write as well, in its older format if
+    ``legacy_imatrix``; statistics of this corpus that are finished are then used.  progress: called after each unit with how many
+    are done, of how many, and its key.  Other arguments as for ``convert``.
+
+    Raises CheckpointError, CorpusError, CalibrationError, OutputError, Interrupted; a run that was stopped or killed is resumed by
+    the same call.
     """
     started, options = time.monotonic(), calibration or CalibrationOptions()
     final = Path(os.path.realpath(output))
+    exported = None if imatrix is None else Path(imatrix)
+    if exported is not None:
+        check_place(exported, force)  # now, and not after hours
     with Checkpoint.open(source, revision) as checkpoint:
         if final.exists() and not (final / "statistics.json").is_file():
             raise OutputError(f"{final} holds no statistics of quantkit and is not replaced: move it away")
@@ -74,8 +84,10 @@ def calibrate(
         if final.exists() and not force:
             # Killed between its publication and its clean-up, a calibration of this very corpus only has to be cleaned up.
             unfinished = final.with_name(final.name + ".partial").exists()
-            if not unfinished or load_statistics(final).description.get("corpus") != corpus.description:
+            found = load_statistics(final) if unfinished or exported is not None else None
+            if found is None or found.description.get("corpus") != corpus.description:
                 raise OutputError(f"{final} exists already: choose another output directory, or replace it with --force")
+            check_statistics(found, checkpoint.config, checkpoint.provenance())
         work = [unit for unit in units(checkpoint.config) if unit.matrices]
         with Team(workers or available_cores(), options.accelerator()) as team:
             statistics = run_calibration(
@@ -91,7 +103,10 @@ def calibrate(
                 renew=force or not final.exists(),
                 stop=stop,
             )
-    return CalibrateResult(final, statistics, time.monotonic() - started)
+        if exported is not None:
+            importance = imatrix_from_statistics(statistics, checkpoint.config)
+            write_imatrix(exported, importance, legacy=legacy_imatrix, force=force)
+    return CalibrateResult(final, statistics, time.monotonic() - started, exported)
 
 
 class _Onlooker:

@@ -41,6 +41,7 @@ CALIBRATION_TOKENS = 400_000  # about what the bundled corpus has
 COPY_CHUNK_BYTES = 8 << 20  # pass-through copies hold one chunk
 MEMORY_SHARE = 0.25  # of available memory, what the default number of workers may fill
 MAXIMUM_DEFAULT_WORKERS = 32
+PROBED = "language_model.model.layers.0.feed_forward.shared_expert.down_proj"  # a name that every format has a place for
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ def _probe(plan: Plan, output: Path, sample: Path | None) -> dict[str, float]:
                     [(quantized, _)] = quantize(
                         [weight], scheme, clip_search=search, workspace=workspace, evidence=evidence, team=team
                     )
-                    form.encode("probe", quantized, workspace)
+                    form.encode(PROBED, quantized, workspace)
                     rates[name] = max(rates.get(name, 0.0), weight.numel() / (time.perf_counter() - started))
     return rates
 

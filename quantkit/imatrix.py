@@ -230,8 +230,7 @@ def write_imatrix(path: str | Path, imatrix: Imatrix, *, legacy: bool = False, f
     if not imatrix.entries:
         raise CalibrationError(f"there is no importance to write to {path}: no tensor received a token. Calibrate first.")
     partial = path.with_name(f"{path.name}.partial")
-    if os.path.lexists(path) and not force:
-        raise _exists(path)
+    check_place(path, force)
     with output_errors(f"write {path}"):
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         try:
@@ -247,6 +246,14 @@ def write_imatrix(path: str | Path, imatrix: Imatrix, *, legacy: bool = False, f
         finally:
             partial.unlink(missing_ok=True)
         sync_directory(path.parent)
+
+
+def check_place(path: Path, force: bool) -> None:
+    """Raise OutputError when an importance file cannot get that name, as far as that is known before there is one."""
+    if os.path.lexists(path) and not force:
+        raise _exists(path)
+    if path.is_dir() or not path.parent.is_dir():
+        raise OutputError(f"cannot write {path}: {'it is a directory' if path.is_dir() else f'no such directory: {path.parent}'}")
 
 
 def _exists(path: Path) -> OutputError:

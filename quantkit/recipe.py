@@ -63,6 +63,8 @@ from quantkit.scheme import GGML, KEEP, Scheme, parse_scheme, scheme_names
 FEED_FORWARD_ROLES: tuple[Role, ...] = ("routed_expert", "shared_expert", "dense_mlp")
 GGUF = "gguf"
 VISION_TYPES = ("F16", "BF16", "F32", "Q8_0")
+# What llama.cpp's option --tensor-type reaches: matrices of the text model, whatever else a pattern may match.
+OVERRIDE_ROLES: tuple[Role, ...] = (*FEED_FORWARD_ROLES, "attention", "embedding", "lm_head")
 METHOD_NAMES = ("rtn", "importance", "gptq", "awq")
 METHODS_WITH_HESSIANS = frozenset({"gptq", "awq"})  # these need the corpus to go through the model
 METHODS_WITH_EVIDENCE = METHODS_WITH_HESSIANS | {"importance"}
@@ -272,16 +274,15 @@ def _gguf_presets() -> dict[str, Recipe]:
 
 # llama.cpp's file types: ``Q4_K_M``, ``Q4_K_M-importance``, ``Q4_K_M-gptq`` and so on.
 GGUF_PRESETS: dict[str, Recipe] = _gguf_presets()
+_PRESETS_BY_LOWER_CASE = {name.lower(): recipe for name, recipe in (PRESETS | GGUF_PRESETS).items()}
 
 
 def resolve_recipe(target: str | Path | Recipe) -> Recipe:
-    """A Recipe as it is, the preset of that name, or the TOML file at that path.  Raises RecipeError."""
+    """A Recipe as it is, the preset of that name in any case, or the TOML file at that path.  Raises RecipeError."""
     if isinstance(target, Recipe):
         return target
-    if str(target) in PRESETS:
-        return PRESETS[str(target)]
-    if str(target) in GGUF_PRESETS:
-        return GGUF_PRESETS[str(target)]
+    if str(target).lower() in _PRESETS_BY_LOWER_CASE:
+        return _PRESETS_BY_LOWER_CASE[str(target).lower()]
     path = Path(target)
     if path.suffix == ".toml" or os.path.isfile(path):
         return load_recipe(path)
@@ -359,5 +360,6 @@ def _known_keys(table: Mapping[str, Any], known: tuple[str, ...], where: str) ->
 
 
 def _suggest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, 1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    cases = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), cases, 1)
+    return f" (did you mean {cases[close[0]]!r}?)" if close else ""

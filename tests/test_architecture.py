@@ -31,11 +31,13 @@ PUBLIC = {
     "inspect",
     "verify",
     # recipes
+    "GGUF_PRESETS",
     "PRESETS",
     "Recipe",
     "Rule",
     "load_recipe",
     "parse_recipe",
+    "resolve_targets",
     # what comes back
     "ArtifactPlan",
     "ArtifactResult",

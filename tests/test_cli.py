@@ -366,7 +366,7 @@ def test_verify_passes_and_fails(source: Path, artifacts: tuple[Path, dict[str, 
 def test_presets_are_the_library_s() -> None:
     assert list(LINES) == list(PRESETS)
     answer = run_json("presets")
-    assert list(answer) == list(PRESETS)
+    assert list(answer)[: len(PRESETS)] == list(PRESETS)
     printed = run("presets").stdout
     assert all(name in printed for name in PRESETS)
 

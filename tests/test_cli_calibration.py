@@ -56,7 +56,7 @@ class Library:
             raise self.raises
         output.mkdir()
         save_statistics(output, self.statistics)
-        return SimpleNamespace(directory=output, statistics=self.statistics, seconds=1.5)
+        return SimpleNamespace(directory=output, statistics=self.statistics, seconds=1.5, imatrix=options["imatrix"])
 
     def convert(self, *arguments: Any, **options: Any) -> Any:
         self.calls.append((arguments, options))
@@ -83,7 +83,7 @@ def test_calibrate_passes_its_options_on(library: Library, tmp_path: Path) -> No
     assert (source, output) == ("owner/model", out)
     assert isinstance(given.pop("stop"), threading.Event)
     expected = {"revision": "main", "workers": 2, "force": True, "restart": True, "progress": None, "calibration": OPTIONS}
-    assert given == expected
+    assert given == expected | {"imatrix": None, "legacy_imatrix": False}
     assert (result.stdout, result.stderr) == (f"{out}\n", "")
 
 
@@ -134,6 +134,20 @@ def test_calibrate_as_json(library: Library, tmp_path: Path) -> None:
     assert {row["name"] for row in answer["languages"]} == {"python", "de", "en"}
     assert answer["cache_peaks"]["3"] == {"key": 2.5, "value": pytest.approx(0.3)}
     assert [row["layer"] for row in answer["layers"]] == [1, 3]
+
+
+def test_calibrate_says_where_the_importance_file_is(library: Library, tmp_path: Path) -> None:
+    file = tmp_path / "importance [1].gguf"
+    result = run("calibrate", "source", "-o", tmp_path / "first", "--imatrix", file)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1] == f"Importance for llama.cpp: {file}"
+    answer = json.loads(
+        run("calibrate", "source", "-o", tmp_path / "second", "--imatrix", file, "--imatrix-legacy", "--json").stdout
+    )
+    assert answer["imatrix"] == str(file)
+    assert [(options["imatrix"], options["legacy_imatrix"]) for _, options in library.calls] == [(file, False), (file, True)]
+    refused = run("calibrate", "source", "-o", tmp_path / "third", "--imatrix-legacy")
+    assert refused.exit_code == 2 and len(library.calls) == 2
 
 
 @pytest.mark.parametrize("as_json", [False, True])
