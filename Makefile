@@ -1,4 +1,4 @@
-# make demo   set up .venv, convert the bundled model to three targets, verify them, print sizes and errors
+# make demo   set up .venv, convert the bundled model to four targets, verify them, print sizes and errors
 # make test   set up .venv, then lint, types and tests
 # make clean  remove what these made
 #
@@ -14,11 +14,12 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 .PHONY: demo test lint clean
 
 demo: $(VENV)/.installed
-	@$(BIN)/quantkit convert $(DEMO_MODEL) --to fp8-dynamic --to w4a16-rtn --to w4a16-gptq --samples 64 --sequence-length 256 \
-		--output $(DEMO_OUTPUT) --force
+	@$(BIN)/quantkit convert $(DEMO_MODEL) --to fp8-dynamic --to w4a16-rtn --to w4a16-gptq --to QK4_MOE-gptq \
+		--samples 64 --sequence-length 256 --output $(DEMO_OUTPUT) --force
 	@$(BIN)/quantkit verify $(DEMO_OUTPUT)/fp8-dynamic --source $(DEMO_MODEL)
 	@$(BIN)/quantkit verify $(DEMO_OUTPUT)/w4a16-rtn --source $(DEMO_MODEL)
 	@$(BIN)/quantkit verify $(DEMO_OUTPUT)/w4a16-gptq --source $(DEMO_MODEL)
+	@$(BIN)/quantkit verify $(DEMO_OUTPUT)/QK4_MOE-gptq --source $(DEMO_MODEL)
 
 test: lint
 	$(BIN)/python -m pytest

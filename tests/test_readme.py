@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 import quantkit
 from quantkit.assignment import MAXIMUM_ERROR
-from quantkit.llama4 import ROLES
-from quantkit.scheme import scheme_names
-from quantkit_cli.presets import preset_rows
+from quantkit.llama4 import ROLES, parse_config
+from quantkit.mixtures import FILE_TYPES, data_bytes
+from quantkit.scheme import GGML, scheme_names
+from quantkit_cli.app import app
+from quantkit_cli.presets import GGUF_ROWS, preset_rows
 from quantkit_cli.text import size
 from tests.releases import release as true_config
 
@@ -51,6 +55,32 @@ def test_presets_and_schemes() -> None:
     schemes = README.split("Schemes: ")[1].split("`keep`.")[0]
     missing = [name for name in scheme_names() if f"`{name.removesuffix('-asym')}`" not in schemes and name != "keep"]
     assert missing == []
+    types = README.split("In GGUF the schemes are llama.cpp's types: ")[1].split(";")[0]
+    assert sorted(re.findall(r"`(\w+)`", types)) == sorted(GGML)
+
+
+def test_gguf_file_types() -> None:
+    stated = {row[0]: row[1:] for row in cells("file type")}
+    models = [parse_config(true_config(**fields)) for fields in RELEASES.values()]
+    presets = set()
+    for row in GGUF_ROWS:
+        bits, scout, maverick, calibrated, what = stated.pop(row.name)
+        assert (bits, what) == (f"{row.bits_per_weight:.2f}", row.what)
+        sizes = [size(data_bytes(FILE_TYPES[row.name], model, row.calibrated)) for model in models]
+        assert [scout, maverick] == sizes, row.name
+        suffixes = ["importance"] if "always" in calibrated else []
+        presets |= {row.name, *(f"{row.name}-{suffix}" for suffix in suffixes + re.findall(r"-(\w+)", calibrated))}
+        assert quantkit.GGUF_PRESETS[row.name].needs_calibration == ("always" in calibrated)
+    assert not stated and presets == set(quantkit.GGUF_PRESETS)
+
+
+def test_commands_parse() -> None:
+    commands = re.findall(r"^quantkit (?:convert|calibrate|plan|inspect|verify|presets) .*$", README, re.MULTILINE)
+    assert len(commands) > 10
+    parser = typer.main.get_command(app)
+    for command in commands:
+        _, name, *arguments = shlex.split(command)
+        parser.commands[name].make_context(name, arguments)  # type: ignore[attr-defined]
 
 
 def test_which_clients_load_what(tmp_path: Path) -> None:
@@ -61,12 +91,17 @@ def test_which_clients_load_what(tmp_path: Path) -> None:
     assert not stated
 
 
-def test_the_recipe_example_fits_scout(tmp_path: Path) -> None:
-    [example] = blocks("toml")
-    recipe = quantkit.parse_recipe(example, "README")
-    [artifact] = quantkit.plan(release_config(tmp_path, "Scout"), [recipe]).artifacts
-    used = {assignment.scheme.name for assignment in artifact.assignments.values() if assignment.scheme}
-    assert used == {"int8-g128", "int4-g128"}
+def test_the_recipe_examples_fit_scout(tmp_path: Path) -> None:
+    recipes = [quantkit.parse_recipe(example, "README") for example in blocks("toml")]
+    used = [
+        {assignment.scheme.name for assignment in artifact.assignments.values() if assignment.scheme}
+        for artifact in quantkit.plan(release_config(tmp_path, "Scout"), recipes).artifacts
+    ]
+    assert used == [{"int8-g128", "int4-g128"}, {"Q4_K", "Q6_K", "BF16", "F32"}]
+    asked = README.split("quantkit.resolve_targets(")[1].split(")` gives")[0]
+    assert 'method="gptq"' in asked and quantkit.resolve_targets(
+        ["Q4_K_M"], method="gptq", tensor_types=["attn_v=Q8_0"], vision="BF16"
+    )
     assert all(f"`{role}`" in README for role in ROLES)
 
 
