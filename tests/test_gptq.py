@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from matrices import correlated, gaussian, heavy_tailed
+from paper_gptq import TIE, activation_order, damped, evidence_of, one, output_error, paper, quantize
 
 from quantkit import grid, team
 from quantkit.errors import CalibrationError, RecipeError, WeightError
@@ -15,7 +16,6 @@ from quantkit.evidence import Evidence
 from quantkit.grid import QuantizationStatistics, QuantizedTensor
 from quantkit.methods import gptq, rtn
 from quantkit.scheme import Scheme, parse_scheme
-from quantkit.team import Team
 from quantkit.workspace import Workspace
 
 SCHEMES = [
@@ -36,7 +36,6 @@ SCHEMES = [
     if (scheme := parse_scheme(name))
 ]
 INT4 = SCHEMES[0]
-TIE = 1e-3  # steps by which float32 may miss the middle between two codes
 
 by_name = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
 
@@ -53,81 +52,9 @@ def one_thread() -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------------------------- parts
 
 
-def evidence_of(rows: torch.Tensor, missing: torch.Tensor | None = None, counted: float = 0.0) -> Evidence:
-    """counted: ``Evidence.rows``; with 0 the damping is the usual 1 %."""
-    double = rows.to(torch.float64)
-    hessian = (double.t() @ double / len(rows)).to(torch.float32)
-    return Evidence(len(rows), rows.square().mean(0), rows.abs().amax(0), hessian, missing, counted)
-
-
-def quantize(
-    weights: list[torch.Tensor], scheme: Scheme, evidence: Evidence, *, clip_search: bool = False, threads: int = 2
-) -> list[tuple[QuantizedTensor, QuantizationStatistics]]:
-    with Team(threads) as members:
-        return gptq.quantize(weights, scheme, clip_search=clip_search, workspace=Workspace(), evidence=evidence, team=members)
-
-
-def one(
-    weight: torch.Tensor, scheme: Scheme, evidence: Evidence, *, clip_search: bool = False, threads: int = 2
-) -> tuple[QuantizedTensor, QuantizationStatistics]:
-    ((quantized, statistics),) = quantize([weight], scheme, evidence, clip_search=clip_search, threads=threads)
-    return quantized, statistics
-
-
 def rounded(weight: torch.Tensor, scheme: Scheme, *, clip_search: bool = False) -> QuantizedTensor:
     ((quantized, _),) = rtn.quantize([weight], scheme, clip_search=clip_search, workspace=Workspace())
     return quantized
-
-
-def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    double = hessian.to(torch.float64)
-    return double + damping * double.diagonal().mean() * torch.eye(len(double), dtype=torch.float64)
-
-
-@dataclass(frozen=True)
-class Oracle:
-    """codes: of the paper's algorithm, int8 ``[out, in]``.  excess: by how many steps at most the codes under test miss what that
-    algorithm would have rounded to nearest, had it made the same choices before."""
-
-    codes: torch.Tensor
-    excess: float
-
-
-def paper(target: torch.Tensor, quantized: QuantizedTensor, hessian: torch.Tensor, order: torch.Tensor) -> Oracle:
-    """Frantar et al. 2022, algorithm 1, with columns in ``order``; all in float64.  target: what is to be approximated."""
-    scheme, (rows, inputs) = quantized.scheme, target.shape
-    lowest, highest = grid.INT_RANGE[scheme.number]
-    wide = inputs // quantized.scale.shape[1]
-    scale = quantized.scale.to(torch.float64).repeat_interleave(wide, 1)
-    zero = torch.zeros_like(scale)
-    if quantized.zero_point is not None:
-        zero = quantized.zero_point.to(torch.float64).repeat_interleave(wide, 1)
-    inverse = torch.linalg.inv(hessian[order][:, order])
-    upper = torch.linalg.cholesky(inverse, upper=True)
-    free, led = (target.to(torch.float64)[:, order].clone() for _ in range(2))
-    codes, excess = torch.zeros(rows, inputs, dtype=torch.int8), 0.0
-    for number, column in enumerate(order.tolist()):
-        step, shift = scale[:, column], zero[:, column]
-        nearest = (free[:, number] / step + shift).round().clamp(lowest, highest)
-        codes[:, column] = nearest.to(torch.int8)
-        given = quantized.codes[:, column].to(torch.float64)
-        wanted = (led[:, number] / step + shift).clamp(lowest, highest)
-        excess = max(excess, float((wanted - given).abs().max()) - 0.5)
-        for values, code in ((free, nearest), (led, given)):
-            error = (values[:, number] - (code - shift) * step) / upper[number, number]
-            values[:, number:] -= error[:, None] * upper[number, number:]
-    return Oracle(codes, excess)
-
-
-def activation_order(hessian: torch.Tensor) -> torch.Tensor:
-    return torch.argsort(hessian.diagonal(), descending=True, stable=True)
-
-
-def output_error(weight: torch.Tensor, quantized: QuantizedTensor, rows: torch.Tensor) -> float:
-    """Relative L2 error of the outputs for these inputs."""
-    exact, inputs = weight.to(torch.float64), rows.to(torch.float64)
-    difference = (exact - grid.dequantize(quantized).to(torch.float64)) @ inputs.t()
-    return float(difference.norm() / (exact @ inputs.t()).norm())
 
 
 def assert_same(
