@@ -2,6 +2,7 @@
 
     python benchmarks/memory.py --directory DIR [--cases scout,maverick] [--workers default,1]
     python benchmarks/memory.py --directory DIR --calibrated [--experts 4]
+    python benchmarks/memory.py --directory DIR --gguf [--calibrated] --cases maverick --experts 2
 
 Generates a checkpoint with one layer of Scout's true shapes, and one with a pair of layers (dense and MoE, 128 experts) of
 Maverick's, converts each to fp8-dynamic and w4a16-rtn, alone and in one pass, every time in a fresh process, and reads the kernel's
@@ -11,6 +12,9 @@ bound.
 ``--calibrated`` converts to w4a16-gptq with 4 samples of 2048 tokens instead; then the bound is 5 GiB.  What that needs follows
 from the widest matrix and from the tokens, not from the number of experts, which are worked on one after the other; all that grows
 with them is the router's logits.  ``--experts`` may leave out most of Maverick's 128, each of which takes as long as another.
+
+``--gguf`` converts to Q4_K_M, or with ``--calibrated`` to Q4_K_M-gptq, with random weights and the demo's tokenizer.  Free of
+calibration the embedding and the head have all 202,048 rows; calibrated fewer, since GPTQ rounds them portion by portion.
 
 Counted is everything the kernel counts as resident in the process: heap, stacks, code, and pages of mapped files.  Compiled
 kernels, and whatever is imported only when a conversion needs it, count too.  Not counted is the page cache, which the kernel gives
@@ -40,6 +44,10 @@ CHECKPOINTS = {
     "scout": ("scout", "--layers", "1"),
     "maverick": ("maverick", "--layers", "2", "--zeros"),
 }
+GGUF_TARGETS = {False: "Q4_K_M", True: "Q4_K_M-gptq"}  # by whether it is calibrated
+VOCABULARY = {False: 202_048, True: 32_768}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+EXPERTS_WITHOUT_NORM = 128  # llama.cpp normalizes queries and keys of all other models
 COLUMNS = (
     "checkpoint",
     "workers",
@@ -179,6 +187,53 @@ def measure_calibrated(directory: Path, cases: list[str], workers: list[str], ex
         raise SystemExit(f"the bound of {CALIBRATED_BOUND / 2**20:,.0f} MiB was passed")
 
 
+def write_gguf_source(case: str, source: Path, experts: int, vocabulary: int) -> None:
+    """A checkpoint of random weights with the demo's tokenizer, such as llama.cpp computes.  experts: 0 for the release's."""
+    release, *options = CHECKPOINTS[case]
+    options = [*(option for option in options if option != "--zeros"), "--random", "--vocabulary", str(vocabulary)]
+    common.run_script(
+        "generate_checkpoint.py", release, str(source), "--force", *options, *(["--experts", str(experts)] if experts else [])
+    )
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config["use_qk_norm"] = config["num_local_experts"] != EXPERTS_WITHOUT_NORM  # it has no weights
+    (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    for name in TOKENIZER_FILES:
+        shutil.copy(common.HERE.parent / "demo" / "tiny-scout" / name, source / name)
+
+
+def measure_gguf(directory: Path, cases: list[str], workers: list[str], experts: list[int], calibrated: bool) -> None:
+    """Conversions to GGUF."""
+    load, rows, worst, target = common.load_average(), [], 0.0, GGUF_TARGETS[calibrated]
+    bound = CALIBRATED_BOUND if calibrated else BOUND
+    title = (
+        "Peak resident memory of a calibrated conversion to GGUF" if calibrated else "Peak resident memory of a conversion to GGUF"
+    )
+    text = common.header(title, directory, load)
+    for case in cases:
+        for count in experts:
+            source, output = directory / f"memory-{case}", directory / "memory-out"
+            write_gguf_source(case, source, count, VOCABULARY[calibrated])
+            size = common.size_of(source)
+            for number in workers:
+                result = measure(source, output, (target,), number, calibrated=calibrated)
+                written = common.size_of(output / target)
+                shutil.rmtree(output)
+                worst = max(worst, result["peak"] - result["import"])
+                rows.append((case + (f", {count} experts" if count else ""), number, target, *_figures(result, size, written)))
+                print(*rows[-1], flush=True)
+            shutil.rmtree(source)
+    verdict = "holds" if worst <= bound else "does NOT hold"
+    text += f"\nBound: {bound / 2**20:,.0f} MiB above the bare import; largest measured {worst / 2**20:,.0f} MiB: it {verdict}.\n\n"
+    text += common.table(COLUMNS, rows) + EXPLANATION
+    text += "`scout`: one MoE layer. `maverick`: a dense and a MoE layer. Random weights, "
+    text += f"{VOCABULARY[calibrated]:,} rows in embedding and head.\n"
+    if calibrated:
+        text += f"{SAMPLES} samples of {LENGTH} tokens.\n"
+    common.write_results("memory_gguf_calibrated.md" if calibrated else "memory_gguf.md", text)
+    if worst > bound:
+        raise SystemExit(f"the bound of {bound / 2**20:,.0f} MiB was passed")
+
+
 def _figures(result: dict[str, float], size: int, written: int) -> tuple[str, ...]:
     """The figures of one row."""
     sizes = [f"{result[key] / 2**20:,.0f}" for key in ("import", "peak", "anonymous", "mapped")]
@@ -194,12 +249,13 @@ def main() -> None:
     parser.add_argument("--cases", default="scout,maverick")
     parser.add_argument("--workers", nargs="+", default=["default", "1"], help="numbers of workers to try; default: one per core")
     parser.add_argument("--calibrated", action="store_true", help="convert to w4a16-gptq, calibrated")
+    parser.add_argument("--gguf", action="store_true", help="convert to Q4_K_M, or if calibrated to Q4_K_M-gptq")
     parser.add_argument(
         "--experts",
         type=int,
         nargs="+",
         default=[0],
-        help="calibrated only: experts of a MoE layer, 0 for as many as in the release",
+        help="calibrated or GGUF only: experts of a MoE layer, 0 for as many as in the release",
     )
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--targets", nargs="+", help=argparse.SUPPRESS)
@@ -208,6 +264,10 @@ def main() -> None:
         [workers] = arguments.workers
         count = None if workers == "default" else int(workers)
         measure_child(arguments.child, arguments.directory, arguments.targets, count, arguments.calibrated)
+        return
+    if arguments.gguf:
+        cases = arguments.cases.split(",")
+        measure_gguf(arguments.directory, cases, arguments.workers, arguments.experts, arguments.calibrated)
         return
     if arguments.calibrated:
         measure_calibrated(arguments.directory, arguments.cases.split(","), arguments.workers, arguments.experts)
