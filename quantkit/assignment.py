@@ -74,6 +74,9 @@ def assign(
                 if pattern is not None and not _searched(pattern, item.name, aliases):
                     continue
                 used[index] += 1
+                if rule.name is None and item.role in STREAMED_ROLES and not _is_matrix(item):
+                    result[item.name] = Assignment(None)  # a rule for the vision tower means its matrices
+                    break
                 if table[index].scheme is not None and (item.role not in changeable or not _is_matrix(item)):
                     which = "tensors" if item.role not in changeable else "tensors that are no matrices"
                     problems.append(f"rule {index + 1} gives {rule.scheme} to {item.name}, but {item.role} {which} are always kept")
@@ -119,7 +122,9 @@ def _mixture(recipe: Recipe, units: list[Unit], config: Llama4Config | None) -> 
     result: dict[str, Assignment] = {}
     for unit in units:
         for item in unit.items:
-            name = types.get(item.name) or _vision_type(item, recipe.vision)
+            name = types.get(item.name)
+            if item.role in ("vision", "projector"):
+                name = vision_type(item.name, item.shape, recipe.vision)
             if name is None or item.role in ("norm", "router") or item.name.endswith(".bias"):
                 result[item.name] = kept  # in full: GGUF widens what is small to F32
             else:
@@ -133,13 +138,16 @@ def _is_override(rule: Rule) -> bool:
     return rule.roles in (None, OVERRIDE_ROLES) and rule.layers is None and rule.scheme in TYPES
 
 
-def _vision_type(item: WeightMatrix | SourceTensor, chosen: str) -> str | None:
-    """Of matrices of the vision tower; small tensors are kept.  llama.cpp convolves with the embedding of patches, in floats."""
-    if item.role not in ("vision", "projector") or len(item.shape) != 2 or not item.name.endswith(".weight"):
+def vision_type(name: str, shape: tuple[int, ...], chosen: str) -> str | None:
+    """What a tensor of vision tower or projector is stored as where matrices are to be ``chosen``; None: as it is, widened to F32.
+
+    llama.cpp convolves with the embedding of patches, in floats.
+    """
+    if len(shape) != 2 or not name.endswith(".weight"):
         return None
-    if "patch_embedding" in item.name:
+    if "patch_embedding" in name:
         return "F16" if chosen == "F16" else "F32"
-    return "F16" if item.shape[-1] % TYPES[chosen].block else chosen
+    return "F16" if shape[-1] % TYPES[chosen].block else chosen
 
 
 def _smoothing_problems(units: list[Unit], assignments: Mapping[str, Assignment]) -> list[str]:

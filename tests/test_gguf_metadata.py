@@ -14,6 +14,7 @@ from gguf import GGUFValueType
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quantkit.assignment import vision_type
 from quantkit.config import Llama4Config, RopeScaling, VisionConfig, parse_config
 from quantkit.errors import ArtifactError, CheckpointError, RecipeError
 from quantkit.formats.gguf_general import (
@@ -29,7 +30,7 @@ from quantkit.formats.gguf_general import (
 )
 from quantkit.formats.gguf_metadata import config_from_metadata, inexpressible, moe_step, rope_freqs, text_metadata
 from quantkit.formats.gguf_names import places_of
-from quantkit.formats.gguf_vision import modelfile, vision_inexpressible, vision_metadata, vision_type
+from quantkit.formats.gguf_vision import modelfile, vision_inexpressible, vision_metadata
 from quantkit.gguf_header import MetadataEntry, MetadataValue
 from quantkit.llama4 import inventory
 from tests.releases import release
@@ -465,13 +466,13 @@ def test_types_of_vision_tensors(file_type: str, matrix: str, patches: str) -> N
     for tensor in inventory(changed()):
         if tensor.role in ("vision", "projector"):
             [place] = places_of(tensor.name)
-            kinds[place.tensor] = vision_type(place.tensor, tensor.shape, file_type)
+            kinds[place.tensor] = vision_type(tensor.name, tensor.shape, file_type) or "F32"
     assert {kinds["v.class_embd"], kinds["v.position_embd.weight"], kinds["v.blk.0.ln1.weight"], kinds["v.blk.0.attn_q.bias"]} == {
         "F32"
     }
     assert kinds["v.patch_embd.weight"] == patches
     assert {kinds["v.blk.0.attn_q.weight"], kinds["mm.model.fc.weight"], kinds["mm.model.mlp.1.weight"]} == {matrix}
-    assert vision_type("v.blk.0.attn_q.weight", (48, 48), "Q8_0") == "F16"
+    assert vision_type("vision_model.model.layers.0.self_attn.q_proj.weight", (48, 48), "Q8_0") == "F16"
 
 
 def test_modelfile() -> None:

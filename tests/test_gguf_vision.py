@@ -18,11 +18,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from quantkit.assignment import vision_type
 from quantkit.config import Llama4Config, parse_config
 from quantkit.formats.gguf_metadata import text_metadata
 from quantkit.formats.gguf_names import place_of
 from quantkit.formats.gguf_tokenizer import tokenizer_metadata
-from quantkit.formats.gguf_vision import vision_metadata, vision_type
+from quantkit.formats.gguf_vision import vision_metadata
 from quantkit.gguf_header import build_header, parse_header
 from quantkit.llama4 import inventory
 from tests.llama_cpp import Llama, library
@@ -99,7 +100,7 @@ def text_model(tmp_path_factory: pytest.TempPathFactory, config: Llama4Config) -
 def vision_file(path: Path, config: Llama4Config, weights: dict[str, torch.Tensor], file_type: str) -> Path:
     names = {tensor.name: place_of(tensor.name).tensor for tensor in inventory(config) if tensor.role in ("vision", "projector")}
     assert set(names) == set(weights)
-    kinds = {name: vision_type(names[name], weights[name].shape, file_type) for name in names}
+    kinds = {name: vision_type(name, tuple(weights[name].shape), file_type) or "F32" for name in names}
     planned = [(names[name], kinds[name], tuple(weights[name].shape)) for name in names]
     header, offsets, size = build_header(vision_metadata(config, model_name="tiny-scout", file_type=file_type), planned)
     content = bytearray(size)

@@ -17,6 +17,7 @@ stands in the header), ``gguf_vision`` (the second file), ``ggml_blocks`` (the b
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -53,8 +54,12 @@ Stack = tuple[str, list[OutputTensor]]  # a tensor of the file, and its parts: e
 
 
 def aliases(units: Sequence[Unit]) -> dict[str, str]:
-    """The names that tensors have in the files, by ours."""
-    return {item.name: place_of(item.name).tensor for unit in units for item in unit.items}
+    """The names that tensors have in the files, by ours; of those that have a place there, ``client_notes`` refuses the others."""
+    names = {}
+    for item in (item for unit in units for item in unit.items):
+        with contextlib.suppress(UnsupportedModelError):
+            names[item.name] = place_of(item.name).tensor
+    return names
 
 
 def output_tensors(matrix: WeightMatrix, scheme: Scheme | None, dtype: str) -> list[OutputTensor]:

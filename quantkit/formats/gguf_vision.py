@@ -18,17 +18,14 @@ from quantkit.errors import ArtifactError, CheckpointError, RecipeError
 from quantkit.formats.gguf_general import FILE_TYPES, count, flag, general_metadata, real, reals, text
 from quantkit.formats.gguf_metadata import MetadataReader
 from quantkit.gguf_header import GGUFValueType, MetadataEntry
+from quantkit.recipe import VISION_TYPES
 from quantkit.strict_json import brief, parse_object
 
 ARCHITECTURE = "clip"
-VISION_TYPES = ("F32", "F16", "BF16", "Q8_0")
 ROPE_THETA = 10_000.0  # built into llama.cpp
 CHANNELS = 3
 PREPROCESSOR_FILE = "preprocessor_config.json"
 DEFAULT_PIXEL = (0.5, 0.5, 0.5)  # mean and deviation that Llama 4's image processor takes
-_Q8_BLOCK = 32
-_PATCH_EMBEDDING = "v.patch_embd.weight"
-_EMBEDDINGS = ("v.class_embd", "v.position_embd.weight")
 
 
 def vision_inexpressible(vision: VisionConfig) -> str | None:
@@ -111,17 +108,6 @@ def _channels(settings: dict[str, Any], key: str, path: Path) -> tuple[float, ..
     if not all(-1e6 < value < 1e6 for value in values) or (key == "image_std" and not all(value > 0 for value in values)):
         raise CheckpointError(f"{path}: {key} is {brief(values)}, which cannot be. Download it again.")
     return tuple(float(value) for value in values)
-
-
-def vision_type(tensor: str, shape: Sequence[int], file_type: str) -> str:
-    """The type that a tensor of the vision file is stored as.  tensor: GGUF's name.  shape: in torch's order."""
-    if len(shape) < 2 or tensor in _EMBEDDINGS or tensor.endswith(".bias"):
-        return "F32"
-    if tensor == _PATCH_EMBEDDING:
-        return "F16" if file_type == "F16" else "F32"
-    if file_type == "Q8_0" and shape[-1] % _Q8_BLOCK:
-        return "F16"
-    return file_type
 
 
 def vision_from_metadata(
