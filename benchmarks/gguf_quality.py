@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.llama_cpp import Llama
 
 LENGTH = 256
-TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K")
+TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "QK5_MOE", "Q4_K_M", "QK4_MOE", "IQ4_XS", "QK3_MOE_L", "Q3_K_M", "QK3_MOE", "Q2_K", "QK2_MOE")
 METHODS = ("", "-importance", "-gptq")
 
 
