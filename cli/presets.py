@@ -100,7 +100,13 @@ def complete_target(incomplete: str) -> list[str]:
     for row in GGUF_ROWS:
         offered = row.presets if begun.startswith(row.name.lower()) else [row.name]
         found += [name for name in offered if name.lower().startswith(begun)]
-    return found
+    return [_spelled(name, incomplete) for name in found]
+
+
+def _spelled(name: str, incomplete: str) -> str:
+    """The name as a continuation of what was typed: shells drop what does not begin so."""
+    rest = name[len(incomplete) :]
+    return name if name.startswith(incomplete) else incomplete + (rest.lower() if incomplete.islower() else rest)
 
 
 _SCALE_BITS = {"bf16": 16, "fp8": 8, "e8m0": 8}

@@ -396,6 +396,8 @@ def test_the_script_s_version_completion_and_usage_errors() -> None:
     assert start("--version").stdout.startswith("quantkit ")
     completion = start(_QUANTKIT_COMPLETE="complete_bash", COMP_WORDS="quantkit convert m --to fp8", COMP_CWORD="4")
     assert completion.stdout.split() == ["fp8-dynamic", "fp8-block", "fp8-static"]
+    completion = start(_QUANTKIT_COMPLETE="complete_bash", COMP_WORDS="quantkit convert m --to q4_k", COMP_CWORD="4")
+    assert completion.stdout.split() == ["q4_k_m", "q4_k_s"]
     wrong = start("convert", "--too", "x", "--json")
     assert wrong.returncode == 2 and "--too" in wrong.stderr
     error = json.loads(wrong.stdout)["error"]

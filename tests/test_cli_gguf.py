@@ -250,8 +250,10 @@ def test_presets_command_lists_both_families() -> None:
 
 
 def test_completion_offers_methods_once_the_type_is_there() -> None:
-    assert complete_target("q4_k") == ["Q4_K_M", "Q4_K_S"]
+    assert complete_target("Q4_K") == ["Q4_K_M", "Q4_K_S"]
+    assert complete_target("q4_k") == ["q4_k_m", "q4_k_s"]  # what does not begin as it was typed a shell would drop
     assert complete_target("Q4_K_M") == ["Q4_K_M", "Q4_K_M-importance", "Q4_K_M-gptq"]
-    assert complete_target("qk4_moe-g") == ["QK4_MOE-gptq"]
+    assert complete_target("qk4_moe-g") == ["qk4_moe-gptq"]
+    assert resolve_targets(complete_target("iq2_x")) == [GGUF_PRESETS["IQ2_XS"], GGUF_PRESETS["IQ2_XXS"]]
     assert complete_target("w8") == [name for name in PRESETS if name.startswith("w8")]
     assert set(complete_target("")) == {*PRESETS, *FILE_TYPES}
