@@ -113,10 +113,12 @@ def differing_bits(experts: int, inputs: int, rows: int, step: int, rows_of_prog
             arrays["variances"].astype(np.float64),
             arrays["scales"],
             arrays["zero_points"],
+            np.empty(0, np.float32),
             arrays["groups"],
             arrays["places"],
             -8.0,
             7.0,
+            gptq.level_table(None),
             arrays["codes"],
             rows,
             0,
@@ -178,7 +180,7 @@ def check(device: torch.device, toy: bool) -> str:
     error = gram_error(64 if toy else 2048, 200 if toy else 10_000, device)
     assert error < 3e-6, f"Gram matrix: relative error {error}"
     lines.append(f"- Gram matrix of BF16 rows: largest error {error:.1e} of the largest entry")
-    for name in ("int4-g32", "int4-g32-asym", "int8-channel"):
+    for name in ("int4-g32", "int4-g32-asym", "int8-channel", *(("Q4_0", "IQ4_NL") if toy else ("Q4_K", "Q6_K", "IQ4_XS"))):
         size, heights, block = (64, (40, 24), 16) if toy else (1024, (512, 256), cpu_kernel.BLOCK)
         share, worst, unsteady = compare_methods(name, size, heights, block, device)
         assert share <= MOST_DIFFERENT and worst < 0.01 and not unsteady, (

@@ -211,10 +211,10 @@ def apply_method(
     team: Team | None,
 ) -> list[tuple[grid.QuantizedTensor, grid.QuantizationStatistics]]:
     """What the method makes of these weights; GPTQ where the team has its GPU, if it has one."""
-    device = team.device if team is not None and scheme.number != "ggml" else None  # the GPU's kernel knows integers only
+    device = team.device if team is not None else None
     if assignment.method == "gptq" and device is not None and evidence is not None:
         [found] = gptq_gpu.quantize_batch(
-            [weights], scheme, [evidence], device, clip_search=assignment.clip_search, workspace=workspace
+            [weights], scheme, [evidence], device, clip_search=assignment.clip_search, workspace=workspace, team=team
         )
         return found
     return METHODS[assignment.method](

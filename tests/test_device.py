@@ -43,8 +43,8 @@ def test_a_conversion_with_a_device_gives_gptq_to_it(tmp_path: Path, monkeypatch
         weights: Sequence[Sequence[torch.Tensor]], scheme: Any, evidence: Sequence[Any], device: torch.device, **others: Any
     ) -> Iterator[Any]:
         calls.append((len(weights), device))
-        with Team(1) as team:
-            yield gptq.quantize(weights[0], scheme, evidence=evidence[0], team=team, **others)
+        assert others["team"].device == DEVICE
+        yield gptq.quantize(weights[0], scheme, evidence=evidence[0], **others)
 
     monkeypatch.setattr(unit_work.gptq_gpu, "quantize_batch", quantize_batch)
     monkeypatch.setattr(CalibrationOptions, "accelerator", lambda self: DEVICE)

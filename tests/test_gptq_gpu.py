@@ -22,6 +22,7 @@ import torch
 
 from quantkit.errors import CalibrationError
 from quantkit.evidence import Evidence
+from quantkit.ggml import FP4_LEVELS, IQ4_LEVELS
 from quantkit.methods import gptq_gpu
 from quantkit.scheme import parse_scheme
 
@@ -32,13 +33,35 @@ CASES = {  # scheme, inputs, rows of the matrices, how much is missing
     "int4-channel, little missing": ("int4-channel", 64, (48,), 0.02),
     "int8-channel, too much missing": ("int8-channel", 100, (40,), 5.0),  # 100 inputs are padded
     "int8-g32": ("int8-g32", 64, (40, 24), 0.0),
+    "Q4_K": ("Q4_K", 256, (40, 24), 0.0),
+    "Q5_0, little missing": ("Q5_0", 64, (48,), 0.02),
+    "Q5_1": ("Q5_1", 64, (40, 24), 0.0),
+    "IQ4_NL": ("IQ4_NL", 64, (48,), 0.0),
+    "MXFP4": ("MXFP4", 64, (40, 24), 0.0),
+}
+LATTICES = {  # range of codes, and what else a launch is told: zero points, minimums, the offset, levels
+    "int4": ((-8, 7), False, False, 0.0, None),
+    "int4 asymmetric": ((-8, 7), True, False, 0.0, None),
+    "int8": ((-128, 127), False, False, 0.0, None),
+    "Q4_K": ((0, 15), False, True, 0.0, None),
+    "Q6_K": ((0, 63), False, False, 32.0, None),
+    "IQ4_XS": ((0, 15), False, False, 0.0, IQ4_LEVELS),
+    "MXFP4": ((0, 15), False, False, 0.0, FP4_LEVELS),
+}
+VARIANTS = {  # ZERO_POINTS, MINIMUMS, LEVELS
+    "symmetric": (False, False, 0),
+    "asymmetric": (True, False, 0),
+    "with minimums": (False, True, 0),
+    "of levels": (False, False, 16),
 }
 MOST_DIFFERENT = 0.005  # share of codes: nearly ties, and what they change further on in their rows
 MOST_REGISTERS = 128  # of a thread, for 16 programs on a multiprocessor
 TYPES = {
-    **dict.fromkeys(("errors", "corrections", "factor", "variances", "scales", "zero_points"), "*fp32"),
+    **dict.fromkeys(("errors", "corrections", "factor", "variances", "scales", "zero_points", "minimums"), "*fp32"),
+    **dict.fromkeys(("midpoints", "levels"), "*fp32"),
+    "level_codes": "*i32",
     **dict.fromkeys(("groups", "places"), "*i64"),
-    **dict.fromkeys(("lowest", "highest"), "fp32"),
+    **dict.fromkeys(("offset", "lowest", "highest"), "fp32"),
     "codes": "*i8",
     "sums": "*fp64",
     **dict.fromkeys(("first", "panel_first", "panel_inputs", "inputs", "rows", "scale_groups"), "i32"),
@@ -84,33 +107,35 @@ def compare_kernels() -> dict[str, Any]:
     import numpy as np
 
     from quantkit.kernels import gptq, gptq_triton
+    from quantkit.methods.gptq import level_table
 
     found: dict[str, Any] = {}
-    for name, symmetric, (lowest, highest), rows_of_program in (
-        ("int4", True, (-8, 7), 64),
-        ("int4 asymmetric", False, (-8, 7), 32),
-        ("int8", True, (-128, 127), 32),
-    ):
+    for name, ((lowest, highest), asymmetric, lowered, offset, table) in LATTICES.items():
         torch.manual_seed(1)
         experts, inputs, rows, groups_of_row = (1, 80, 64, 5) if name == "int4" else (2, 48, 64, 3)
         weights, corrections = torch.randn(experts, inputs, rows), torch.randn(experts, inputs, rows) * 0.1
         factor = torch.randn(experts, inputs, inputs) * 0.1
         variances = torch.rand(experts, inputs) + 0.1
-        scales = (torch.rand(experts, groups_of_row, rows) + 0.2) * (4.0 / highest)
-        zero_points = torch.zeros_like(scales) if symmetric else torch.randint(-8, 8, scales.shape).to(torch.float32)
+        scales = (torch.rand(experts, groups_of_row, rows) + 0.2) * (4.0 / max(map(abs, table or (highest - offset,))))
+        zero_points = torch.randint(-8, 8, scales.shape).to(torch.float32) if asymmetric else torch.full_like(scales, offset)
+        minimums = torch.rand(scales.shape) * 2 if lowered else None
+        if offset or lowered or table:
+            scales[:, :, ::7] = 0.0  # a scale of llama.cpp's types may be zero
+            weights[:, :, ::14] = 0.0
         weights[:, :4] = scales[:, :1] * torch.tensor([0.5, 1.5, -0.5, -2.5])[:, None]  # ties
         corrections[:, :4], factor[:, :4] = 0.0, 0.0
         places = torch.stack([torch.cat([torch.arange(4), 4 + torch.randperm(inputs - 4)]) for _ in range(experts)])
         groups = places // (inputs // groups_of_row)
         errors, codes = weights.clone(), torch.zeros(weights.shape, dtype=torch.int8)
         sums = torch.zeros(experts, 3, rows, dtype=torch.float64)
+        levels = level_table(table)
         gptq_triton.launch(
             errors,
             corrections,
             factor,
             variances,
             scales,
-            None if symmetric else zero_points,
+            zero_points if asymmetric else None,
             groups,
             places,
             codes,
@@ -119,7 +144,10 @@ def compare_kernels() -> dict[str, Any]:
             panel_first=0,
             lowest=lowest,
             highest=highest,
-            rows_of_program=rows_of_program,
+            offset=offset,
+            minimums=minimums,
+            table=gptq.Table(*map(torch.from_numpy, levels)) if table else None,
+            rows_of_program=64 if name == "int4" else 32,
         )
         different = [0, 0]
         expected = []
@@ -132,10 +160,12 @@ def compare_kernels() -> dict[str, Any]:
                 variances[expert].numpy().astype(np.float64),
                 scales[expert].numpy().reshape(-1),
                 zero_points[expert].numpy().reshape(-1),
+                np.empty(0, np.float32) if minimums is None else minimums[expert].numpy().reshape(-1),
                 groups[expert].numpy(),
                 places[expert].numpy(),
                 float(lowest),
                 float(highest),
+                levels,
                 out,
                 rows,
                 0,
@@ -216,10 +246,10 @@ def compare_methods() -> dict[str, Any]:
             for (one, mine), (other, theirs) in zip(got, expected, strict=True):
                 different += int((one.codes != other.codes).sum())
                 total += other.codes.numel()
-                scales += int((one.scale != other.scale).sum())
-                if other.zero_point is not None:
-                    assert one.zero_point is not None
-                    scales += int((one.zero_point != other.zero_point).sum())
+                for field in ("scale", "zero_point", "group_scale", "minimum", "group_minimum"):
+                    ours_of, theirs_of = getattr(one, field), getattr(other, field)
+                    assert (ours_of is None) == (theirs_of is None)
+                    scales += 0 if ours_of is None else int((ours_of != theirs_of).sum())
                 statistics.append((vars(mine), vars(theirs)))
         found[name] = {"different": different / total, "scales": scales, "moved": moved / total, "statistics": statistics}
     return found
@@ -265,7 +295,7 @@ def interpret() -> dict[str, Any]:
 
 
 def compile_kernels() -> dict[str, Any]:
-    """The block kernel as machine code for sm_90a: resources and instructions, with and without zero points."""
+    """The block kernel as machine code for sm_90a: resources and instructions of each variant."""
     import tempfile
 
     import triton
@@ -278,8 +308,9 @@ def compile_kernels() -> dict[str, Any]:
     kernel = gptq_triton.quantize_block
     names = kernel.arg_names
     found: dict[str, Any] = {}
-    for symmetric in (True, False):
-        constants = {"SYMMETRIC": symmetric, "COUNT": 128, "STEP": gptq_triton.STEP, "ROWS": gptq_triton.ROWS}
+    for variant, values in VARIANTS.items():
+        constants = dict(zip(("ZERO_POINTS", "MINIMUMS", "LEVELS"), values, strict=True))
+        constants |= {"COUNT": 128, "STEP": gptq_triton.STEP, "ROWS": gptq_triton.ROWS}
         source = ASTSource(
             fn=kernel,
             signature={name: TYPES.get(name, "constexpr") for name in names},
@@ -294,7 +325,7 @@ def compile_kernels() -> dict[str, Any]:
             listing = subprocess.run([tools / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
         registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)[0]
         operations = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", listing)
-        found["symmetric" if symmetric else "asymmetric"] = {
+        found[variant] = {
             "registers": int(registers),
             "stack": int(stack),
             "shared": compiled.metadata.shared,
@@ -320,7 +351,7 @@ def test_the_kernel_gives_the_cpu_kernels_bits(interpreted: dict[str, Any]) -> N
         assert found["different"] == [0, 0], f"{name}: codes, errors"
         for expected, sums in zip(found["expected"], found["sums"], strict=True):
             assert sums == pytest.approx(expected, rel=1e-5), name
-            assert sums[2] == expected[2] > 0, name
+            assert sums[2] == expected[2] and (expected[2] > 0 or LATTICES[name][4]), name
     assert interpreted["kernels"]["int4"]["tied"] == [0, 2, 0, -2], "ties go to even"
     assert interpreted["once"] == [7, 1], "a product is added with one rounding"
 

@@ -13,7 +13,7 @@ This module imports triton, so nothing imports it before there is work for a GPU
 """
 
 # Kernels are written in Triton's language, which looks like Python to linters and type checkers but is another one.
-# mypy: disable-error-code="assignment, no-untyped-def, untyped-decorator"
+# mypy: disable-error-code="assignment, no-untyped-def, untyped-decorator, var-annotated"
 # ruff: noqa: N803, RUF005
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
+from quantkit.kernels.gptq import Table
 
 STEP = 8  # inputs held in registers at once
 ROWS = 64  # output rows of a program
@@ -48,6 +50,10 @@ def quantize_block(
     variances,
     scales,
     zero_points,
+    minimums,
+    midpoints,
+    levels,
+    level_codes,
     groups,
     places,
     codes,
@@ -58,9 +64,12 @@ def quantize_block(
     inputs,
     rows,
     scale_groups,
+    offset,
     lowest,
     highest,
-    SYMMETRIC: tl.constexpr,
+    ZERO_POINTS: tl.constexpr,
+    MINIMUMS: tl.constexpr,
+    LEVELS: tl.constexpr,
     COUNT: tl.constexpr,
     STEP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -76,11 +85,15 @@ def quantize_block(
     places += expert * inputs + first
     scales += expert * scale_groups * rows
     zero_points += expert * scale_groups * rows
+    minimums += expert * scale_groups * rows
     codes += expert * inputs * rows
     sums += expert * 3 * rows
     loss = tl.zeros((ROWS,), tl.float32)
     squared = tl.zeros((ROWS,), tl.float32)
     clipped = tl.zeros((ROWS,), tl.float32)
+    between = ()
+    for number in tl.static_range(LEVELS - 1):
+        between = between + (tl.load(midpoints + number),)
     for start in range(0, COUNT, STEP):
         wanted = ()
         for j in tl.static_range(STEP):
@@ -93,18 +106,30 @@ def quantize_block(
             k = start + j
             group = tl.load(groups + k) * rows + row
             scale = tl.load(scales + group)
-            steps = tl.div_rn(wanted[j], scale)
-            if not SYMMETRIC:
-                zero_point = tl.load(zero_points + group)
-                steps += zero_point
-            code = (steps + _WHOLE) - _WHOLE
-            inside = tl.minimum(tl.maximum(code, lowest), highest)
-            clipped += tl.where(code != inside, 1.0, 0.0)
-            tl.store(codes + tl.load(places + k) * rows + row, inside.to(tl.int8))
-            if SYMMETRIC:
-                value = inside * scale
+            place = tl.load(places + k) * rows + row
+            if LEVELS:
+                ratio = tl.div_rn(wanted[j], scale)
+                rank = tl.zeros((ROWS,), tl.int32)
+                for number in tl.static_range(LEVELS - 1):
+                    rank += (ratio > between[number]).to(tl.int32)
+                value = tl.load(levels + rank) * scale
+                tl.store(codes + place, tl.load(level_codes + rank).to(tl.int8))
             else:
+                raised = wanted[j]
+                if MINIMUMS:
+                    least = tl.load(minimums + group)
+                    raised += least
+                zero_point = offset
+                if ZERO_POINTS:
+                    zero_point = tl.load(zero_points + group)
+                steps = tl.div_rn(raised, scale) + zero_point
+                code = (steps + _WHOLE) - _WHOLE
+                inside = tl.minimum(tl.maximum(code, lowest), highest)
+                clipped += tl.where((code < lowest) | (code > highest), 1.0, 0.0)  # not where it is 0 / 0
                 value = (inside - zero_point) * scale
+                if MINIMUMS:
+                    value -= least
+                tl.store(codes + place, inside.to(tl.int8))
             error = tl.load(errors + k * rows + row) - value
             tl.store(errors + k * rows + row, error)
             rounding = wanted[j] - value
@@ -133,6 +158,9 @@ def launch(
     panel_first: int,
     lowest: int,
     highest: int,
+    offset: float = 0.0,
+    minimums: torch.Tensor | None = None,
+    table: Table | None = None,
     rows_of_program: int = ROWS,
     step: int = STEP,
 ) -> None:
@@ -140,10 +168,12 @@ def launch(
 
     errors: float32 ``[experts, in, rows]``, weights on entry and weight - stored value on return.  corrections: float32
     ``[experts, panel, rows]``, what earlier blocks feed forward to the inputs from ``panel_first`` on.  factor: float32
-    ``[experts, in, in]``, of which the strictly upper part is used.  variances: float32 ``[experts, in]``.  scales, zero_points:
-    float32 ``[experts, groups, rows]``; no zero points where codes are symmetric.  groups, places: int64 ``[experts, in]``, the
-    group of an input and its row in ``codes``, int8 ``[experts, in, rows]``.  sums: float64 ``[experts, 3, rows]``, to which are
-    added the sums of variance * (rounding error)^2 and of (weight - stored value)^2, and how many codes were cut off.
+    ``[experts, in, in]``, of which the strictly upper part is used.  variances: float32 ``[experts, in]``.  scales, zero_points,
+    minimums: float32 ``[experts, groups, rows]``; ``offset`` is the zero point where there is none for each, and minimums are what
+    is subtracted from every stored value.  table: what codes stand for where they are no numbers, as tensors.  groups, places:
+    int64 ``[experts, in]``, the group of an input and its row in ``codes``, int8 ``[experts, in, rows]``.  sums: float64
+    ``[experts, 3, rows]``, to which are added the sums of variance * (rounding error)^2 and of (weight - stored value)^2, and how
+    many codes were cut off.
 
     Rows are a multiple of ``rows_of_program`` and the block is one of ``step``.
     """
@@ -151,6 +181,7 @@ def launch(
     count = block.stop - block.start
     assert rows % rows_of_program == 0 and count % step == 0
     assert all(tensor.is_contiguous() for tensor in (errors, corrections, factor, variances, scales, groups, places, codes, sums))
+    assert table is None or (zero_points is None and minimums is None)
     quantize_block[(rows // rows_of_program, experts)](
         errors,
         corrections,
@@ -158,6 +189,10 @@ def launch(
         variances,
         scales,
         scales if zero_points is None else zero_points,
+        scales if minimums is None else minimums,
+        scales if table is None else table.midpoints,
+        scales if table is None else table.levels,
+        groups if table is None else table.codes,
         groups,
         places,
         codes,
@@ -168,9 +203,12 @@ def launch(
         inputs,
         rows,
         scales.shape[1],
+        float(offset),
         float(lowest),
         float(highest),
-        SYMMETRIC=zero_points is None,
+        ZERO_POINTS=zero_points is not None,
+        MINIMUMS=minimums is not None,
+        LEVELS=0 if table is None else table.levels.shape[0],
         COUNT=count,
         STEP=step,
         ROWS=rows_of_program,

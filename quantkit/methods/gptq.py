@@ -69,7 +69,7 @@ def quantize(
     """
     if evidence is None or evidence.hessian is None or team is None:
         raise RecipeError("GPTQ needs calibration: the Hessian of what reaches these weights")
-    rounded, lattices = _lattices(weights, scheme, clip_search, workspace, evidence, team)
+    rounded, lattices = lattices_of(weights, scheme, clip_search, workspace, evidence, team)
     order, factor, variances, mean, damping = _factor(evidence, workspace, team)
     inputs = weights[0].shape[1]
     heights = [weight.shape[0] + -weight.shape[0] % STRIP for weight in weights]  # zeros as padding
@@ -78,7 +78,7 @@ def quantize(
 
     errors = workspace.tensor("gptq errors", torch.float32, inputs, rows)
     groups = lattices[0].scale.shape[1]
-    scales = workspace.tensor("gptq scales", torch.float32, groups, rows).fill_(1.0)
+    scales = workspace.tensor("gptq scales", torch.float32, groups, rows).zero_()  # padded rows stay zeros on any lattice
     zero_points = workspace.tensor("gptq zero points", torch.float32, groups, rows).fill_(lattices[0].offset)
     minimums = workspace.tensor("gptq minimums", torch.float32, groups if lattices[0].minimum is not None else 0, rows).zero_()
     for weight, lattice, start, height in zip(weights, lattices, first, heights, strict=True):
@@ -127,7 +127,7 @@ def quantize(
 
 
 @dataclass(frozen=True)
-class _Lattice:
+class Lattice:
     """The numbers among which a matrix is rounded: ``(code - zero point) * scale - minimum``, or ``level * scale``.
 
     scale, zero_point, minimum: float32 ``[out, groups]``.  offset: zero point of all where there is none for each.
@@ -141,25 +141,30 @@ class _Lattice:
     levels: tuple[int, ...] | None
 
 
-def _lattices(
-    weights: Sequence[torch.Tensor], scheme: Scheme, clip_search: bool, workspace: Workspace, evidence: Evidence, team: Team
-) -> tuple[list[tuple[QuantizedTensor, QuantizationStatistics]], list[_Lattice]]:
+def lattices_of(
+    weights: Sequence[torch.Tensor],
+    scheme: Scheme,
+    clip_search: bool,
+    workspace: Workspace,
+    evidence: Evidence,
+    team: Team | None,
+) -> tuple[list[tuple[QuantizedTensor, QuantizationStatistics]], list[Lattice]]:
     """Matrices rounded to nearest, and the lattices that their scales make."""
     if scheme.number != "ggml":
         rounded = rtn.quantize(weights, scheme, clip_search=clip_search, workspace=workspace)
         limits = grid.INT_RANGE[scheme.number]
-        return rounded, [_Lattice(each.scale, each.zero_point, None, 0.0, limits, None) for each, _ in rounded]
+        return rounded, [Lattice(each.scale, each.zero_point, None, 0.0, limits, None) for each, _ in rounded]
     kind = scheme.block_type
     assert not kind.codebook and not kind.floating
     rounded = blocks.quantize(weights, scheme, clip_search=clip_search, workspace=workspace, evidence=evidence, team=team)
     lattices = []
     for each, _ in rounded:
         step, minimum = grid.block_steps(each)
-        lattices.append(_Lattice(step, None, minimum, float(kind.offset), kind.codes, kind.levels))
+        lattices.append(Lattice(step, None, minimum, float(kind.offset), kind.codes, kind.levels))
     return rounded, lattices
 
 
-def _table(levels: tuple[int, ...] | None) -> Table:
+def level_table(levels: tuple[int, ...] | None) -> Table:
     """Levels in rising order with their codes; of two codes for one level the first."""
     if levels is None:
         return Table(np.empty(0, np.float32), np.empty(0, np.float32), np.empty(0, np.int32))
@@ -215,7 +220,7 @@ def _permute(team: Team, hessian: torch.Tensor, order: torch.Tensor, factor: flo
 def _round_all(
     team: Team,
     workspace: Workspace,
-    lattice: _Lattice,
+    lattice: Lattice,
     order: torch.Tensor,
     factor: torch.Tensor,
     variances: torch.Tensor,
@@ -232,7 +237,7 @@ def _round_all(
     """
     inputs, rows = errors.shape
     lowest, highest = lattice.codes
-    groups, table = order // (inputs // numbers[0].shape[0]), _table(lattice.levels)
+    groups, table = order // (inputs // numbers[0].shape[0]), level_table(lattice.levels)
     corrections = workspace.tensor("gptq corrections", torch.float32, min(PANEL, inputs), rows)
     flat_scales, flat_zero_points, flat_minimums, flat_codes = (values.numpy().reshape(-1) for values in (*numbers, codes))
     sums = np.zeros((len(parts), 3))

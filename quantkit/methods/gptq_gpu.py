@@ -2,7 +2,7 @@
 
 What takes the time on a CPU core is here a handful of batched calls: one Cholesky factorization, one triangular solution where
 something is to be made up for, products that feed errors forward panel by panel, and one launch of a Triton kernel per block of 128
-inputs for all experts.  Scales and zero points are those of round to nearest and are computed on the CPU.
+inputs for all experts.  Scales, zero points and minimums are those of round to nearest and are computed as for the CPU.
 
 Everything is float32, and TF32 is switched off: the Hessian decides which of two codes is nearer, and its small eigenvalues are
 what rounding to ten bits would destroy.  The block kernel gives the CPU's bits; products and factorization sum in another order, so
@@ -16,20 +16,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
 
-from quantkit import grid
 from quantkit.errors import CalibrationError, RecipeError
 from quantkit.evidence import Evidence
 from quantkit.grid import QuantizationStatistics, QuantizedTensor
-from quantkit.kernels.gptq import BLOCK
-from quantkit.methods import rtn
-from quantkit.methods.gptq import ESCALATION, MOST_MADE_UP, usual_damping
+from quantkit.kernels.gptq import BLOCK, Table
+from quantkit.methods.gptq import ESCALATION, MOST_MADE_UP, lattices_of, level_table, usual_damping
 from quantkit.scheme import Scheme
-from quantkit.team import TILE, spans
+from quantkit.team import TILE, Team, spans
 from quantkit.workspace import Workspace
 
 PANEL = 4  # blocks for which the errors of all earlier inputs are fed forward in one product
@@ -57,6 +55,21 @@ class _Factored:
     makes_up: list[bool]
 
 
+@dataclass(frozen=True)
+class _Numbers:
+    """The numbers among which a batch is rounded; see ``methods.gptq.Lattice``.
+
+    scales, zero_points, minimums: float32 ``[experts, groups, rows]``.  table: of tensors; None where codes are numbers.
+    """
+
+    scales: torch.Tensor
+    zero_points: torch.Tensor | None
+    minimums: torch.Tensor | None
+    offset: float
+    codes: tuple[int, int]
+    table: Table | None
+
+
 def quantize_batch(
     weights: Sequence[Sequence[torch.Tensor]],
     scheme: Scheme,
@@ -65,18 +78,19 @@ def quantize_batch(
     *,
     clip_search: bool,
     workspace: Workspace,
+    team: Team | None = None,
     budget: int | None = None,
     block: int = BLOCK,
 ) -> Iterator[Result]:
     """Quantize experts of equal shape; yields, in their order, what ``methods.gptq.quantize`` returns for each.
 
     weights: for each expert its matrices that share their input, ``[out, in]``, BF16, F16 or F32.  evidence: for each expert;
-    Hessians may lie on any device.  Results lie on the CPU and are the caller's to keep.  budget: bytes of the device that may be
-    used; None for what is free on a GPU.  block: inputs of one kernel launch.
+    Hessians may lie on any device.  Results lie on the CPU and are the caller's to keep.  team: searches for scales of llama.cpp's
+    types.  budget: bytes of the device that may be used; None for what is free on a GPU.  block: inputs of one kernel launch.
 
     Raises WeightError, CalibrationError, and RecipeError without Triton or without Hessians.
     """
-    assert scheme.number in grid.INT_RANGE and len(weights) == len(evidence)
+    assert len(weights) == len(evidence)
     if not weights:
         return
     shapes = [weight.shape for weight in weights[0]]
@@ -89,7 +103,7 @@ def quantize_batch(
     at_once = experts_at_once(need, len(weights), free_bytes(device) if budget is None else budget)
     for chunk in spans(len(weights), at_once):
         with full_precision(), _current(device):
-            results = _quantize_chunk(weights[chunk], scheme, evidence[chunk], device, clip_search, workspace, block)
+            results = _quantize_chunk(weights[chunk], scheme, evidence[chunk], device, clip_search, workspace, team, block)
         yield from results
 
 
@@ -103,7 +117,8 @@ def bytes_per_expert(inputs: int, rows: int, scheme: Scheme, *, makes_up: bool) 
     fed, codes twice, scales, and what is to be made up for with its source and its solution.
     """
     square, weights = 4 * inputs * inputs, 4 * inputs * rows
-    scales = 8 * rows * scheme.scale_shape(rows, inputs)[1]
+    group = scheme.block_type.group if scheme.number == "ggml" else 0  # smaller than the block that a stored scale belongs to
+    scales = 8 * rows * (inputs // group if group else scheme.scale_shape(rows, inputs)[1])
     rounding = square + weights + 4 * PANEL * BLOCK * rows + weights // 2 + scales + (3 * weights if makes_up else 0)
     return max(3 * square, rounding)
 
@@ -184,6 +199,7 @@ def _quantize_chunk(
     device: torch.device,
     clip_search: bool,
     workspace: Workspace,
+    team: Team | None,
     block: int,
 ) -> list[Result]:
     """Quantize the experts that fit in memory together."""
@@ -191,23 +207,14 @@ def _quantize_chunk(
     heights = [weight.shape[0] for weight in weights[0]]
     rows = sum(heights) + -sum(heights) % gptq_triton.ROWS
     columns = [slice(sum(heights[:index]), sum(heights[: index + 1])) for index in range(len(heights))]
-    rounded = [_scales(expert, scheme, clip_search, workspace) for expert in weights]
-    scales = torch.ones(len(weights), rounded[0][0][0].scale.shape[1], rows)
-    zero_points = None if scheme.symmetric else torch.zeros_like(scales)
-    for number, expert in enumerate(rounded):
-        for (quantized, _), part in zip(expert, columns, strict=True):
-            scales[number, :, part] = quantized.scale.t()
-            if zero_points is not None and quantized.zero_point is not None:
-                zero_points[number, :, part] = quantized.zero_point.t()
+    rounded, numbers = _numbers(weights, scheme, evidence, clip_search, workspace, team, columns, rows, device)
     factored = _factor(weights, evidence, device, gptq_triton.STEP)
     shifts = _shifts(evidence, factored, rows, device)
     errors = torch.zeros(len(weights), factored.factor.shape[1], rows, device=device)
     for number, expert_weights in enumerate(weights):
         for weight, part in zip(expert_weights, columns, strict=True):
             errors[number, : weight.shape[1], part] = weight.to(device).t()[factored.order[number]]
-    codes, sums = _round_all(
-        scheme, factored, errors, shifts, scales.to(device), None if zero_points is None else zero_points.to(device), block
-    )
+    codes, sums = _round_all(factored, errors, shifts, numbers, block)
     results = []
     for number, expert in enumerate(rounded):
         totals = [sums[number, :, part].sum(1).tolist() for part in columns]
@@ -231,19 +238,61 @@ def _kernels() -> ModuleType:
     return gptq_triton
 
 
-def _scales(weights: Sequence[torch.Tensor], scheme: Scheme, clip_search: bool, workspace: Workspace) -> Result:
-    """Round to nearest on the CPU, for its scales; codes are dropped, so that only they stay in the workspace."""
-    rounded = rtn.quantize([weight.cpu() for weight in weights], scheme, clip_search=clip_search, workspace=workspace)
-    nothing = torch.empty(0, dtype=torch.int8)
-    return [
-        (
-            QuantizedTensor(
-                scheme, nothing, quantized.scale.clone(), None if quantized.zero_point is None else quantized.zero_point.clone()
-            ),
-            statistics,
-        )
-        for quantized, statistics in rounded
-    ]
+def _numbers(
+    weights: Sequence[Sequence[torch.Tensor]],
+    scheme: Scheme,
+    evidence: Sequence[Evidence],
+    clip_search: bool,
+    workspace: Workspace,
+    team: Team | None,
+    columns: Sequence[slice],
+    rows: int,
+    device: torch.device,
+) -> tuple[list[Result], _Numbers]:
+    """Round to nearest, for what it finds beside codes: as results without codes, and as numbers on the device, side by side.
+
+    columns: where each matrix stands among the ``rows`` of its expert.
+    """
+    results, found = [], []
+    for expert, seen in zip(weights, evidence, strict=True):
+        rounded, lattices = lattices_of([weight.cpu() for weight in expert], scheme, clip_search, workspace, seen, team)
+        results.append([(_without_codes(quantized), statistics) for quantized, statistics in rounded])
+        kind, groups = lattices[0], lattices[0].scale.shape[1]
+        scales, zero_points, minimums = torch.ones(groups, rows), torch.full((groups, rows), kind.offset), torch.zeros(groups, rows)
+        for lattice, part in zip(lattices, columns, strict=True):
+            scales[:, part] = lattice.scale.t()
+            if lattice.zero_point is not None:
+                zero_points[:, part] = lattice.zero_point.t()
+            if lattice.minimum is not None:
+                minimums[:, part] = lattice.minimum.t()
+        found.append((scales, zero_points, minimums))
+    scales, zero_points, minimums = (torch.stack(each) for each in zip(*found, strict=True))
+    table = None if kind.levels is None else Table(*(torch.from_numpy(each).to(device) for each in level_table(kind.levels)))
+    return results, _Numbers(
+        scales.to(device),
+        None if kind.zero_point is None else zero_points.to(device),
+        None if kind.minimum is None else minimums.to(device),
+        kind.offset,
+        kind.codes,
+        table,
+    )
+
+
+def _without_codes(quantized: QuantizedTensor) -> QuantizedTensor:
+    """A result of which only the scales stay, no longer in the workspace."""
+
+    def kept(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor.clone()
+
+    return replace(
+        quantized,
+        codes=torch.empty(0, dtype=torch.int8),
+        scale=quantized.scale.clone(),
+        zero_point=kept(quantized.zero_point),
+        group_scale=kept(quantized.group_scale),
+        minimum=kept(quantized.minimum),
+        group_minimum=kept(quantized.group_minimum),
+    )
 
 
 def _factor(weights: Sequence[Sequence[torch.Tensor]], evidence: Sequence[Evidence], device: torch.device, step: int) -> _Factored:
@@ -330,13 +379,7 @@ def _shifts(evidence: Sequence[Evidence], factored: _Factored, rows: int, device
 
 
 def _round_all(
-    scheme: Scheme,
-    factored: _Factored,
-    errors: torch.Tensor,
-    shifts: torch.Tensor | None,
-    scales: torch.Tensor,
-    zero_points: torch.Tensor | None,
-    block: int,
+    factored: _Factored, errors: torch.Tensor, shifts: torch.Tensor | None, numbers: _Numbers, block: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize all inputs, panel by panel and block by block.  ``errors`` holds the weights in order of work, with padding.
 
@@ -345,10 +388,11 @@ def _round_all(
     gptq_triton = _kernels()
     experts, padded, rows = errors.shape
     inputs = factored.order.shape[1]
-    lowest, highest = grid.INT_RANGE[scheme.number]
+    lowest, highest = numbers.codes
+    scale_groups = numbers.scales.shape[1]
     own = torch.arange(inputs, padded, device=errors.device).expand(experts, -1)
     places = torch.cat([factored.order, own], 1)
-    groups = (places // (inputs // scales.shape[1])).clamp_(max=scales.shape[1] - 1)
+    groups = (places // (inputs // scale_groups)).clamp_(max=scale_groups - 1)
     codes = torch.zeros(errors.shape, dtype=torch.int8, device=errors.device)
     sums = torch.zeros(experts, 3, rows, dtype=torch.float64, device=errors.device)
     corrections = torch.zeros(experts, min(PANEL * block, padded), rows, device=errors.device)
@@ -367,8 +411,8 @@ def _round_all(
                 corrections,
                 factored.factor,
                 factored.variances,
-                scales,
-                zero_points,
+                numbers.scales,
+                numbers.zero_points,
                 groups,
                 places,
                 codes,
@@ -377,6 +421,9 @@ def _round_all(
                 panel_first=panel.start,
                 lowest=lowest,
                 highest=highest,
+                offset=numbers.offset,
+                minimums=numbers.minimums,
+                table=numbers.table,
             )
     return codes, sums
 
@@ -409,7 +456,7 @@ def _result(
         loss = max(0.0, loss - damping * squared)  # what damping adds is no error of the outputs
     noise = loss * factored.means[number] / codes.shape[1]  # per row
     return (
-        QuantizedTensor(rounded.scheme, codes.t().contiguous().cpu(), rounded.scale, rounded.zero_point),
+        replace(rounded, codes=codes.t().contiguous().cpu()),
         QuantizationStatistics(
             squared_error=squared,
             squared_weight=statistics.squared_weight,
