@@ -2,6 +2,7 @@
 
     python benchmarks/kill_test.py --directory DIR [--kills 200] [--seed 0] [--source demo/tiny-scout]
     python benchmarks/kill_test.py --directory DIR --calibrated [--calibration TEXT]
+    python benchmarks/kill_test.py --directory DIR --gguf [--seconds 360]
 
 Each trial starts `quantkit.convert` for two targets in a process group of its own and kills the group after a time drawn uniformly
 from the whole duration of an uninterrupted run.  The end, where files are read back, completed and renamed, is short, so every
@@ -13,6 +14,9 @@ Then must hold
   and nothing else stands beside them;
 - after each kill: whatever stands under a final name is complete;
 - the last run resumed exactly as many units as the journals claimed before it, and no kill made that number smaller.
+
+``--gguf`` kills a calibrated conversion to two GGUF targets, one of them calibrated, each in several files.  ``--seconds`` ends a
+campaign early, after the trial that is under way.
 
 Runs are forked from a process that has imported quantkit but has not used it, so that all of a run's time is conversion and not
 import.  A kill that comes after the end of its run is counted apart and does not count as a trial.
@@ -54,14 +58,17 @@ class Violation(Exception):
 
 @dataclass(frozen=True)
 class Campaign:
-    """What is killed.  corpus: of a calibrated run, None for the bundled one."""
+    """What is killed.  gguf: to GGUF, calibrated.  corpus: of a calibrated run, None for the bundled one."""
 
     source: Path
     calibrated: bool
     corpus: Path | None
+    gguf: bool = False
 
     @property
     def targets(self) -> tuple[str, str]:
+        if self.gguf:
+            return ("QK4_MOE-gptq", "Q4_K_M")
         return ("w4a16-gptq", "fp8-dynamic") if self.calibrated else ("fp8-dynamic", "w4a16-rtn")
 
     @property
@@ -153,7 +160,8 @@ def state(campaign: Campaign, output: Path, reference: dict[str, dict[str, str]]
     if finals:
         return SOME_RENAMED
     counts = [len(claimed_units(output, name)) for name in campaign.targets]
-    if any((output / f"{name}.partial" / "config.json").exists() for name in campaign.targets):
+    sidecar = "Modelfile" if campaign.gguf else "config.json"
+    if any((output / f"{name}.partial" / sidecar).exists() for name in campaign.targets):
         return SIDECARS
     calibrations = list(output.glob("calibration-*.partial"))
     if calibrations:
@@ -210,10 +218,12 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200, help="trials, each killed at least once before its end")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--calibrated", action="store_true", help="kill a calibrated conversion")
+    parser.add_argument("--gguf", action="store_true", help="kill a calibrated conversion to GGUF")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no trial after so long")
     parser.add_argument("--calibration", type=Path, help="its text; the bundled corpus if not given")
     options = parser.parse_args()
-    campaign = Campaign(options.source, options.calibrated, options.calibration)
-    title = "Kill -9 at random points of a calibrated conversion" if campaign.calibrated else TITLE
+    campaign = Campaign(options.source, options.calibrated or options.gguf, options.calibration, options.gguf)
+    title = f"Kill -9 at random points of a calibrated conversion{' to GGUF' * campaign.gguf}" if campaign.calibrated else TITLE
     generator = random.Random(options.seed)
     # Now, not at the end: what is imported by now is what is tested, whatever is committed meanwhile.
     text = common.header(title, options.directory, common.load_average())
@@ -236,7 +246,7 @@ def main() -> None:
     in_a_row: collections.Counter[int] = collections.Counter()
     trials = too_late = 0
     began = time.monotonic()
-    while trials < options.kills:
+    while trials < options.kills and time.monotonic() - began < options.seconds:
         after, longest = campaign.ends[trials // 4 % len(campaign.ends)] if trials % 4 == 3 else ("", duration)
         kills = [Kill(generator.uniform(0, longest), after)]
         while generator.random() < 0.5:
@@ -271,7 +281,8 @@ def main() -> None:
         common.table(["where the kill hit", "kills"], [(name, hits[name]) for name in (*phases, SOME_RENAMED, ALL_RENAMED)]) + "\n"
     )
     text += common.table(["kills in a row before a run was left to finish", "trials"], sorted(in_a_row.items()))
-    common.write_results("kill_test_calibrated.md" if campaign.calibrated else "kill_test.md", text)
+    kind = "_gguf" if campaign.gguf else "_calibrated" if campaign.calibrated else ""
+    common.write_results(f"kill_test{kind}.md", text)
 
 
 if __name__ == "__main__":
