@@ -46,7 +46,7 @@ class Row:
 
 def compare(path: Path, truth: Reference) -> tuple[float, float, float]:
     """Perplexity ratio, mean divergence and agreement of a GGUF file."""
-    model = Llama(path, context=LENGTH)
+    model = Llama(path, context=LENGTH, threads=1)
     count, loss, divergence, agreement, position = 0, 0.0, 0.0, 0.0, 0
     for answers in truth.answers:
         for row in answers:

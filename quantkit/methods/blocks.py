@@ -180,9 +180,7 @@ def _scale_range(quantized: QuantizedTensor) -> tuple[float, float]:
     return float(magnitudes.min()), float(magnitudes.max())
 
 
-def _cast(
-    weight: torch.Tensor, scheme: Scheme, index: int, workspace: Workspace
-) -> tuple[QuantizedTensor, QuantizationStatistics]:
+def _cast(weight: torch.Tensor, scheme: Scheme, index: int, workspace: Workspace) -> tuple[QuantizedTensor, QuantizationStatistics]:
     """A floating type: the nearest number that it has.  What is too large for it is an error, not infinity."""
     values = workspace.tensor(f"cast {index}", _FLOATS[scheme.name], *weight.shape)
     squared_error = squared_weight = 0.0
