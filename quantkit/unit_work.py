@@ -115,10 +115,13 @@ class _Stream:
     def _converted(self, rows: torch.Tensor, workspace: Workspace) -> torch.Tensor:
         if self._assignment.scheme is None:
             return rows.to(TORCH_DTYPES[self.target.dtype])  # a wider type: nothing is lost
-        evidence = self._evidence if self._assignment.method == "gptq" else None
+        learned = self._evidence if self._assignment.method == "gptq" else None
         try:
-            with Team(1) as team:
-                found = apply_method(self._assignment, self._assignment.scheme, [rows], workspace, evidence, team)
+            if learned is None:
+                found = apply_method(self._assignment, self._assignment.scheme, [rows], workspace, None, None)
+            else:
+                with Team(1) as team:  # one at a time: the only embedding of a run
+                    found = apply_method(self._assignment, self._assignment.scheme, [rows], workspace, learned, team)
         except (WeightError, CalibrationError) as error:
             raise type(error)(f"{self._copy.name}: {error}") from error
         [(quantized, statistics)] = found
