@@ -28,6 +28,7 @@ from quantkit.evidence import Evidence, Received
 from quantkit.formats import FORMATS
 from quantkit.imatrix import read_imatrix, statistics_from_imatrix
 from quantkit.llama4 import Unit
+from quantkit.methods import gptq
 from quantkit.plan import Plan
 from quantkit.recipe import METHODS_WITH_HESSIANS, Recipe
 from quantkit.scheme import Scheme
@@ -283,6 +284,8 @@ class _Handler:
                 evidence = replace(seen.evidence, missing=seen.missing.get(number))
                 own = replace(seen, evidence=evidence)
                 quantize_unit(self._checkpoint, unit, weights, digests, run, self._workspace, own, self._team)
+                if unit.expert is None:  # once in a layer and perhaps wide: not kept beside the factor of the next unit
+                    self._workspace.release(*gptq.SCRATCH)
         if self._todo[unit.key]:
             self._report.unit_calibrated(
                 unit, sum(tensor.nbytes for run in self._todo[unit.key] for tensor in run.plan.outputs[unit.key])

@@ -344,7 +344,7 @@ class Watcher:
     def _sums(self, unit: Unit) -> _Inputs:
         if unit.key not in self._open:
             height, width = unit.matrices[0].shape
-            name = unit.matrices[0].projection  # gate and up, and down, are summed side by side
+            name = "down" if unit.matrices[0].projection == "down_proj" else "input"  # these two are summed side by side
             gram = self._zeros(f"hessian {name}", width, width) if self._handler.wants_hessian(unit) else None
             missing = {number: self._zeros(f"missing {number}", height, width) for number in self._handler.makes_up(unit)}
             self._open[unit.key] = _Inputs(width, gram, missing)

@@ -48,6 +48,7 @@ DAMPING = 0.01  # added to the diagonal, relative to its mean
 DAMPING_OF_FEW = 0.3  # and this times inputs per row seen, where rows are few
 ESCALATION = (1.0, 3.0, 10.0, 30.0, 100.0)  # factors tried one after the other
 MOST_MADE_UP = 0.25  # of the outputs' own size, that they are asked to make up for what is missing beside them
+SCRATCH = ("gptq errors", "gptq corrections", "gptq codes")  # names of the largest buffers that results do not live in
 PANEL = 4 * BLOCK  # inputs for which the errors of all earlier ones are fed forward in one product
 
 
