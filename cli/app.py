@@ -127,9 +127,16 @@ def convert(
             param_hint="--statistics",
         )
     with reporting(as_json, lambda: what_is_left(to, method, output, sys.argv[1:])):
-        from quantkit import CalibrationOptions, resolve_targets
+        from quantkit import CalibrationOptions, RecipeError, resolve_targets
 
+        given = "--calibration" if statistics is None else "--statistics"
         targets = resolve_targets(to, method=method, tensor_types=tensor_type or (), vision=mmproj)
+        if (statistics is not None or corpus is not None) and not any(recipe.needs_calibration for recipe in targets):
+            names = ", ".join(recipe.name for recipe in targets)
+            raise RecipeError(
+                f"{names}: nothing here is calibrated, so {given} would change nothing. Leave it out; or, for GGUF file types, add "
+                "--method importance"
+            )
         options = CalibrationOptions(
             corpus, samples, sequence_length, seed, packing, minimum_tokens, sequential, statistics, device
         )

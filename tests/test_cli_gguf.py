@@ -159,6 +159,8 @@ def test_plan_takes_the_same_options(source: Path, tmp_path: Path) -> None:
         (["--tensor-type", "attn"], 4),
         (["--tensor-type", "nothing_is_called_so=Q6_K"], 4),
         (["--split-max-size", "large"], 2),
+        (["--statistics", "imatrix.gguf"], 4),  # nothing would be done with it
+        (["--calibration", "text.jsonl"], 4),
     ],
 )
 def test_wrong_options_have_the_documented_codes(options: list[str], code: int, source: Path, tmp_path: Path) -> None:
