@@ -175,7 +175,8 @@ class Recipe:
         if not isinstance(self.format, str):
             raise RecipeError(f"format is {self.format!r}; expected a string")
         if self.mixture is not None and (not isinstance(self.mixture, str) or self.mixture not in FILE_TYPES):
-            raise RecipeError(f"unknown mixture {self.mixture!r}. Mixtures: {', '.join(FILE_TYPES)}")
+            close = _suggest(str(self.mixture), list(FILE_TYPES))
+            raise RecipeError(f"unknown mixture {self.mixture!r}{close}. Mixtures: {', '.join(FILE_TYPES)}")
         if self.mixture is not None and self.format != GGUF:
             raise RecipeError(f"a mixture is for format = {GGUF!r}")
         if self.method not in METHOD_NAMES:
@@ -209,8 +210,10 @@ class Recipe:
     def _quantizing(self) -> list[tuple[Scheme, str]]:
         """The schemes that are asked for, each with its method."""
         found = [(scheme, rule.method or self.method) for rule in self.rules if (scheme := parse_scheme(rule.scheme)) is not None]
-        if self.mixture is not None and (scheme := parse_scheme(FILE_TYPES[self.mixture].default)) is not None:
-            found.append((scheme, self.method))
+        if self.mixture is not None:
+            kind = FILE_TYPES[self.mixture]
+            types = dict.fromkeys((kind.default, *(rule.type for rule in kind.rules)))
+            found += [(scheme, self.method) for name in types if (scheme := parse_scheme(name)) is not None]
         return [(scheme, fitting_method(method, scheme)) for scheme, method in found]
 
     @property

@@ -37,6 +37,13 @@ def test_preset_quantizes_feed_forward_only(name: str, config: Llama4Config) -> 
     assert len(table) == sum(len(unit.matrices) + len(unit.copies) for unit in work)
 
 
+def test_a_mixture_of_codebooks_needs_hessians_for_its_other_types() -> None:
+    """Most of IQ2_M cannot be rounded by GPTQ, but its attention can."""
+    assert Recipe("own", format="gguf", mixture="IQ2_M", method="gptq").needs_hessians
+    assert not Recipe("own", format="gguf", mixture="IQ2_M", method="importance").needs_hessians
+    assert not Recipe("own", format="gguf", mixture="F16", method="gptq").needs_calibration
+
+
 @pytest.mark.parametrize("name", scheme_names())
 def test_scheme_names_parse_back(name: str) -> None:
     scheme = parse_scheme(name)
