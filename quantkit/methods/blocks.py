@@ -4,7 +4,8 @@ The same function serves two methods.  ``rtn`` takes all inputs to be equally im
 what calibration saw at each input: if inputs are uncorrelated, that is how much an error there costs the outputs.  (``gptq`` takes
 its scales from here and chooses the codes with the whole Hessian.)
 
-The kernels work on 16 rows at a time and treat each row for itself, so rows can be cut into portions for threads wherever one
+Where a team has a GPU it searches, for the types that :mod:`quantkit.methods.blocks_gpu` has a kernel for.  On the CPU the
+kernels work on 16 rows at a time and treat each row for itself, so rows can be cut into portions for threads wherever one
 likes; the portions are fixed, so sums do not depend on the threads.
 """
 
@@ -23,6 +24,7 @@ from quantkit.evidence import Evidence
 from quantkit.grid import QuantizationStatistics, QuantizedTensor, block_steps
 from quantkit.kernels import ggml_codebook, ggml_levels, ggml_minimum, ggml_symmetric, tiles
 from quantkit.kernels.block_target import BlockTarget
+from quantkit.methods import blocks_gpu
 from quantkit.methods.sources import checked_peak, kernel_source
 from quantkit.scheme import Scheme
 from quantkit.team import Team, spans
@@ -63,14 +65,20 @@ def quantize(
     """Quantize matrices to a type of llama.cpp, all inputs weighted by ``evidence.mean_square`` where there is evidence.
 
     weights: ``[out, in]``, BF16, F16 or F32, of either stride order.  clip_search: search for scales; else they just span the
-    range.  Results live in ``workspace`` and are valid until the next call that uses it.  Raises WeightError for a weight that is
-    NaN or infinite.
+    range.  team: its threads, or its GPU, do the work.  Results live in ``workspace`` and are valid until the next call that uses
+    it.  Raises WeightError for a weight that is NaN or infinite.
     """
     kind = scheme.block_type
     if kind.floating:
         return [_cast(weight, scheme, index, workspace) for index, weight in enumerate(weights)]
     results = []
+    device = team.device if team is not None and clip_search and blocks_gpu.searched_on_gpu(kind) else None
     for index, weight in enumerate(weights):
+        if device is not None:
+            quantized, sums = blocks_gpu.quantize(weight, scheme, _importance(evidence, weight.shape[1]), device)
+            checked_peak(int(sums[4]), weight, index)
+            results.append((quantized, _statistics(quantized, sums, evidence is not None)))
+            continue
         source = kernel_source(weight, rows_needed=16, columns_needed=math.lcm(tiles.TILE_INPUTS, kind.block))
         importance = _importance(evidence, source.columns)
         target = _target(kind, source, workspace, index)
