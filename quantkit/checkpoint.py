@@ -149,8 +149,15 @@ class Checkpoint:
 
     @property
     def model_name(self) -> str:
-        """What the model is called: the repository's name without its owner, or that of the directory."""
-        return self._origin.get("repository", self.directory.resolve().name).rpartition("/")[2]
+        """What the model is called: the repository's name without its owner, or that of the directory.
+
+        In the hub's cache that is ``models--OWNER--NAME/snapshots/COMMIT``.
+        """
+        directory = self.directory.resolve()
+        cached = directory.parents[1].name if directory.parent.name == "snapshots" else ""
+        if "repository" not in self._origin and cached.startswith("models--"):
+            return cached.split("--", 2)[-1]
+        return self._origin.get("repository", directory.name).rpartition("/")[2]
 
     def carried_files(self) -> list[Path]:
         """What an artifact keeps: tokenizer, chat template, generation and preprocessor settings, licence, use policy, notice."""

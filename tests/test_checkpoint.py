@@ -238,6 +238,14 @@ def test_revision_of_a_directory(scout: Path) -> None:
         Checkpoint.open(scout, "main")
 
 
+def test_a_model_is_called_like_its_directory_or_its_repository_in_the_hub_s_cache(scout: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--owner--a--name" / "snapshots" / "0123abc"
+    shutil.copytree(scout, snapshot)
+    for directory, expected in ((scout, scout.name), (snapshot, "a--name")):
+        with Checkpoint.open(directory) as checkpoint:
+            assert checkpoint.model_name == expected
+
+
 def test_load_config_alone(scout: Path, tmp_path: Path) -> None:
     text, config, directory = load_config(scout)
     assert text == (scout / "config.json").read_text()
