@@ -3,8 +3,9 @@
     python benchmarks/gptq_gpu.py [--toy] [--experts 16] [--tokens 4096]
 
 First correctness, on inputs that are new in every run: the block kernel against the CPU's, bit for bit; the Gram matrix against
-float64; whole experts against the method on the CPU; the same codes twice.  Then the time of a Scout expert of true shape (gate and
-up ``[16384, 5120]``, down ``[5120, 8192]``) part by part, and of a layer of 16 experts.  Weights are random.
+float64; whole experts against the method on the CPU; the error of the search for llama.cpp's types against the CPU's; the same
+codes twice.  Then the time of a Scout expert of true shape (gate and up ``[16384, 5120]``, down ``[5120, 8192]``) part by part, of
+a layer of 16 experts, and of the search.  Weights are random.
 
 It needs a CUDA GPU with 40 GiB free, Triton, and no network, and takes less than ten minutes.  Without a GPU it says "not measured"
 where a time would stand; with ``--toy`` it then runs at small size in Triton's interpreter, to show that it works.
@@ -27,7 +28,7 @@ import torch
 
 from quantkit.evidence import Evidence
 from quantkit.kernels import gptq as cpu_kernel
-from quantkit.methods import gptq, gptq_gpu, rtn
+from quantkit.methods import blocks, blocks_gpu, gptq, gptq_gpu, rtn
 from quantkit.scheme import Scheme, parse_scheme
 from quantkit.team import Team
 from quantkit.workspace import Workspace
@@ -37,6 +38,8 @@ SHAPES = {"gate and up": (5120, (8192, 8192)), "down": (8192, (5120,))}
 TOY_SHAPES = {"gate and up": (48, (32, 32)), "down": (32, (48,))}
 VARIANTS = ((8, 32), (8, 64), (8, 128), (16, 64))  # inputs held in registers, rows of a program
 MOST_DIFFERENT = 0.01  # share of codes
+MOST_ERROR = 1.01  # squared, of the CPU's, where types of llama.cpp are searched for
+SEARCHED = (*blocks_gpu.SYMMETRIC, *blocks_gpu.MINIMUM)
 
 
 def seconds(device: torch.device, work: Callable[[], object], repetitions: int = 3) -> float | None:
@@ -161,6 +164,29 @@ def compare_methods(name: str, inputs: int, heights: tuple[int, ...], block: int
     return different / total, worst, unsteady
 
 
+def search(name: str, weight: torch.Tensor, importance: torch.Tensor, device: torch.device | None) -> tuple[torch.Tensor, float]:
+    """Codes and relative output error of a type of llama.cpp, searched for on a device or on the CPU."""
+    evidence = Evidence(1, importance, importance)
+    with Team(1, device) as team:
+        [(quantized, statistics)] = blocks.quantize(
+            [weight], scheme_of(name), clip_search=True, workspace=Workspace(), evidence=evidence, team=team
+        )
+    return quantized.codes.clone(), statistics.output_error
+
+
+def compare_searches(device: torch.device, toy: bool) -> list[str]:
+    """Every type with a kernel against the CPU.  Ends the program when one is worse."""
+    lines = []
+    weight = (torch.randn(16 if toy else 512, 256 if toy else 2048) * 0.02).to(torch.bfloat16)
+    importance = torch.randn(weight.shape[1]).exp()
+    for name in ("Q4_0", "Q4_K") if toy else SEARCHED:
+        (codes, ours), (again, _), (_, theirs) = (search(name, weight, importance, where) for where in (device, device, None))
+        ratio = (ours / theirs) ** 2
+        assert ratio < MOST_ERROR and torch.equal(codes, again), f"{name}: {ratio} of the CPU's squared error, or not repeated"
+        lines.append(f"- search for {name}: {ratio:.4f} of the CPU's weighted squared error; the same codes twice")
+    return lines
+
+
 def scheme_of(name: str) -> Scheme:
     scheme = parse_scheme(name)
     assert scheme is not None
@@ -187,10 +213,28 @@ def check(device: torch.device, toy: bool) -> str:
             f"{name}: {share} of codes differ, {unsteady} not repeated"
         )
         lines.append(f"- {name}: {share:.2e} of codes differ from the CPU's, output errors by {worst:.1e}; the same codes twice")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + compare_searches(device, toy)) + "\n"
 
 
 # ------------------------------------------------------------------------------------------------------------------ times
+
+
+def search_times(device: torch.device, toy: bool) -> str:
+    """The search for each type on one matrix, from main memory and back; and on one CPU core, a part of it."""
+    found = []
+    shape, part = ((16, 256), 16) if toy else ((8192, 5120), 256)
+    weight = (torch.randn(shape) * 0.02).to(torch.bfloat16)
+    importance = torch.ones(shape[1])
+    for name in ("Q4_0",) if toy else SEARCHED:
+        taken = seconds(device, lambda name=name: search(name, weight, importance, device))
+        on_cpu = None
+        if device.type == "cuda":
+            search(name, weight[:16], importance, None)  # compiles
+            started = time.perf_counter()
+            search(name, weight[:part], importance, None)
+            on_cpu = (time.perf_counter() - started) * shape[0] / part
+        found.append((name, shown(taken), shown(on_cpu)))
+    return common.table((f"search, {shape[0]} x {shape[1]}", "GPU", "one CPU core, from a part"), found)
 
 
 def kernel_times(experts: int, shapes: dict[str, tuple[int, tuple[int, ...]]], device: torch.device) -> str:
@@ -307,7 +351,7 @@ def main() -> None:
     text += toolchain(device) + f"- seed: {seed}\n\n" + check(device, arguments.toy) + "\n"
     text += f"Floors assume {FP32_RATE / 1e12:.0f} TFLOP/s in float32, {BF16_RATE / 1e12:.0f} in BF16, and arithmetic alone.\n\n"
     text += kernel_times(experts, shapes, device) + "\n" + part_times(tokens, shapes, device) + "\n"
-    text += whole_times(experts, tokens, shapes, device, block)
+    text += whole_times(experts, tokens, shapes, device, block) + "\n" + search_times(device, arguments.toy)
     if device.type == "cuda" and not arguments.toy:
         common.write_results("gptq_gpu.md", text)
     else:
