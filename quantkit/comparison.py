@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
@@ -101,35 +100,28 @@ def check_decodes(artifact: Artifact, chosen: list[tuple[Item, Scheme]]) -> str:
 
 
 def check_source(
-    artifact: Artifact,
-    chosen: list[tuple[Item, Scheme]],
-    entries: Mapping[str, LedgerEntry],
-    source: str | Path,
-    revision: str | None,
+    artifact: Artifact, chosen: list[tuple[Item, Scheme]], entries: Mapping[str, LedgerEntry], checkpoint: Checkpoint
 ) -> str:
     """Compare all that is kept, and a sample of what is quantized, with the source.  Raises ArtifactError, CheckpointError."""
-    with Checkpoint.open(source, revision) as checkpoint:
-        artifact.check_source(checkpoint)
-        kept = 0
-        for name, target, digest, source_digest in _kept(artifact, checkpoint):
-            tensor = artifact.files.locate(target.name)
-            if tensor.dtype != target.dtype or _digest(artifact.files.chunks(target.name)) != digest:
-                raise ArtifactError(f"{name} is kept but differs from the source")
-            if name not in entries or entries[name].source_digest != source_digest:
-                raise ArtifactError(
-                    f"{name} is kept and equals the source, but the ledger does not say so: no digest {source_digest}"
-                )
-            kept += 1
-        listed = sum(entry.applied == KEEP for entry in entries.values())
-        if kept != listed:
-            raise ArtifactError(f"{kept} tensors are kept, but the ledger lists {listed}")
-        worst = 0.0
-        for item, _ in chosen:
-            smoothed = item.name in entries and entries[item.name].smooth
-            for each in _with_partner(artifact, item) if smoothed and isinstance(item, WeightMatrix) else [item]:
-                worst = max(worst, _compare(artifact, checkpoint, each, entries.get(each.name), smoothed))
-        sampled = f"{len(chosen)} quantized ones are as far from it as the ledger says (worst {worst:.4f})"
-        return f"{kept} kept tensors equal the source; {sampled}"
+    artifact.check_source(checkpoint)
+    kept = 0
+    for name, target, digest, source_digest in _kept(artifact, checkpoint):
+        tensor = artifact.files.locate(target.name)
+        if tensor.dtype != target.dtype or _digest(artifact.files.chunks(target.name)) != digest:
+            raise ArtifactError(f"{name} is kept but differs from the source")
+        if name not in entries or entries[name].source_digest != source_digest:
+            raise ArtifactError(f"{name} is kept and equals the source, but the ledger does not say so: no digest {source_digest}")
+        kept += 1
+    listed = sum(entry.applied == KEEP for entry in entries.values())
+    if kept != listed:
+        raise ArtifactError(f"{kept} tensors are kept, but the ledger lists {listed}")
+    worst = 0.0
+    for item, _ in chosen:
+        smoothed = item.name in entries and entries[item.name].smooth
+        for each in _with_partner(artifact, item) if smoothed and isinstance(item, WeightMatrix) else [item]:
+            worst = max(worst, _compare(artifact, checkpoint, each, entries.get(each.name), smoothed))
+    sampled = f"{len(chosen)} quantized ones are as far from it as the ledger says (worst {worst:.4f})"
+    return f"{kept} kept tensors equal the source; {sampled}"
 
 
 def _kept(artifact: Artifact, checkpoint: Checkpoint) -> Iterator[tuple[str, OutputTensor, str, str]]:

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantkit import ledger
-from quantkit.checkpoint import CONFIG_NAME
+from quantkit.checkpoint import CONFIG_NAME, Checkpoint
 from quantkit.comparison import Artifact, Item, check_decodes, check_source, choose
 from quantkit.errors import ArtifactError, CheckpointError, LedgerError, QuantkitError
 from quantkit.estimate import available_cores
@@ -80,9 +80,11 @@ def verify(
 
     sample: how many quantized tensors to decode, chosen by ``seed``, one of each role and scheme first; kept tensors are all
     compared.  progress: told, while files are hashed, how many bytes of how many are done; one call at a time.
-    Raises ArtifactError that lists every failed check.
+    Raises ArtifactError that lists every failed check, and CheckpointError when nothing failed but the source cannot be opened.
     """
     path = Path(directory)
+    if os.path.isfile(path):
+        raise ArtifactError(f"{path} is a file. Give the directory of the artifact, which holds {MANIFEST} too.")
     kind = SafetensorsArtifact if not os.path.isdir(path) or not _is_gguf(path) else GgufArtifact
     if kind is SafetensorsArtifact and not os.path.isfile(path / CONFIG_NAME):
         raise ArtifactError(f"{path} is not an artifact: it has no {CONFIG_NAME}, and no GGUF files")
@@ -114,7 +116,15 @@ def verify(
             if source is None:
                 run("sample", lambda: check_decodes(artifact, chosen))
             else:
-                run("source", lambda: check_source(artifact, chosen, entries, source, revision))
+                try:
+                    checkpoint = Checkpoint.open(source, revision)
+                except CheckpointError as error:
+                    if all(check.ok for check in checks):
+                        raise  # which says nothing against the artifact
+                    checks.append(Check("source", False, str(error)))
+                else:
+                    with checkpoint:
+                        run("source", lambda: check_source(artifact, chosen, entries, checkpoint))
         if not all(check.ok for check in checks):
             raise _failure(path, checks)
         size = sum(tensor.nbytes for tensor in files.tensors.values())

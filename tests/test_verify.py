@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from quantkit.convert import convert
-from quantkit.errors import ArtifactError
+from quantkit.errors import ArtifactError, CheckpointError
 from quantkit.recipe import parse_recipe
 from quantkit.verify import verify
 
@@ -180,6 +180,19 @@ def test_the_wrong_source_is_refused(artifact: Path, tmp_path: Path) -> None:
     write_tiny_model(tmp_path / "other", "scout", seed=5)
     with pytest.raises(ArtifactError, match=r"not the source of this artifact|differs from the source"):
         verify(artifact, tmp_path / "other")
+
+
+def test_a_source_that_cannot_be_opened_says_nothing_against_the_artifact(artifact: Path, copy: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no directory"):
+        verify(artifact, tmp_path / "nowhere")
+    (copy / "ledger.json").write_text("{}")
+    with pytest.raises(ArtifactError, match=r"(?s)ledger.*source: there is no directory"):
+        verify(copy, tmp_path / "nowhere")
+
+
+def test_a_file_is_not_an_artifact(artifact: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"is a file\. Give the directory of the artifact"):
+        verify(artifact / "config.json")
 
 
 def test_a_source_is_not_an_artifact() -> None:
