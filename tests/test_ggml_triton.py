@@ -36,7 +36,6 @@ BELOW = {  # at most so much of ggml's weighted error
     "Q4_K": 0.97,
     "Q5_K": 0.92,
 }
-COMPILED = ("Q4_0", "Q6_K", "IQ4_XS", "Q2_K", "Q4_K")  # one of each way through the kernels
 MOST_REGISTERS = 96  # of a thread, for 5 programs on a multiprocessor
 ARGUMENTS = {
     **dict.fromkeys(("shares", "exact"), "*fp32"),
@@ -167,7 +166,7 @@ def compile_kernels() -> dict[str, Any]:
 
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     found: dict[str, Any] = {}
-    for name in COMPILED:
+    for name in NAMES:
         kernel = ggml_triton_minimum.quantize_minimum if name in blocks_gpu.MINIMUM else ggml_triton.quantize_symmetric
         names, settings = kernel.arg_names, blocks_gpu.constants(TYPES[name]) | {"ROWS": blocks_gpu.ROWS}
         source = ASTSource(
