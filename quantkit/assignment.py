@@ -188,9 +188,9 @@ def maximum_error(scheme: Scheme) -> float:
 
 
 def _describe(rule: Rule) -> str:
-    parts = [
-        f"{key} = {value}"
-        for key, value in asdict(rule).items()
-        if value is not None and key in ("scheme", "roles", "layers", "name")
-    ]
-    return ", ".join(parts)
+    stated = {
+        key: value for key, value in asdict(rule).items() if value is not None and key in ("scheme", "roles", "layers", "name")
+    }
+    if rule.roles == OVERRIDE_ROLES:  # router and norms are not among them
+        stated["roles"] = "matrices of the text model"
+    return ", ".join(f"{key} = {value}" for key, value in stated.items())

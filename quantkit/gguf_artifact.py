@@ -224,7 +224,8 @@ def _is_checked(key: str) -> bool:
 
 
 def _joined(problems: Sequence[str]) -> str:
-    return f"{len(problems)} problems: " + "; ".join(problems[:SHOWN]) + ("; ..." if len(problems) > SHOWN else "")
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return f"{count}: " + "; ".join(problems[:SHOWN]) + ("; ..." if len(problems) > SHOWN else "")
 
 
 def _raise(problems: Iterator[str] | Sequence[str]) -> None:

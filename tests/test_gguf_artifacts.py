@@ -279,7 +279,7 @@ def gguf_recipe(*rules: Rule, **others: Any) -> Recipe:
         (lambda: gguf_recipe(Rule("Q4_K", name="ffn_gate_up_exps")), r"rule 1 \(.*ffn_gate_up_exps\) decides no tensor"),
         (lambda: gguf_recipe(Rule("Q4_K", roles=("projector",), layers="3")), "decides no tensor"),
         (lambda: gguf_recipe(mixture="IQ2_M"), "IQ2_M is useless without importance: take method importance or gptq"),
-        (lambda: gguf_recipe(mixture="Q4_K_X"), "unknown mixture 'Q4_K_X'. Mixtures: .*Q4_K_M"),
+        (lambda: gguf_recipe(mixture="Q4_K_X"), "unknown mixture 'Q4_K_X' .did you mean 'Q4_K_.'.*Mixtures: .*Q4_K_M"),
         (lambda: gguf_recipe(vision="Q4_K"), "vision is 'Q4_K'; expected one of F16, BF16, F32, Q8_0"),
         (lambda: gguf_recipe(method="awq"), "awq is not for the types of GGUF files"),
         (lambda: gguf_recipe(Rule("Q4_K", method="awq")), "method awq is not for Q4_K"),

@@ -193,7 +193,7 @@ def _forget(directory: Path, path: Path) -> None:
             lambda d: (d / "ledger.json").write_text("{}"),
             r"manifest: ledger.json has 2 bytes[^$]*ledger: ledger.json has version None",
         ),
-        (lambda d: (d / "Modelfile").write_text("FROM ./x.gguf\n"), r"metadata: 1 problems: Modelfile does not name these files"),
+        (lambda d: (d / "Modelfile").write_text("FROM ./x.gguf\n"), r"metadata: 1 problem: Modelfile does not name these files"),
     ],
 )
 def test_damaged_files_are_named(copy: Path, change: Callable[[Path], object], message: str) -> None:
@@ -262,7 +262,7 @@ def test_wrong_data_is_found_behind_a_valid_manifest(
         (set_key("llama4.expert_count", 8), r"expected Q4_K \[8, ", False),
         (
             set_key("llama4.attention.value_length", 7),
-            r"metadata: 1 problems: llama4.attention.value_length is 7 \(UINT32\)",
+            r"metadata: 1 problem: llama4.attention.value_length is 7 \(UINT32\)",
             False,
         ),
         (set_key("llama4.use_qk_norm", False, GGUFValueType.BOOL), "llama4.use_qk_norm is False", False),
@@ -273,7 +273,7 @@ def test_wrong_data_is_found_behind_a_valid_manifest(
         (set_key("llama4.rope.freq_base", 1e4, GGUFValueType.FLOAT32), "llama4.rope.freq_base is 10000.0", True),
         (
             set_key("llama4.expert_used_count", 2),
-            r"not the source of this artifact: 1 problems: llama4.expert_used_count is 2",
+            r"not the source of this artifact: 1 problem: llama4.expert_used_count is 2",
             True,
         ),
         (set_key("llama4.context_length", 9), "llama4.context_length is 9", True),

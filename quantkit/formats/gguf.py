@@ -122,13 +122,14 @@ def client_notes(schemes: Mapping[Any, Scheme | None], config: Llama4Config, kv_
 
 def _check(request: FileRequest) -> None:
     """Raise RecipeError, with all problems in one message, for what a GGUF file cannot hold."""
-    problems = []
+    problems: list[str] = []
     stacks: dict[str, dict[str, str]] = {}
     for unit in model_units(request.config):
         for item in unit.items:
             scheme = request.assignments[item.name].scheme
             if scheme is not None and scheme.number != "ggml":
-                problems.append(f"{item.name} has {scheme.name}, which is no type of GGUF files; types: {', '.join(TYPES)}")
+                types = f"; types: {', '.join(TYPES)}" if not problems else ""
+                problems.append(f"{item.name} has {scheme.name}, which is no type of GGUF files{types}")
             elif scheme is not None and (misfit := scheme.misfit(item.shape[0], item.shape[-1])):
                 problems.append(f"{item.name} cannot be {scheme.name}: {misfit}")
             if isinstance(item, WeightMatrix) and item.expert is not None:
