@@ -61,6 +61,7 @@ def assign(
     mixture = _mixture(recipe, units, config)
     changeable = QUANTIZABLE_ROLES + (STREAMED_ROLES if recipe.format == GGUF else ())
     used = [0] * len(recipe.rules)
+    passed: dict[int, str] = {}  # by rule: what it would reach if that were a matrix
     result: dict[str, Assignment] = {}
     problems: list[str] = []
     for unit in units:
@@ -73,10 +74,13 @@ def assign(
                     continue
                 if pattern is not None and not _searched(pattern, item.name, aliases):
                     continue
-                used[index] += 1
-                if rule.name is None and item.role in STREAMED_ROLES and not _is_matrix(item):
+                if table[index].scheme is not None and item.role in STREAMED_ROLES and not _is_matrix(item):
+                    if rule.name is not None:
+                        passed.setdefault(index, item.name)
+                        continue  # "attn_q" means the matrix and not a bias of the vision tower
                     result[item.name] = Assignment(None)  # a rule for the vision tower means its matrices
                     break
+                used[index] += 1
                 if table[index].scheme is not None and (item.role not in changeable or not _is_matrix(item)):
                     which = "tensors" if item.role not in changeable else "tensors that are no matrices"
                     problems.append(f"rule {index + 1} gives {rule.scheme} to {item.name}, but {item.role} {which} are always kept")
@@ -88,7 +92,10 @@ def assign(
                 else:
                     problems.append(f'no rule matches {item.name} (role {item.role}); end the recipe with a rule scheme = "keep"')
     problems += _smoothing_problems(units, result)
-    problems += [f"rule {i + 1} ({_describe(rule)}) decides no tensor" for i, rule in enumerate(recipe.rules) if not used[i]]
+    for number, rule in enumerate(recipe.rules):
+        kept = f": {passed[number]} is no matrix, and such tensors are always kept" if number in passed else ""
+        if not used[number]:
+            problems.append(f"rule {number + 1} ({_describe(rule)}) decides no tensor{kept}")
     if problems:
         shown = problems[:12] + ([f"and {len(problems) - 12} more"] if len(problems) > 12 else [])
         raise RecipeError(f"recipe {recipe.name!r} does not fit this model:\n  " + "\n  ".join(shown))

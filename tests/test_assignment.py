@@ -253,7 +253,7 @@ def test_a_rule_goes_before_the_type_of_the_vision_tower() -> None:
     [
         (Rule("Q4_K", roles=("router",)), r"rule 1 gives Q4_K to .*router.*, but router tensors are always kept"),
         (Rule("F16", roles=("norm",)), "norm tensors are always kept"),
-        (Rule("F16", name=r"vision_model.*bias"), "vision tensors that are no matrices are always kept"),
+        (Rule("F16", name=r"vision_model.*bias"), "decides no tensor: .*bias is no matrix, and such tensors are always kept"),
         (Rule("Q8_0", name=r"blk\.9\."), r"rule 1 \(scheme = Q8_0, name = blk\\.9\\.\) decides no tensor"),
         (Rule("Q8_0", roles=("dense_mlp",)), "decides no tensor"),
         (Rule("Q8_0", layers="0", roles=("embedding",)), "decides no tensor"),
