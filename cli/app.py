@@ -131,12 +131,15 @@ def convert(
 
         given = "--calibration" if statistics is None else "--statistics"
         targets = resolve_targets(to, method=method, tensor_types=tensor_type or (), vision=mmproj)
-        if (statistics is not None or corpus is not None) and not any(recipe.needs_calibration for recipe in targets):
-            names = ", ".join(recipe.name for recipe in targets)
+        idle = [recipe.name for recipe in targets if not recipe.needs_calibration]
+        if (statistics is not None or corpus is not None) and len(idle) == len(targets):
+            names = ", ".join(idle)
             raise RecipeError(
                 f"{names}: nothing here is calibrated, so {given} would change nothing. Leave it out; or, for GGUF file types, add "
                 "--method importance"
             )
+        if (statistics is not None or corpus is not None) and idle:
+            typer.echo(f"Note: these targets are not calibrated: {', '.join(idle)}", err=True)
         options = CalibrationOptions(
             corpus, samples, sequence_length, seed, packing, minimum_tokens, sequential, statistics, device
         )

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from quantkit.errors import RecipeError
 from quantkit.ggml import TYPES
 from quantkit.llama4 import Llama4Config, Role, SourceTensor, Unit, WeightMatrix
-from quantkit.mixtures import FILE_TYPES, mixture_types
+from quantkit.mixtures import FILE_TYPES, NEED_IMPORTANCE, mixture_types
 from quantkit.recipe import (
     FEED_FORWARD_ROLES,
     GGUF,
@@ -84,6 +84,11 @@ def assign(
                 if table[index].scheme is not None and (item.role not in changeable or not _is_matrix(item)):
                     which = "tensors" if item.role not in changeable else "tensors that are no matrices"
                     problems.append(f"rule {index + 1} gives {rule.scheme} to {item.name}, but {item.role} {which} are always kept")
+                if unit.matrices and rule.method is None and table[index].method == "rtn" and rule.scheme in NEED_IMPORTANCE:
+                    problems.append(
+                        f"rule {index + 1} gives {rule.scheme} to {item.name}, which is of no use without importance: say "
+                        'method = "importance" (--method importance)'
+                    )
                 result[item.name] = _streamed(item, table[index]) if unit.copies else table[index]
                 break
             else:

@@ -24,6 +24,7 @@ from quantkit.llama4 import Llama4Config, Role, inventory, parse_config
 from quantkit.plan import RoleSummary
 from quantkit.strict_json import brief, parse_object
 from quantkit.tensor_files import read_small_file
+from quantkit.writer import JOURNAL
 
 _CONFIG_LIMIT = 16 << 20  # bytes
 _NO_MANIFEST = "no manifest.json: not made by quantkit, or stripped of its proof"
@@ -114,6 +115,8 @@ def _inspect_gguf(target: Path) -> Inspection:
     notes = found.notes
     if os.path.isdir(target) and not os.path.isfile(target / "manifest.json"):
         notes += (_NO_MANIFEST,)
+    if os.path.isfile(target / JOURNAL):
+        notes += ("unfinished: a conversion that was stopped left this; run the same command again to complete it",)
     return Inspection(
         target, found.kind, "gguf", found.model, found.parameters, found.bytes, found.files, found.roles, notes, found.facts
     )

@@ -265,6 +265,9 @@ OWN: tuple[FileType, ...] = (
     FileType("QK2_MOE", 10, "Q3_K", (Rule("ffn_*_exps", "Q2_K"), Rule(EMBEDDING, "Q6_K"))),
 )
 
+# Types that are of no use without importance: llama.cpp refuses them too, but for embedding and head.
+NEED_IMPORTANCE = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"})
+
 FILE_TYPES: dict[str, FileType] = {file_type.name: file_type for file_type in (*LLAMA_CPP, *OWN)}
 
 
@@ -341,7 +344,7 @@ def mixture_types(
 
     importance: whether the weights of columns are known.  overrides: pairs of a regular expression, searched in the names of the
     file's tensors (``blk.3.ffn_down_exps.weight``), and a ggml type; the first that matches decides, before any rule.  F32, F16
-    and BF16 take no overrides, as in llama.cpp.
+    and BF16 take none here, as in llama.cpp.
 
     Raises RecipeError for an override that is malformed.
     """

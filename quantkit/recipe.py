@@ -277,7 +277,8 @@ def _gguf_presets() -> dict[str, Recipe]:
 
 # llama.cpp's file types: ``Q4_K_M``, ``Q4_K_M-importance``, ``Q4_K_M-gptq`` and so on.
 GGUF_PRESETS: dict[str, Recipe] = _gguf_presets()
-_PRESETS_BY_LOWER_CASE = {name.lower(): recipe for name, recipe in (PRESETS | GGUF_PRESETS).items()}
+_SHORT = {kind: GGUF_PRESETS[f"{kind}_M"] for kind in ("Q3_K", "Q4_K", "Q5_K")}  # as llama-quantize takes them
+_PRESETS_BY_LOWER_CASE = {name.lower(): recipe for name, recipe in (PRESETS | GGUF_PRESETS | _SHORT).items()}
 
 
 def resolve_recipe(target: str | Path | Recipe) -> Recipe:

@@ -14,7 +14,7 @@ from quantkit.formats.gguf import aliases
 from quantkit.ggml import TYPES
 from quantkit.llama4 import units
 from quantkit.mixtures import FILE_TYPES, mixture_types
-from quantkit.recipe import GGUF_PRESETS, OVERRIDE_ROLES, PRESETS, VISION_TYPES, Recipe, Rule
+from quantkit.recipe import GGUF_PRESETS, OVERRIDE_ROLES, PRESETS, VISION_TYPES, Recipe, Rule, resolve_recipe
 from quantkit.scheme import parse_scheme
 from tests.gguf_models import SIZES
 from tests.tiny_models import tiny_config
@@ -279,3 +279,19 @@ def test_without_mixture_every_tensor_needs_a_rule() -> None:
 def test_a_mixture_needs_the_model_s_config() -> None:
     with pytest.raises(RecipeError, match="no rule matches"):
         assign(gguf(), units(SCOUT))
+
+
+@pytest.mark.parametrize("scheme", ["IQ2_XXS", "IQ3_XXS", "IQ1_M"])
+def test_types_that_need_importance_are_refused_without(scheme: str) -> None:
+    rule = Rule(scheme, name="ffn_up_exps", roles=("routed_expert",))
+    with pytest.raises(RecipeError, match=f"{scheme} to .*, which is of no use without importance"):
+        given(gguf(rule))
+    assert given(gguf(rule, method="gptq"))[LAYER.format(0) + "feed_forward.experts.0.up_proj"].method == "importance"
+    on_purpose = Rule(scheme, name="ffn_up_exps", roles=("routed_expert",), method="rtn")
+    assert given(gguf(on_purpose))[LAYER.format(0) + "feed_forward.experts.0.up_proj"].method == "rtn"
+    assert given(gguf(Rule(scheme, roles=("embedding",))))["language_model.model.embed_tokens.weight"].method == "rtn"
+
+
+def test_short_names_of_file_types() -> None:
+    assert resolve_recipe("q4_k") is GGUF_PRESETS["Q4_K_M"]
+    assert resolve_recipe("Q5_K") is GGUF_PRESETS["Q5_K_M"]
