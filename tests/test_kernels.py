@@ -12,6 +12,7 @@ from numba import njit
 from quantkit import grid
 from quantkit.kernels import jit, memory, numbers, simd, tiles
 from quantkit.methods import rtn
+from quantkit.methods.sources import kernel_source
 from quantkit.scheme import parse_scheme
 from quantkit.workspace import Workspace
 
@@ -95,7 +96,7 @@ def test_a_tile_holds_the_weights(dtype: torch.dtype, rows: int, order: str) -> 
     weight = torch.randn(256, 384).to(dtype)
     if order == "input-major":
         weight = weight.t().contiguous().t()
-    source = rtn._source(weight, parse_scheme("int4-g128"))
+    source = kernel_source(weight, 16, tiles.TILE_INPUTS)
     tile = np.full(tiles.STRIP_ROWS * tiles.TILE_INPUTS, np.nan, np.float32)
     load_once(source, 128, 256, rows // 16, tile)
     expected = weight[128 : 128 + rows, 256:].float().reshape(rows // 16, 16, 128).transpose(1, 2)
@@ -109,7 +110,7 @@ def test_every_finite_half_is_loaded_exactly() -> None:
         codes = torch.arange(65536, dtype=torch.int32)
         codes = torch.where((codes & exponent) == exponent, 0, codes).to(torch.int16)
         weight = codes.view(dtype).reshape(128, 512)
-        source, tile = rtn._source(weight, parse_scheme("int4-g128")), np.empty(128 * 128, np.float32)
+        source, tile = kernel_source(weight, 16, tiles.TILE_INPUTS), np.empty(128 * 128, np.float32)
         for first in range(0, 512, 128):
             load_once(source, 0, first, 8, tile)
             expected = weight[:, first : first + 128].float().reshape(8, 16, 128).transpose(1, 2).numpy()

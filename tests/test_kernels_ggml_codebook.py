@@ -89,12 +89,12 @@ def matrix(kind: str) -> Floats:
     return (0.02 * draw).astype(np.float32)
 
 
-@pytest.mark.parametrize("weighted", [True, False])
+WITHOUT_IMPORTANCE = [name for name in NAMES if not llama_cpp.ggml_requires_importance(name)]  # where ggml does that
+
+
 @pytest.mark.parametrize("kind", ["gaussian", "laplace", "real"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "weighted"), [(name, True) for name in NAMES] + [(name, False) for name in WITHOUT_IMPORTANCE])
 def test_error_is_below_that_of_ggml(name: str, kind: str, weighted: bool) -> None:
-    if not weighted and llama_cpp.ggml_requires_importance(name):
-        pytest.skip("ggml does not do that")
     weight = matrix(kind)
     importance = np.random.default_rng(5).lognormal(0, 1, weight.shape[1]).astype(np.float32) if weighted else None
     theirs = llama_cpp.ggml_dequantize(name, llama_cpp.ggml_quantize(name, weight, importance), weight.shape[1])
@@ -191,12 +191,11 @@ def guess_shifts(grid: Any, scratch: Any, inverse: float, importance: Any) -> No
     ggml_codebook_points.choose_shifts(grid, scratch, 0, simd.floats(inverse), importance, 0)
 
 
-@pytest.mark.parametrize("shift", [0, 1, -1])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "shift"), [(name, shift) for name in NAMES for shift in ((1, -1) if CODEBOOKS[name].shifted else (0,))]
+)
 def test_nearest_points_are_those_of_the_whole_grid(name: str, shift: int) -> None:
     book, grid = CODEBOOKS[name], grid_tables(name)
-    if (shift != 0) != (book.shifted > 0):
-        pytest.skip("levels of this type are always moved, or never")
     generator, count = np.random.default_rng(1), 2 * book.length
     importance = generator.lognormal(0, 1, 256).astype(np.float32)
     magnitudes = generator.standard_normal((256, 16)).astype(np.float32)
