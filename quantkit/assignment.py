@@ -130,7 +130,7 @@ def _mixture(recipe: Recipe, units: list[Unit], config: Llama4Config | None) -> 
     # Some rules of llama.cpp count tensors and leave out those whose type the user chose; so it has to know which these are.
     chosen = [(rule.name, rule.scheme) for rule in recipe.rules if rule.name is not None and _is_override(rule)]
     types = mixture_types(FILE_TYPES[recipe.mixture], config, recipe.method != "rtn", chosen)
-    kept = Assignment(None)
+    kept, by_type = Assignment(None), {name: _assignment(recipe, Rule(name)) for name in TYPES}
     result: dict[str, Assignment] = {}
     for unit in units:
         for item in unit.items:
@@ -140,8 +140,7 @@ def _mixture(recipe: Recipe, units: list[Unit], config: Llama4Config | None) -> 
             if name is None or item.role in ("norm", "router") or item.name.endswith(".bias"):
                 result[item.name] = kept  # in full: GGUF widens what is small to F32
             else:
-                given = _assignment(recipe, Rule(name))
-                result[item.name] = _streamed(item, given) if unit.copies else given
+                result[item.name] = _streamed(item, by_type[name]) if unit.copies else by_type[name]
     return result
 
 

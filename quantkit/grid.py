@@ -52,6 +52,8 @@ FLOAT32_MAXIMUM = float(torch.finfo(torch.float32).max)
 # Codes of the scale of a group of zeros: 2^-7, 2^-3 and 2^-7.  Any number would do; a denormal one would be slow to divide by.
 SCALE_OF_ZEROS = {"bf16": 0x3C00, "fp8": 0x20, "e8m0": E8M0_BIAS - 7}
 
+FLOATING = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # llama.cpp's types without scales
+
 
 @dataclass(frozen=True)
 class QuantizedTensor:
@@ -152,21 +154,27 @@ def dequantize_blocks(quantized: QuantizedTensor) -> torch.Tensor:
     return values if minimum is None else values - minimum.repeat_interleave(columns // minimum.shape[1], 1)
 
 
-def block_steps(quantized: QuantizedTensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What one level is worth and what is subtracted, float32 ``[out, groups]``; per block in types without groups."""
+def level_steps(quantized: QuantizedTensor) -> torch.Tensor:
+    """What one level is worth, float32 ``[out, groups]``; per block in types without groups."""
     kind = quantized.scheme.block_type
     if quantized.scheme.scale_number == "e8m0":  # levels are doubled, so half the power of two
-        step = torch.ldexp(torch.ones(quantized.scale.shape), quantized.scale.to(torch.int32) - E8M0_BIAS - 1)
-    else:
-        step = quantized.scale.to(torch.float32)
-    minimum = None if quantized.minimum is None else quantized.minimum.to(torch.float32)
+        return torch.ldexp(torch.ones(quantized.scale.shape), quantized.scale.to(torch.int32) - E8M0_BIAS - 1)
+    step = quantized.scale.to(torch.float32)
     if quantized.group_scale is None:
-        return step, None if minimum is None else -minimum
-    per_block = kind.block // kind.group
-    step = step.repeat_interleave(per_block, 1) * quantized.group_scale.to(torch.float32)
-    if minimum is None or quantized.group_minimum is None:
-        return step, None
-    return step, minimum.repeat_interleave(per_block, 1) * quantized.group_minimum.to(torch.float32)
+        return step
+    return step.repeat_interleave(kind.block // kind.group, 1) * quantized.group_scale.to(torch.float32)
+
+
+def block_steps(quantized: QuantizedTensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``level_steps``, and what is subtracted from every value, of the same shape."""
+    kind, minimum = quantized.scheme.block_type, None
+    if quantized.minimum is not None:
+        minimum = quantized.minimum.to(torch.float32)
+        if quantized.group_minimum is None:
+            minimum = -minimum  # these types add it
+        else:
+            minimum = minimum.repeat_interleave(kind.block // kind.group, 1) * quantized.group_minimum.to(torch.float32)
+    return level_steps(quantized), minimum
 
 
 def fit_global_scale(largest: float) -> torch.Tensor:

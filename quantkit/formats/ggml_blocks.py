@@ -14,13 +14,11 @@ import torch
 from quantkit.errors import ArtifactError
 from quantkit.formats.ggml_codebooks import decode_codebook, encode_codebook
 from quantkit.ggml import BlockType
-from quantkit.grid import QuantizedTensor
+from quantkit.grid import FLOATING, QuantizedTensor
 from quantkit.kernels.ggml_packing import LAYOUTS, Fields, pack, unpack
 from quantkit.scheme import Scheme
 
 Bytes = npt.NDArray[np.uint8]
-
-FLOATING = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def encode(quantized: QuantizedTensor, out: Bytes | None = None) -> torch.Tensor:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from quantkit import ggml
 from quantkit.errors import RecipeError, WeightError
 from quantkit.evidence import Evidence
-from quantkit.grid import QuantizationStatistics, QuantizedTensor, block_steps
+from quantkit.grid import FLOATING, QuantizationStatistics, QuantizedTensor, level_steps
 from quantkit.kernels import ggml_codebook, ggml_levels, ggml_minimum, ggml_symmetric, tiles
 from quantkit.kernels.block_target import BlockTarget
 from quantkit.methods import blocks_gpu
@@ -50,8 +50,6 @@ KERNELS: dict[str, Callable[..., tuple[float, float, float, float, int]]] = {
     **ggml_codebook.KERNELS,
 }
 
-_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
 
 def quantize(
     weights: Sequence[torch.Tensor],
@@ -76,15 +74,9 @@ def quantize(
     for index, weight in enumerate(weights):
         if device is not None:
             quantized, sums = blocks_gpu.quantize(weight, scheme, _importance(evidence, weight.shape[1]), device)
-            checked_peak(int(sums[4]), weight, index)
-            results.append((quantized, _statistics(quantized, sums, evidence is not None)))
-            continue
-        source = kernel_source(weight, rows_needed=16, columns_needed=math.lcm(tiles.TILE_INPUTS, kind.block))
-        importance = _importance(evidence, source.columns)
-        target = _target(kind, source, workspace, index)
-        sums = _run(scheme, source, target, importance, clip_search, team)
+        else:
+            quantized, sums = _on_cpu(weight, scheme, clip_search, workspace, evidence, team, index)
         checked_peak(int(sums[4]), weight, index)
-        quantized = _assemble(weight.shape, scheme, source, target)
         results.append((quantized, _statistics(quantized, sums, evidence is not None)))
     return results
 
@@ -102,6 +94,23 @@ def quantize_weighted(
     if evidence is None:
         raise RecipeError("method importance needs calibration: the mean square of what reaches these weights")
     return quantize(weights, scheme, clip_search=clip_search, workspace=workspace, evidence=evidence, team=team)
+
+
+def _on_cpu(
+    weight: torch.Tensor,
+    scheme: Scheme,
+    search: bool,
+    workspace: Workspace,
+    evidence: Evidence | None,
+    team: Team | None,
+    index: int,
+) -> tuple[QuantizedTensor, tuple[float, ...]]:
+    """One matrix and the sums of its kernel; where these say that a weight is not finite, the rest means nothing."""
+    kind = scheme.block_type
+    source = kernel_source(weight, rows_needed=16, columns_needed=math.lcm(tiles.TILE_INPUTS, kind.block))
+    target = _target(kind, source, workspace, index)
+    sums = _run(scheme, source, target, _importance(evidence, source.columns), search, team)
+    return _assemble(weight.shape, scheme, source, target), sums
 
 
 def _run(
@@ -180,17 +189,15 @@ def _statistics(quantized: QuantizedTensor, sums: tuple[float, ...], weighted: b
 
 def _scale_range(quantized: QuantizedTensor) -> tuple[float, float]:
     """Smallest and largest magnitude of what one level is worth."""
-    if quantized.scheme.block_type.codebook:
-        steps = quantized.scale.to(torch.float32)
-    else:
-        steps, _ = block_steps(quantized)
+    codebook = quantized.scheme.block_type.codebook
+    steps = quantized.scale.to(torch.float32) if codebook else level_steps(quantized)
     magnitudes = np.abs(steps.numpy())
     return float(magnitudes.min()), float(magnitudes.max())
 
 
 def _cast(weight: torch.Tensor, scheme: Scheme, index: int, workspace: Workspace) -> tuple[QuantizedTensor, QuantizationStatistics]:
     """A floating type: the nearest number that it has.  What is too large for it is an error, not infinity."""
-    values = workspace.tensor(f"cast {index}", _FLOATS[scheme.name], *weight.shape)
+    values = workspace.tensor(f"cast {index}", FLOATING[scheme.name], *weight.shape)
     squared_error = squared_weight = 0.0
     for part in spans(weight.shape[0], PORTION_ROWS):
         exact = weight[part].to(torch.float32)
