@@ -84,7 +84,8 @@ class SmallModel:
 
     def route(self, layer: int, rows: torch.Tensor) -> forward.Routing:
         """Where the rows go."""
-        return forward.route(self.config, rows, self.tensors[f"model.layers.{layer}.feed_forward.router.weight"])
+        router = self.tensors[f"model.layers.{layer}.feed_forward.router.weight"]
+        return forward.route(rows, router, self.config.experts_per_token)
 
     def answers(self, windows: torch.Tensor, weights: Weights | None = None) -> torch.Tensor:
         """Log probabilities ``[windows, length, vocabulary]``."""

@@ -109,10 +109,10 @@ def _turned(config: Llama4Config, layer: int, heads: torch.Tensor, positions: to
     return rms_norm(heads, config.rms_norm_eps) if config.use_qk_norm else heads
 
 
-def route(config: Llama4Config, rows: torch.Tensor, router: torch.Tensor) -> Routing:
+def route(rows: torch.Tensor, router: torch.Tensor, experts_per_token: int) -> Routing:
     """The ``experts_per_token`` experts of largest logits for each row ``[tokens, hidden]``; router: ``[experts, hidden]``."""
     logits = rows @ router.t()
-    largest, experts = torch.topk(logits, config.experts_per_token, dim=-1)
+    largest, experts = torch.topk(logits, experts_per_token, dim=-1)
     return Routing(experts, torch.sigmoid(largest), logits)
 
 

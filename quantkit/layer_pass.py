@@ -189,7 +189,7 @@ class LayerPass:
         config, tokens = self._config, self._samples.tokens
         added = scratch[:, : config.hidden_size]
         router = self._checkpoint.read_slice(f"{self._base}feed_forward.router.weight").to(torch.float32)
-        parts = [forward.route(config, rows_of(part), router) for part in self._portions(tokens)]
+        parts = [forward.route(rows_of(part), router, config.experts_per_token) for part in self._portions(tokens)]
         routing = forward.Routing(*(torch.cat([getattr(part, name) for part in parts]) for name in ("experts", "scores", "logits")))
         del parts
         self._observer.routed(self._layer, tokens, routing)

@@ -1,0 +1,65 @@
+"""The two entries of the kernels, and which implementation serves them.
+
+    reference   torch, float32, the oracle; any device
+    cpu         one matrix at a time dequantized into a reused buffer, float32 products
+    triton      products straight from packed weights on a CUDA device
+
+``experts`` may be lazy: an expert is asked for only when tokens reach it, once, and dropped before the next one is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from quantkit import forward
+from quantkit.kernels import reference
+from quantkit.kernels.weights import Mlp, Weight
+from quantkit.team import Team
+from quantkit.workspace import Workspace
+
+Backend = Literal["reference", "cpu", "triton"]
+
+
+def dequant_matmul(
+    x: torch.Tensor,
+    weight: Weight,
+    *,
+    backend: Backend | None = None,
+    round_activations: bool = True,
+    team: Team | None = None,
+    workspace: Workspace | None = None,
+) -> torch.Tensor:
+    """``x [tokens, in]`` times the transposed weight: ``[tokens, out]``.
+
+    x: float32, for triton BF16.  backend: None goes by the device of ``x``.  round_activations: round ``x`` as clients do where the
+    weight's scheme asks for it.  team, workspace: of the CPU; without them one thread and new memory.
+    """
+    return reference.dequant_matmul(x, weight, _unrounded)
+
+
+def moe_forward(
+    x: torch.Tensor,
+    router: torch.Tensor,
+    experts: Sequence[Mlp],
+    shared_expert: Mlp,
+    *,
+    experts_per_token: int = 1,
+    backend: Backend | None = None,
+    round_activations: bool = True,
+    team: Team | None = None,
+    workspace: Workspace | None = None,
+) -> tuple[torch.Tensor, forward.Routing]:
+    """The mixture of experts of one layer for ``x [tokens, hidden]``, and where each token went.
+
+    router: ``[experts, hidden]``.  The sigmoid of the router's logit multiplies what goes into a routed expert; the shared expert
+    takes ``x`` itself, and the results are added.  Other arguments as of :func:`dequant_matmul`.
+    """
+    routing = forward.route(x.to(torch.float32), router.to(torch.float32), experts_per_token)
+    return reference.moe(x, routing, experts, shared_expert, _unrounded), routing
+
+
+def _unrounded(x: torch.Tensor, weight: Weight) -> torch.Tensor:
+    return x

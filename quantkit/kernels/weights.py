@@ -1,0 +1,26 @@
+"""What the entries of the kernels are given: one weight matrix, or the three of a gated MLP, as they are stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from quantkit.grid import QuantizedTensor
+
+Weight = QuantizedTensor | torch.Tensor  # [out, in]; a floating tensor, of any strides, stands for itself
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """An expert, a shared expert or a dense MLP.  gate, up: ``[width, hidden]``.  down: ``[hidden, width]``."""
+
+    gate: Weight
+    up: Weight
+    down: Weight
+
+
+def shape_of(weight: Weight) -> tuple[int, int]:
+    """(out, in).  Codes of every scheme have the shape of their weight."""
+    rows, columns = (weight.codes if isinstance(weight, QuantizedTensor) else weight).shape
+    return int(rows), int(columns)
