@@ -77,8 +77,8 @@ class ArtifactEvaluation:
     format: ``compressed-tensors``, ``gguf``, ``packed``, or ``unquantized``.  bytes: of all tensors of the text model; parameters:
     likewise.  router_agreement: by layer the share of tokens that go to the same experts as in the reference, None in layers
     without experts.  coverage: by MoE layer, the tokens that each expert received in calibration, empty where nothing says it.
-    ledger: empty for files without one.  fallbacks: what differs from what was asked, or from the usual, one line each.  recipe, fingerprint:
-    as the manifest has them.  seconds: this artifact's share of the evaluation.
+    ledger: empty for files without one.  fallbacks: what differs from what was asked, or from the usual, one line each.  recipe,
+    fingerprint: as the manifest has them.  seconds: this artifact's share of the evaluation.
     """
 
     name: str
