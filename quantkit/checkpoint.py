@@ -67,7 +67,7 @@ class Checkpoint:
     """An opened source.
 
     directory: where its files lie.  config_text: ``config.json`` as it stands.  config: the same, parsed.
-    tensors: name -> location, exactly the inventory of the config.
+    tensors: name -> location, exactly the inventory of the config.  files: its shards, opened.
     """
 
     def __init__(self, directory: Path, origin: dict[str, str] | None = None):
@@ -77,8 +77,8 @@ class Checkpoint:
         self._origin = origin or {}
         _refuse_other_formats(directory)
         self._carried = _carried_files(directory)
-        self._files = TensorFiles.open(directory)
-        self.tensors = self._files.tensors
+        self.files = TensorFiles.open(directory)
+        self.tensors = self.files.tensors
         _refuse_quantized(directory, self.tensors)
         _check_inventory(directory, self.config, self.tensors)
 
@@ -122,11 +122,11 @@ class Checkpoint:
 
     def read_slice(self, name: str, expert: int | None = None, buffer: NDArray[np.uint8] | None = None) -> torch.Tensor:
         """A tensor, or one expert's slice of a fused one, as it is stored; see :meth:`TensorFiles.read`."""
-        return self._files.read(name, expert, buffer)
+        return self.files.read(name, expert, buffer)
 
     def chunks(self, name: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[memoryview]:
         """The bytes of a tensor, piece by piece; see :meth:`TensorFiles.chunks`."""
-        return self._files.chunks(name, chunk_bytes)
+        return self.files.chunks(name, chunk_bytes)
 
     def _nbytes(self, name: str, expert: int | None) -> int:
         location = self.tensors[name]
@@ -136,14 +136,14 @@ class Checkpoint:
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells whether a source is still the same one: its provenance and the time each shard was last changed."""
-        return self.provenance() | {"modified": {path.name: self._files.modified(path) for path in self._files.paths}}
+        return self.provenance() | {"modified": {path.name: self.files.modified(path) for path in self.files.paths}}
 
     def provenance(self) -> dict[str, Any]:
         """Where the weights come from, the same on every machine: config hash; name, size and header hash of each shard."""
         return self._origin | {
             "config": xxhash.xxh3_64_hexdigest(self.config_text.encode()),
             "shards": {
-                path.name: {"size": header.file_size, "header": header.digest} for path, header in self._files.headers.items()
+                path.name: {"size": header.file_size, "header": header.digest} for path, header in self.files.headers.items()
             },
         }
 
@@ -165,7 +165,7 @@ class Checkpoint:
 
     def close(self) -> None:
         """Close the shards."""
-        self._files.close()
+        self.files.close()
 
     def __enter__(self) -> Self:
         return self

@@ -9,7 +9,8 @@ Follows transformers' ``modeling_llama4`` operation by operation.  What is easil
   grow with the logarithm of their position (temperature tuning).
 * The router's sigmoid score multiplies the *input* of an expert.
 
-Tensors of one sample are ``[length, features]``; samples never see each other, so a caller may take them in any portions.
+Tensors of one sample are ``[length, features]``; samples never see each other, so a caller may take them in any portions, and those
+of equal length together.
 """
 
 from __future__ import annotations
@@ -58,54 +59,83 @@ def rotary_frequencies(config: Llama4Config) -> torch.Tensor:
 
 
 def rotate(values: torch.Tensor, frequencies: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Turn each pair of ``values [length, heads, head_dim]`` by its frequency times the position of its row."""
+    """Turn each pair of ``values [..., length, heads, head_dim]`` by its frequency times the position of its row."""
     angles = positions.to(torch.float32)[:, None] * frequencies
     turn = torch.polar(torch.ones_like(angles), angles)[:, None, :]  # [length, 1, head_dim / 2]
     pairs = torch.view_as_complex(values.reshape(*values.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * turn).flatten(-2)
 
 
-def attend(config: Llama4Config, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """What attention gathers for one sample, before the output projection: float32 ``[length, heads * head_dim]``.
+def attend(
+    config: Llama4Config,
+    layer: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    frequencies: torch.Tensor | None = None,
+    past: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """What attention gathers, before the output projection: float32 ``[length, heads * head_dim]``, or with samples of equal length
+    in front.
 
     query: ``[length, heads * head_dim]``; key, value: ``[length, key_value_heads * head_dim]``, as projected.  The values that a
-    quantized KV cache would hold are those of :func:`cached_keys` and ``value``.
+    quantized KV cache would hold are those of :func:`cached_keys` and ``value``.  frequencies: of the rotation, if not those of the
+    config.  past: keys as :func:`cached_keys` gives them and values, both ``[..., earlier, key_value_heads, head_dim]``, of the
+    positions before these.
     """
-    length = query.shape[0]
-    query = query.view(length, config.num_heads, config.head_dim)
-    value = value.view(length, config.num_key_value_heads, config.head_dim)
-    positions = torch.arange(length, device=query.device)
-    query = _turned(config, layer, query, positions)
-    key = cached_keys(config, layer, key)
+    length, leading = query.shape[-2], query.shape[:-2]
+    first = 0 if past is None else past[0].shape[-3]
+    query = query.reshape(*leading, length, config.num_heads, config.head_dim)
+    value = value.reshape(*leading, length, config.num_key_value_heads, config.head_dim)
+    positions = torch.arange(first, first + length, device=query.device)
+    query = _turned(config, layer, query, positions, frequencies)
+    key = cached_keys(config, layer, key, frequencies=frequencies, first=first)
+    if past is not None:
+        key, value = torch.cat([past[0], key], -3), torch.cat([past[1], value], -3)
     if not config.rope_layers[layer] and config.temperature_tuning:
         growth = torch.log(torch.floor((positions.to(torch.float32) + 1.0) / config.floor_scale) + 1.0)
         query = query * (growth * config.attn_scale + 1.0)[:, None, None]
-    span = config.attention_chunk_size if config.rope_layers[layer] else length
+    span = config.attention_chunk_size if config.rope_layers[layer] else first + length
     parts = []
-    for start in range(0, length, span):
-        chunk = slice(start, start + span)
+    for start in range(first // span * span, first + length, span):
+        begin, end = max(start, first), min(start + span, first + length)  # of the queries; keys begin with the chunk
+        mask = None
+        if begin > start:
+            mask = torch.arange(start, end, device=query.device) <= torch.arange(begin, end, device=query.device)[:, None]
         parts.append(
             functional.scaled_dot_product_attention(
-                query[chunk].transpose(0, 1)[None],
-                key[chunk].transpose(0, 1)[None],
-                value[chunk].transpose(0, 1)[None],
-                is_causal=True,
+                query[..., begin - first : end - first, :, :].transpose(-3, -2),
+                key[..., start:end, :, :].transpose(-3, -2),
+                value[..., start:end, :, :].transpose(-3, -2),
+                attn_mask=mask,
+                is_causal=mask is None,
                 enable_gqa=True,
-            )[0].transpose(0, 1)
+            ).transpose(-3, -2)
         )
-    return torch.cat(parts).reshape(length, -1)
+    return torch.cat(parts, -3).reshape(*leading, length, -1)
 
 
-def cached_keys(config: Llama4Config, layer: int, key: torch.Tensor) -> torch.Tensor:
-    """Keys as a cache holds them, rotated and normalized where the layer does so: ``[length, key_value_heads, head_dim]``."""
-    positions = torch.arange(key.shape[0], device=key.device)
-    return _turned(config, layer, key.view(key.shape[0], config.num_key_value_heads, config.head_dim), positions)
+def cached_keys(
+    config: Llama4Config, layer: int, key: torch.Tensor, *, frequencies: torch.Tensor | None = None, first: int = 0
+) -> torch.Tensor:
+    """Keys as a cache holds them, rotated and normalized where the layer does so: ``[..., length, key_value_heads, head_dim]``.
+
+    first: position of the first key.
+    """
+    length = key.shape[-2]
+    positions = torch.arange(first, first + length, device=key.device)
+    heads = key.reshape(*key.shape[:-2], length, config.num_key_value_heads, config.head_dim)
+    return _turned(config, layer, heads, positions, frequencies)
 
 
-def _turned(config: Llama4Config, layer: int, heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def _turned(
+    config: Llama4Config, layer: int, heads: torch.Tensor, positions: torch.Tensor, frequencies: torch.Tensor | None
+) -> torch.Tensor:
     if not config.rope_layers[layer]:
         return heads
-    heads = rotate(heads, rotary_frequencies(config).to(heads.device), positions)
+    used = rotary_frequencies(config) if frequencies is None else frequencies
+    heads = rotate(heads, used.to(heads.device), positions)
     return rms_norm(heads, config.rms_norm_eps) if config.use_qk_norm else heads
 
 

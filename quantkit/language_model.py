@@ -10,12 +10,13 @@ Arithmetic is float32 and follows transformers; the bytes do not depend on the n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
 from quantkit import forward
 from quantkit.checkpoint import Checkpoint
+from quantkit.config import Llama4Config
 from quantkit.errors import CalibrationError
 from quantkit.layer_pass import PORTION, Borrowed, LayerPass, Samples
 from quantkit.llama4 import Unit, units
@@ -59,8 +60,16 @@ def embed(checkpoint: Checkpoint, tokens: torch.Tensor, out: torch.Tensor) -> No
     Raises CalibrationError for an id outside the vocabulary.
     """
     _check_ids(tokens, checkpoint.config.vocab_size)
+    gather(_table(checkpoint, embedding_name(checkpoint.config)), tokens, out)
+
+
+def gather(tables: Iterable[tuple[int, torch.Tensor]], tokens: torch.Tensor, out: torch.Tensor) -> None:
+    """Write the rows ``tokens`` (int64 ``[count]``) of a table to ``out`` (float32 ``[count, hidden]``).
+
+    tables: the table from first to last, as the number of a first row and some rows; each is looked at once.
+    """
     ids, places = torch.sort(tokens, stable=True)
-    for first, table in _table(checkpoint, _embedding_name(checkpoint)):
+    for first, table in tables:
         start, stop = torch.searchsorted(ids, torch.tensor([first, first + len(table)])).tolist()
         for begin in range(start, stop, PORTION):  # a frequent id may fill gigabytes of ``out``
             part = slice(begin, min(begin + PORTION, stop))
@@ -97,8 +106,7 @@ def head(checkpoint: Checkpoint, hidden: torch.Tensor, team: Team) -> Iterator[t
     config = checkpoint.config
     norm = checkpoint.read_slice(f"{config.prefix}model.norm.weight").to(torch.float32)
     rows = forward.rms_norm(hidden, config.rms_norm_eps, norm)
-    name = _embedding_name(checkpoint) if config.tie_word_embeddings else f"{config.prefix}lm_head.weight"
-    for first, table in _table(checkpoint, name):
+    for first, table in _table(checkpoint, head_name(config)):
         yield first, multiply(team, rows, table.to(torch.float32).t(), torch.empty(len(rows), len(table)))
 
 
@@ -126,8 +134,14 @@ def _check_ids(tokens: torch.Tensor, vocabulary: int) -> None:
         )
 
 
-def _embedding_name(checkpoint: Checkpoint) -> str:
-    return f"{checkpoint.config.prefix}model.embed_tokens.weight"
+def embedding_name(config: Llama4Config) -> str:
+    """The tensor of the token embedding."""
+    return f"{config.prefix}model.embed_tokens.weight"
+
+
+def head_name(config: Llama4Config) -> str:
+    """The tensor that hidden states are multiplied with to give logits."""
+    return embedding_name(config) if config.tie_word_embeddings else f"{config.prefix}lm_head.weight"
 
 
 def _table(checkpoint: Checkpoint, name: str) -> Iterator[tuple[int, torch.Tensor]]:

@@ -1,0 +1,247 @@
+"""A stored model at work: hidden states through one layer at a time, weights read once for all tokens of a sweep.
+
+So a model runs where it does not fit: memory is the hidden states of the sweep, one expert, and portions.  Products go through the
+kernels (:mod:`quantkit.kernels.dispatch`), which take each matrix as it is stored; everything between them is that of
+:mod:`quantkit.forward`, in float32.  On the CPU the bytes do not depend on the number of threads (see :mod:`quantkit.team`).
+
+With a cache of keys and values the same layers continue texts: then the tokens given are those that follow what the cache holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from quantkit import forward
+from quantkit.errors import ArtifactError
+from quantkit.kernels.dispatch import dequant_matmul, moe_forward
+from quantkit.kernels.weights import Mlp, Weight
+from quantkit.language_model import TABLE_ROWS, embedding_name, gather, head_name
+from quantkit.layer_pass import PORTION, Samples
+from quantkit.llama4 import Unit
+from quantkit.stored_model import StoredModel
+from quantkit.team import Team, multiply, spans
+from quantkit.workspace import Workspace
+
+KEPT_TABLE_BYTES = 256 << 20  # of the head in float32; a larger one is read again for every call
+
+
+@dataclass
+class KeyValueCache:
+    """Keys and values of texts that are being continued.
+
+    lengths: tokens that each sample has in the cache.  layers: by layer and sample, keys and values ``[length, key_value_heads,
+    head_dim]``.
+    """
+
+    lengths: list[int]
+    layers: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def advance(self, samples: Samples) -> None:
+        """All layers have seen the tokens of ``samples``."""
+        self.lengths = [length + more for length, more in zip(self.lengths, samples.lengths, strict=True)]
+
+
+class Inference:
+    """model: what runs.  team: threads, single-threaded BLAS each.  device: where products are computed, None for the CPU.
+
+    round_activations: round inputs of matrices as clients do where a scheme asks for it.
+    """
+
+    def __init__(
+        self, model: StoredModel, team: Team, *, device: torch.device | None = None, round_activations: bool = True
+    ) -> None:
+        self.model, self.config = model, model.config
+        self._team, self._device, self._round = team, device, round_activations
+        self._workspace = Workspace()
+        self._head: torch.Tensor | None = None  # [vocabulary, hidden], of small models
+        self._layers: dict[int, list[Unit]] = {layer: [] for layer in range(self.config.num_layers)}
+        for unit in model.units:
+            if unit.layer is not None:
+                self._layers[unit.layer].append(unit)
+
+    # -------------------------------------------------------------------------------------------------- beginning and end
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Embeddings of ``tokens`` (int64 ``[rows]``), float32 ``[rows, hidden]``.  Raises ArtifactError for an id beyond the
+        vocabulary."""
+        vocabulary = self.config.vocab_size
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
+            wrong = int(tokens[(tokens < 0) | (tokens >= vocabulary)][0])
+            raise ArtifactError(
+                f"{self.model.path} has no token {wrong}: its vocabulary has {vocabulary:,}. The tokenizer is another model's."
+            )
+        hidden = torch.empty(len(tokens), self.config.hidden_size)
+        gather(self.model.rows(embedding_name(self.config), TABLE_ROWS), tokens, hidden)
+        return hidden if self._device is None else hidden.to(self._device)
+
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Final norm and head: ``hidden [count, hidden]``, the rows wanted, to ``out`` float32 ``[count, vocabulary]``."""
+        norm = self._vector(f"{self.config.prefix}model.norm.weight")
+        rows = forward.rms_norm(hidden, self.config.rms_norm_eps, norm)
+        for first, table in self._head_rows():
+            target = out[:, first : first + len(table)]
+            if self._device is None:
+                multiply(self._team, rows, table.t(), target)
+            else:
+                torch.mm(rows, table.to(self._device).t(), out=target)
+        return out
+
+    def _head_rows(self) -> Iterator[tuple[int, torch.Tensor]]:
+        name, hidden = head_name(self.config), self.config.hidden_size
+        if 4 * self.config.vocab_size * hidden > KEPT_TABLE_BYTES:
+            yield from self.model.rows(name, TABLE_ROWS)
+            return
+        if self._head is None:
+            self._head = torch.cat([table.clone() for _, table in self.model.rows(name, TABLE_ROWS)])
+        yield 0, self._head
+
+    # ------------------------------------------------------------------------------------------------------------- layers
+
+    def layer(
+        self, number: int, hidden: torch.Tensor, samples: Samples, cache: KeyValueCache | None = None
+    ) -> forward.Routing | None:
+        """Replace ``hidden [rows, hidden]`` by what leaves the layer; where each token went, None in a layer without experts.
+
+        samples: how tokens lie in ``hidden``; rows without a token keep what they hold.  The routing has a row for each token.
+        """
+        tokens = None if len(samples.tokens) == len(hidden) else samples.tokens
+        base = f"{self.config.prefix}model.layers.{number}."
+        matrices = {unit.key.rpartition(".")[2]: unit for unit in self._layers[number] if unit.matrices and unit.expert is None}
+        self._attention(number, base, matrices, hidden, samples, cache)
+        rows = hidden if tokens is None else hidden[tokens]
+        rows = forward.rms_norm(rows, self.config.rms_norm_eps, self._vector(f"{base}post_attention_layernorm.weight"))
+        own = self._mlp(matrices["gate_up_proj"], matrices["down_proj"])
+        routing = None
+        if self.config.moe_layers[number]:
+            experts = _Experts(self, [unit for unit in self._layers[number] if unit.expert is not None])
+            result, routing = moe_forward(
+                self._inputs(rows),
+                self._vector(f"{base}feed_forward.router.weight"),
+                experts,
+                own,
+                experts_per_token=self.config.experts_per_token,
+                round_activations=self._round,
+                team=self._team,
+                workspace=self._workspace,
+            )
+        else:
+            result = self._dense(rows, own)
+        if tokens is None:
+            hidden += result
+        else:
+            hidden[tokens] += result
+        return routing
+
+    def _attention(
+        self,
+        number: int,
+        base: str,
+        matrices: dict[str, Unit],
+        hidden: torch.Tensor,
+        samples: Samples,
+        cache: KeyValueCache | None,
+    ) -> None:
+        config = self.config
+        norm = self._vector(f"{base}input_layernorm.weight")
+        joined, (out,) = self._read(matrices["qkv"]), self._read(matrices["o_proj"])
+        biases = [self._bias(f"{base}self_attn.{name}.bias") for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+        for group in _groups(samples, cache is not None):
+            tokens = torch.cat([torch.arange(begin, begin + length) for begin, length in group])
+            rows = forward.rms_norm(hidden[tokens], config.rms_norm_eps, norm)
+            query, key, value = (
+                _with_bias(self._product(rows, weight), bias) for weight, bias in zip(joined, biases, strict=False)
+            )
+            shape = (len(group), group[0][1], -1)
+            query, key, value = query.view(shape), key.view(shape), value.view(shape)
+            context = torch.empty_like(query)
+
+            def attend(part: slice, query=query, key=key, value=value, context=context, group=group) -> None:  # type: ignore[no-untyped-def]
+                past = None
+                if cache is not None:  # then a group is one sample
+                    past = self._continued(number, group[0][0] // samples.length, key, value, cache)
+                context[part] = forward.attend(
+                    config, number, query[part], key[part], value[part], frequencies=self.model.frequencies, past=past
+                )
+
+            self._team.run(attend, spans(len(group), max(1, PORTION // (4 * group[0][1]))))
+            hidden[tokens] += _with_bias(self._product(context.view(len(tokens), -1), out), biases[3])
+
+    def _continued(
+        self, number: int, sample: int, key: torch.Tensor, value: torch.Tensor, cache: KeyValueCache
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What the cache holds of a sample, with a dimension for it in front; afterwards the cache holds the new ones, too."""
+        past = cache.layers.get((number, sample))
+        keys = forward.cached_keys(
+            self.config, number, key, frequencies=self.model.frequencies, first=0 if past is None else len(past[0])
+        )[0]
+        values = value.view(-1, self.config.num_key_value_heads, self.config.head_dim)
+        cache.layers[number, sample] = (
+            (keys, values) if past is None else (torch.cat([past[0], keys]), torch.cat([past[1], values]))
+        )
+        return None if past is None else (past[0][None], past[1][None])
+
+    def _dense(self, rows: torch.Tensor, weights: Mlp) -> torch.Tensor:
+        parts = []
+        for part in spans(len(rows), PORTION):
+            inner = forward.gated(self._product(rows[part], weights.gate), self._product(rows[part], weights.up))
+            parts.append(self._product(inner, weights.down))
+        return torch.cat(parts) if parts else torch.zeros_like(rows)
+
+    def _product(self, rows: torch.Tensor, weight: Weight) -> torch.Tensor:
+        product = dequant_matmul(
+            self._inputs(rows), weight, round_activations=self._round, team=self._team, workspace=self._workspace
+        )
+        return product.to(torch.float32)
+
+    def _inputs(self, rows: torch.Tensor) -> torch.Tensor:
+        """As the kernels of the device take them."""
+        return rows if self._device is None else rows.to(self._device, torch.bfloat16)
+
+    # -------------------------------------------------------------------------------------------------------------- parts
+
+    def _mlp(self, gate_up: Unit, down: Unit) -> Mlp:
+        return Mlp(*self._read(gate_up), *self._read(down))
+
+    def _read(self, unit: Unit) -> list[Weight]:
+        return [self.model.read(matrix) for matrix in unit.matrices]
+
+    def _vector(self, name: str) -> torch.Tensor:
+        vector = self.model.vector(name)
+        return vector if self._device is None else vector.to(self._device)
+
+    def _bias(self, name: str) -> torch.Tensor | None:
+        return self._vector(name) if self.model.has(name) else None
+
+
+class _Experts(Sequence[Mlp]):
+    """The routed experts of a layer, read when asked for."""
+
+    def __init__(self, inference: Inference, units: Sequence[Unit]) -> None:
+        self._inference, self._units = inference, units
+
+    def __len__(self) -> int:
+        return len(self._units) // 2
+
+    def __getitem__(self, index: int) -> Mlp:  # type: ignore[override]
+        return self._inference._mlp(self._units[2 * index], self._units[2 * index + 1])
+
+
+def _groups(samples: Samples, apart: bool) -> Iterator[list[tuple[int, int]]]:
+    """Neighbouring samples of equal length, of a portion's tokens at most: (first row, length) of each; one by one if ``apart``."""
+    group: list[tuple[int, int]] = []
+    for number, length in enumerate(samples.lengths):
+        if not length:
+            continue
+        if group and (apart or length != group[0][1] or (len(group) + 1) * length > PORTION):
+            yield group
+            group = []
+        group.append((number * samples.length, length))
+    if group:
+        yield group
+
+
+def _with_bias(product: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return product if bias is None else product.add_(bias)
