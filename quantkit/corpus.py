@@ -92,11 +92,11 @@ def load_corpus(
         raise CorpusError(f"There is no packing {packing!r}. Choose one of: {', '.join(get_args(Packing))}.")
     directory = Path(tokenizer_directory)
     read = read_documents(source, held_out=held_out, revision=revision)
-    tokenizer, tokenizer_digest = _load_tokenizer(directory)
+    tokenizer, tokenizer_digest = load_tokenizer(directory)
     chat = None
     if any(document.messages for document in read.documents):
         chat = load_chat_format(directory, lambda token: tokenizer.token_to_id(token) is not None)
-    begin = _begin_token(directory, tokenizer)
+    begin = begin_token(directory, tokenizer)
     by_kind = _tokenize(tokenizer, read.documents, chat, begin, vocab_size)
     cut = _packed_windows if packing == "packed" else _document_windows
     available = {kind: cut(documents, sequence_length) for kind, documents in by_kind.items()}
@@ -126,7 +126,7 @@ def load_corpus(
 # ---------------------------------------------------------------------------------------------------------------- tokens
 
 
-def _load_tokenizer(directory: Path) -> tuple[Tokenizer, str]:
+def load_tokenizer(directory: Path) -> tuple[Tokenizer, str]:
     """The tokenizer and the digest of its file."""
     from tokenizers import Tokenizer
 
@@ -151,7 +151,7 @@ def _load_tokenizer(directory: Path) -> tuple[Tokenizer, str]:
     return tokenizer, xxhash.xxh3_64_hexdigest(data)
 
 
-def _begin_token(directory: Path, tokenizer: Tokenizer) -> int | None:
+def begin_token(directory: Path, tokenizer: Tokenizer) -> int | None:
     """The id of the token that begins a document: by the tokenizer's settings, else by the config; None when there is none."""
     named = special_tokens(tokenizer_settings(directory)).get("bos_token")
     if named is not None:
@@ -183,7 +183,7 @@ def _tokenize(
     by_kind: dict[str, list[NDArray[np.int32]]] = {kind: [] for kind in sorted({document.kind for document in documents})}
     for first in range(0, len(documents), _BATCH):
         batch = documents[first : first + _BATCH]
-        encoded = tokenizer.encode_batch([_text(document, chat) for document in batch], add_special_tokens=False)
+        encoded = tokenizer.encode_batch([document_text(document, chat) for document in batch], add_special_tokens=False)
         for document, encoding in zip(batch, encoded, strict=True):
             ids = np.array(encoding.ids, dtype=np.int64)
             if begin is not None and not document.plain and not (ids.size and ids[0] == begin):
@@ -199,7 +199,7 @@ def _tokenize(
     return by_kind
 
 
-def _text(document: Document, chat: ChatFormat | None) -> str:
+def document_text(document: Document, chat: ChatFormat | None) -> str:
     text = document.text
     if document.messages:
         assert chat is not None, "loaded when any document has messages"
