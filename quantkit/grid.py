@@ -7,8 +7,9 @@ same bits, and the decoder used by verification.
 
 Rules, the same as compressed-tensors uses, computed in float32:
 
-* int4, int8   scale = absmax / 7.5 or / 127.5 (half the number of codes less a half)
-* asymmetric   scale = (max - min) / 15 with zero inside the range; zero point = -8 - min / scale, before that scale is rounded
+* integers     scale = absmax / 7.5 for int4, / 127.5 for int8 and so on (half the number of codes less a half)
+* asymmetric   scale = (max - min) / (number of codes - 1) with zero inside the range; zero point = lowest code - min / scale,
+               before that scale is rounded
 * fp8          scale = absmax / 448
 * mxfp4        scale = 2^e with e from absmax rounded to the next power of two from mantissa 1.75 on, less 2
 * activations  scale = peak / 448, rounded up, so that the largest value that was seen is not clipped
@@ -26,22 +27,25 @@ import torch
 
 from quantkit import codebooks
 from quantkit.errors import WeightError
-from quantkit.scheme import BLOCK_SIZE, Scheme
+from quantkit.scheme import BLOCK_SIZE, INTEGERS, Scheme
 
-INT_RANGE = {"int4": (-8, 7), "int8": (-128, 127)}
+INTEGER_BITS: dict[str, int] = {number: int(number.removeprefix("int")) for number in INTEGERS}
+INT_RANGE = {number: (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) for number, bits in INTEGER_BITS.items()}
 FP8_MAX = 448.0
 FP4_MAX = 6.0
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 FP4_MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 
 # Half the distance between the outermost codes: absmax is divided by it.
-HALF_RANGE = {"int4": 7.5, "int8": 127.5, "fp8": FP8_MAX, "fp4": FP4_MAX}
-# Smallest and largest stored scale.  The smallest is the least positive BF16 number; the largest keeps the outermost code finite.
+HALF_RANGE = {**{number: (highest - lowest) / 2 for number, (lowest, highest) in INT_RANGE.items()}, "fp8": FP8_MAX, "fp4": FP4_MAX}
+# Smallest and largest stored scale.  The smallest is the least positive BF16 number; the largest keeps the outermost code finite,
+# which is the lowest one, or with a zero point the number of codes less one.
 BF16_SCALE_MINIMUM = 2.0**-133
 BF16_SCALE_MAXIMUM = {
-    ("int4", True): 255 * 2.0**117,
+    **{(number, True): 255 * 2.0 ** (121 - bits) for number, bits in INTEGER_BITS.items()},
+    ("int2", False): 170 * 2.0**119,
+    ("int3", False): 145 * 2.0**118,
     ("int4", False): 136 * 2.0**117,
-    ("int8", True): 255 * 2.0**113,
     ("fp8", True): 145 * 2.0**112,
 }
 E8M0_BIAS = 127
@@ -59,7 +63,7 @@ FLOATING = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16} 
 class QuantizedTensor:
     """Codes and scales of one weight ``[out, in]``.
 
-    codes: ``[out, in]``; int8 for int4 and int8 (values in range, one per byte), float8_e4m3fn for fp8, uint8 for fp4 (E2M1 code
+    codes: ``[out, in]``; int8 for integers (values in range, one per byte), float8_e4m3fn for fp8, uint8 for fp4 (E2M1 code
         0..15, sign in bit 3, one per byte).
     scale: ``scheme.scale_shape``; bfloat16, or float8_e4m3fn (nvfp4), or uint8 exponent + 127 (mxfp4).
     zero_point: int8, shape of scale, only when the scheme is not symmetric.
@@ -209,10 +213,11 @@ def fit(weight: torch.Tensor, scheme: Scheme, global_scale: torch.Tensor | None 
     zeros = SCALE_OF_ZEROS[scheme.scale_number]
     if not scheme.symmetric:
         low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
-        value = (high / 2 - low / 2) / 7.5
+        lowest, highest = INT_RANGE[scheme.number]
+        value = (high / 2 - low / 2) / HALF_RANGE[scheme.number]
         scale = value.to(torch.bfloat16).clamp(*bf16_scale_limits(scheme))
         scale = torch.where(value > 0, scale.view(torch.int16), zeros).view(torch.bfloat16)
-        zero_point = torch.where(value > 0, (-8 - low / value).round().clamp(-8, 7), -8)
+        zero_point = torch.where(value > 0, (lowest - low / value).round().clamp(lowest, highest), lowest)
         return scale, zero_point.to(torch.int8)
     largest = grouped.abs().amax(-1)
     if scheme.scale_number == "e8m0":

@@ -58,7 +58,7 @@ from typing import Any, Literal
 from quantkit.errors import RecipeError
 from quantkit.llama4 import ROLES, Role
 from quantkit.mixtures import FILE_TYPES
-from quantkit.scheme import GGML, KEEP, Scheme, parse_scheme, scheme_names
+from quantkit.scheme import GGML, INTEGERS, KEEP, Scheme, parse_scheme, scheme_names
 
 FEED_FORWARD_ROLES: tuple[Role, ...] = ("routed_expert", "shared_expert", "dense_mlp")
 GGUF = "gguf"
@@ -131,10 +131,10 @@ def method_misfit(method: str, scheme: Scheme) -> str | None:
             return f"method {method} is not for {scheme.name}, which takes method {usual}"
     elif method == "importance":
         return f"method importance is for the types of GGUF files; {scheme.name} takes method rtn"
-    elif method == "gptq" and scheme.number not in ("int4", "int8"):
-        return f"method gptq is for int4 and int8 schemes and the types of GGUF files; {scheme.name} takes method rtn"
-    elif method == "awq" and (scheme.number not in ("int4", "int8") or scheme.granularity != "group"):
-        return f"method awq is for int4 and int8 schemes with groups; {scheme.name} takes method rtn"
+    elif method == "gptq" and scheme.number not in INTEGERS:
+        return f"method gptq is for schemes of integers and the types of GGUF files; {scheme.name} takes method rtn"
+    elif method == "awq" and (scheme.number not in INTEGERS or scheme.granularity != "group"):
+        return f"method awq is for schemes of integers with groups; {scheme.name} takes method rtn"
     return None
 
 

@@ -14,12 +14,12 @@ from compressed_tensors.quantization.lifecycle.forward import quantize
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
 from quantkit.grid import FP4_VALUES, QuantizedTensor
-from quantkit.scheme import BLOCK_SIZE, Scheme
+from quantkit.scheme import BLOCK_SIZE, INTEGERS, Scheme
 
 
 def library_arguments(scheme: Scheme) -> QuantizationArgs:
     """The library's description of the weights of a scheme."""
-    kind = "int" if scheme.number in ("int4", "int8") else "float"
+    kind = "int" if scheme.number in INTEGERS else "float"
     fields = {"num_bits": scheme.bits, "type": kind, "symmetric": scheme.symmetric, "strategy": scheme.granularity}
     if scheme.granularity == "group":
         fields |= {"group_size": scheme.group_size}

@@ -295,9 +295,9 @@ def test_errors() -> None:
 
 
 def test_rules_that_cannot_be() -> None:
-    with pytest.raises(RecipeError, match=r"awq is for int4 and int8 schemes with groups; fp8-block-dynamic takes method rtn"):
+    with pytest.raises(RecipeError, match=r"awq is for schemes of integers with groups; fp8-block-dynamic takes method rtn"):
         Rule("fp8-block-dynamic", method="awq")
-    with pytest.raises(RecipeError, match=r"awq is for int4 and int8 schemes with groups; int4-channel takes method rtn"):
+    with pytest.raises(RecipeError, match=r"awq is for schemes of integers with groups; int4-channel takes method rtn"):
         Rule("int4-channel", method="awq")
     with pytest.raises(RecipeError, match="awq is a search for scales"):
         Rule("int4-g128", method="awq", clip_search=False)

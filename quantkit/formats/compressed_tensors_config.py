@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from quantkit.errors import ArtifactError, RecipeError
 from quantkit.llama4 import WeightMatrix
-from quantkit.scheme import BLOCK_SIZE, KEEP, Scheme, parse_scheme, scheme_names
+from quantkit.scheme import BLOCK_SIZE, IN_WORDS, INTEGERS, KEEP, Scheme, parse_scheme, scheme_names
 from quantkit.strict_json import brief
 
 Schemes = Mapping[WeightMatrix, Scheme | None]
@@ -52,6 +52,11 @@ def encoding(scheme: Scheme) -> Literal["packed", "plain", "fp4"]:
     return "plain" if scheme.number == "fp8" or scheme.dynamic_activations else "packed"
 
 
+def held(scheme: Scheme) -> bool:
+    """Whether the format holds numbers of this family, so that clients can compute with them."""
+    return scheme.number in ("fp8", "fp4", *IN_WORDS)
+
+
 def format_name(scheme: Scheme) -> str:
     """The format field of a group: the client's name for the encoding."""
     if scheme.number == "fp4":
@@ -63,7 +68,7 @@ def format_name(scheme: Scheme) -> str:
 
 def _arguments(scheme: Scheme) -> dict[str, dict[str, Any]]:
     """The ``weights`` and, if the client quantizes activations, ``input_activations`` of a group."""
-    kind = "int" if scheme.number in ("int4", "int8") else "float"
+    kind = "int" if scheme.number in INTEGERS else "float"
     weights: dict[str, Any] = {"num_bits": scheme.bits, "type": kind, "symmetric": scheme.symmetric}
     if scheme.granularity == "group":
         weights |= {"strategy": "tensor_group" if scheme.global_scale else "group", "group_size": scheme.group_size}
@@ -177,6 +182,9 @@ def check(schemes: Schemes) -> None:
             problems[f"{matrix.role} weights must stay as in the source, clients build them unquantized"].append(matrix.name)
         if scheme is not None and scheme.number == "ggml":
             problems[f"{scheme.name} is a type of GGUF files; say format = 'gguf'"].append(matrix.name)
+            continue
+        if scheme is not None and not held(scheme):
+            problems[f"no client computes with {scheme.number}, which {scheme.name} is; say format = 'packed'"].append(matrix.name)
             continue
         misfit = scheme.misfit(*matrix.shape) if scheme is not None else None
         if scheme is not None and misfit:
@@ -330,7 +338,7 @@ def _pattern(text: str) -> re.Pattern[str]:
 def _scheme_of_group(group: Mapping[str, Any]) -> Scheme:
     wanted = {key: _stated(group.get(key)) for key in _ARGUMENTS}
     for scheme in map(parse_scheme, scheme_names()):
-        if scheme is not None:
+        if scheme is not None and held(scheme):
             arguments = _arguments(scheme)
             if all(wanted[key] == _stated(arguments.get(key)) for key in wanted):
                 return scheme
