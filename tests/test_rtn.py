@@ -128,8 +128,8 @@ def test_error_is_never_above_the_librarys(scheme: Scheme, kind: str) -> None:
     assert error < grid.measure(weight, exact).relative_error
     rounded = grid.measure(weight, library_quantize(weight, scheme)).relative_error
     assert error < rounded
-    # For NVFP4 the library's BF16 arithmetic yields another global scale, for better or worse; with 2 or 3 bits its codes are off in
-    # so many places that some of them happen to be better.
+    # For NVFP4 the library's BF16 arithmetic yields another global scale, for better or worse; with 2 or 3 bits its codes are off
+    # in so many places that some of them happen to be better.
     if scheme.name != "nvfp4" and scheme.number not in ("int2", "int3"):
         assert grid.measure(weight, fitted[0]).relative_error <= rounded * (1 + 1e-6)
 
