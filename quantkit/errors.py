@@ -12,6 +12,7 @@
     ├── ArtifactError              a finished artifact fails verification
     ├── CorpusError                the calibration text cannot be read, rendered or tokenized
     ├── CalibrationError           calibration met NaN, too little data, or statistics that do not belong to this model
+    ├── GateError                  a gate on an evaluation is malformed, or an artifact crosses it
     └── Interrupted                the run was stopped by the user; it can be resumed
 
 Each message says what happened, where (file, tensor, expert) and what to do about it.  ``exit_code`` is what the command line
@@ -26,6 +27,7 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "CorpusError",
+    "GateError",
     "Interrupted",
     "LedgerError",
     "OutputError",
@@ -99,6 +101,12 @@ class CalibrationError(QuantkitError):
     """Calibration met values that are not finite, too little data, or statistics that do not belong to this model."""
 
     exit_code = 9
+
+
+class GateError(QuantkitError):
+    """An artifact crosses a gate that was set on its evaluation; or a gate is malformed, or names what is not evaluated."""
+
+    exit_code = 10
 
 
 class Interrupted(QuantkitError):

@@ -1,0 +1,356 @@
+"""What a report says in words and numbers, the same in HTML, Markdown and on a terminal.
+
+A reader should learn from the first lines which artifact is best at which size, and whether the differences are more than noise.
+"Better" means a smaller mean divergence from the reference: unlike perplexity it cannot improve by luck.  A difference is called
+significant when the interval of the paired difference leaves out zero.  Numbers are rounded to what their interval supports, and
+what is not known is a dash, never a zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from quantkit.evaluation import INTERVAL, ArtifactEvaluation, Difference, Estimate, Evaluation
+
+UNKNOWN = "–"
+PER_CENT = f"{100 * INTERVAL:g} %"
+
+# What each figure means, for a reader who meets it for the first time.
+METRICS = (
+    (
+        "Size, bits per weight",
+        "Bytes of all tensors of the text model, and the bits that one of its parameters takes on average, scales included. Sizes "
+        "are decimal: 1 GB is 1,000,000,000 bytes.",
+    ),
+    (
+        "Perplexity",
+        "How surprised the model is by the text: with a perplexity of 8 it is as unsure of the next token as if it had to guess "
+        "among 8 equally likely ones. Lower is better. It depends on the text and on the window, so compare it only within this "
+        "report.",
+    ),
+    (
+        "Ratio",
+        "The artifact's perplexity divided by the reference's on the same text. 1 means that nothing was lost; 1.01 is a loss of one "
+        "per cent. It can fall below 1 by chance, since errors also help now and then.",
+    ),
+    (
+        "KL divergence (KLD)",
+        "How far the artifact's probabilities for the next token are from the reference's, at every position, in nats. 0 means the "
+        "same distribution. Errors cannot cancel each other here, so it shows damage that perplexity hides. The mean says how far "
+        "off the artifact usually is; the percentiles and the largest value say how bad its rare failures are: 99 of 100 positions "
+        "stay below the 99 % figure.",
+    ),
+    (
+        "Top-1 agreement",
+        "The share of positions where artifact and reference find the same token most likely: how often greedy decoding would go on "
+        "with the same word.",
+    ),
+    (
+        "Shift of the right token",
+        "By how much the probability of the token that really follows has changed, on average: negative means that the artifact is "
+        "less sure of what is right. The root mean square says how much it moves either way.",
+    ),
+    (
+        "Router agreement",
+        "In a mixture of experts, a router sends each token to one of the experts of a layer. This is the share of tokens that go to "
+        "the same expert as in the reference. A token that goes elsewhere meets different weights, however exactly they are stored.",
+    ),
+    (
+        "Weight error",
+        "How far the stored weights of a layer are from the original ones: the root of the summed squared errors over the summed "
+        "squares. It comes from the ledger of the conversion, not from the text.",
+    ),
+    (
+        "Expert coverage",
+        "How many tokens of the calibration text each expert received. Experts with few tokens were calibrated on little, and their "
+        "errors may not show on this text either.",
+    ),
+    (
+        f"{PER_CENT} interval",
+        "What the figure could have been with other text of the same sort: windows of text are drawn again and again from those "
+        f"measured, and {PER_CENT} of the results fall into the interval. Differences between two artifacts are computed on the same "
+        "windows, which makes them sharper than the figures themselves. Intervals are not widened for the number of comparisons.",
+    ),
+)
+
+
+# --------------------------------------------------------------------------------------------------------------- numbers
+
+
+def number(value: float, digits: int = 3) -> str:
+    """So many significant digits, without an exponent from 0.0001 on: ``0.0187``, ``12.3``, ``1,042``, ``2.1e-06``."""
+    if math.isnan(value):
+        return UNKNOWN
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    if value == 0:
+        return "0"
+    if abs(value) < 0.9995e-4:
+        return f"{value:.{digits - 1}e}".replace("-", "−")
+    return f"{value:,.{_decimals(value, digits)}f}".replace("-", "−")
+
+
+def _decimals(value: float, digits: int) -> int:
+    """Decimals that show so many digits of a value."""
+    if not math.isfinite(value) or value == 0:
+        return digits
+    return max(0, digits - 1 - math.floor(math.log10(abs(float(f"{value:.{digits - 1}e}")))))
+
+
+def interval(estimate: Estimate, digits: int = 3) -> str:
+    """``0.0181 to 0.0193``, with the decimals of the estimate; a dash where it is not known."""
+    if math.isnan(estimate.low) or math.isnan(estimate.high):
+        return UNKNOWN
+    if not all(map(math.isfinite, (estimate.value, estimate.low, estimate.high))) or 0 < abs(estimate.value) < 1e-4:
+        return f"{number(estimate.low, digits)} to {number(estimate.high, digits)}"
+    decimals = _decimals(estimate.value, digits)
+    return f"{estimate.low:,.{decimals}f} to {estimate.high:,.{decimals}f}".replace("-", "−")
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """A difference, with its sign."""
+    return f"+{number(value, digits)}" if value > 0 else number(value, digits)
+
+
+def percent(share: float, decimals: int = 2) -> str:
+    """``94.12 %``; 100 only for all."""
+    if math.isnan(share):
+        return UNKNOWN
+    shown = f"{100 * share:.{decimals}f}".replace("-", "−")
+    if share < 1 and shown == f"{100:.{decimals}f}":
+        return f"> {100 - 10**-decimals:.{decimals}f} %"
+    return f"{shown} %"
+
+
+def percent_interval(estimate: Estimate, decimals: int = 2) -> str:
+    """``93.80 to 94.41 %``."""
+    if math.isnan(estimate.low) or math.isnan(estimate.high):
+        return UNKNOWN
+    return f"{100 * estimate.low:.{decimals}f} to {100 * estimate.high:.{decimals}f} %".replace("-", "−")
+
+
+def size(count: float) -> str:
+    """Bytes, decimal: ``64.9 GB``."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if abs(count) < 999.95:
+            return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def seconds(count: float) -> str:
+    """``48 s``, ``12 min``, ``3 h 5 min``."""
+    if math.isnan(count):
+        return UNKNOWN
+    if count < 99.5:
+        return f"{count:.1f} s" if count < 9.95 else f"{count:.0f} s"
+    minutes = round(count / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def listing(names: Sequence[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def role(name: str) -> str:
+    """``routed expert``."""
+    return name.replace("_", " ")
+
+
+# --------------------------------------------------------------------------------------------------------------- findings
+
+
+def ranked(evaluation: Evaluation) -> list[ArtifactEvaluation]:
+    """Closest to the reference first; what has no divergence comes last, equals in the order given."""
+
+    def order(artifact: ArtifactEvaluation) -> tuple[bool, float, int]:
+        value = artifact.scores.divergence.value
+        return math.isnan(value), 0.0 if math.isnan(value) else value, artifact.bytes
+
+    return sorted(evaluation.artifacts, key=order)
+
+
+def frontier(evaluation: Evaluation) -> list[ArtifactEvaluation]:
+    """The artifacts that no other beats in size without losing in divergence, closest first."""
+    best: list[ArtifactEvaluation] = []
+    for artifact in ranked(evaluation):
+        if not math.isnan(artifact.scores.divergence.value) and (not best or artifact.bytes < best[-1].bytes):
+            best.append(artifact)
+    return best
+
+
+def difference(evaluation: Evaluation, first: ArtifactEvaluation, second: ArtifactEvaluation) -> Difference | None:
+    """First minus second, whichever way round it was computed."""
+    for pair in evaluation.differences:
+        if (pair.first, pair.second) == (first.name, second.name):
+            return pair
+        if (pair.first, pair.second) == (second.name, first.name):
+            return Difference(first.name, second.name, _negative(pair.divergence), _negative(pair.log_perplexity))
+    return None
+
+
+def _negative(estimate: Estimate) -> Estimate:
+    return Estimate(-estimate.value, -estimate.high, -estimate.low)
+
+
+def significant(estimate: Estimate) -> bool | None:
+    """Whether the interval of a difference leaves out zero; None where there is no interval."""
+    if math.isnan(estimate.low) or math.isnan(estimate.high):
+        return None
+    return estimate.low > 0 or estimate.high < 0
+
+
+def verdict(estimate: Estimate) -> str:
+    """A difference in one or two words."""
+    return {None: "no interval", True: "significant", False: "not significant"}[significant(estimate)]
+
+
+def title(evaluation: Evaluation) -> str:
+    """What the report is about."""
+    count = len(evaluation.artifacts)
+    return f"{evaluation.reference}, quantized" + (f": {count} artifacts compared" if count > 1 else "")
+
+
+def headline(evaluation: Evaluation) -> str:
+    """The finding in one sentence."""
+    best = frontier(evaluation)
+    if not best:
+        return f"No divergence from {evaluation.reference} could be measured"
+    closest = best[0]
+    if len(evaluation.artifacts) == 1:
+        shared = f"picks the same next token as {evaluation.reference} at {percent(closest.scores.agreement.value, 1)} of positions"
+        return f"{closest.name}, {size(closest.bytes)}, {shared}"
+    if len(best) == 1:
+        return f"{closest.name} is both the smallest and the closest to {evaluation.reference}"
+    parts = [f"{artifact.name} at {size(artifact.bytes)}" for artifact in best[1:4]]
+    rest = f", and {len(best) - 4} more below that" if len(best) > 4 else ""
+    return f"{closest.name} is closest to {evaluation.reference}; for less memory, {listing(parts)}{rest}"
+
+
+def summary(evaluation: Evaluation) -> list[str]:
+    """The sentences under the headline: figures of the closest, whether its lead is real, which sizes are worth it, which are not."""
+    best = frontier(evaluation)
+    if not best:
+        return []
+    closest, scores = best[0], best[0].scores
+    of = (
+        f"{size(closest.bytes)} at {closest.bits_per_weight:.2f} bits per weight, of {size(evaluation.reference_bytes)} unquantized"
+    )
+    lines = [
+        f"{closest.name} takes {of}. Its mean divergence from the reference is {_with_interval(scores.divergence)} nats, its "
+        f"perplexity {number(scores.ratio.value, 5)} times the reference's, and it finds the same token most likely at "
+        f"{percent(scores.agreement.value)} of {scores.positions:,} positions."
+    ]
+    others = [artifact for artifact in ranked(evaluation) if artifact is not closest]
+    if others:
+        lines.append(_lead(evaluation, closest, others[0]))
+    for smaller, larger in zip(best[1:], best[:-1], strict=True):
+        lines.append(_step(evaluation, larger, smaller))
+    lines += [_dominated(evaluation, best, artifact) for artifact in others if artifact not in best]
+    return lines
+
+
+def _with_interval(estimate: Estimate) -> str:
+    ends = interval(estimate)
+    return number(estimate.value) + (f" ({PER_CENT} interval {ends})" if ends != UNKNOWN else " (no interval)")
+
+
+def _lead(evaluation: Evaluation, closest: ArtifactEvaluation, second: ArtifactEvaluation) -> str:
+    if math.isnan(second.scores.divergence.value):
+        return f"Of {second.name} no divergence is known."
+    pair = difference(evaluation, closest, second)
+    known = None if pair is None else significant(pair.divergence)
+    if pair is None or known is None:
+        return (
+            f"{second.name} comes next. Whether the difference is more than noise cannot be said: there is no interval of the "
+            "difference, as with a single window of text."
+        )
+    by = f"the difference of their mean divergence is {_with_interval(_negative(pair.divergence))}"
+    if known:
+        return f"It is closer than {second.name}, which comes next, by more than noise: {by}."
+    return f"It cannot be told from {second.name}, which comes next: {by}, which includes zero."
+
+
+def _step(evaluation: Evaluation, larger: ArtifactEvaluation, smaller: ArtifactEvaluation) -> str:
+    saved = size(larger.bytes - smaller.bytes)
+    value = number(smaller.scores.divergence.value)
+    start = f"{smaller.name}, at {size(smaller.bytes)} and {smaller.bits_per_weight:.2f} bits, saves {saved} on {larger.name}"
+    return f"{start} at a mean divergence of {value}{_times(larger, smaller)}{_noise(evaluation, larger, smaller)}."
+
+
+def _times(better: ArtifactEvaluation, worse: ArtifactEvaluation) -> str:
+    low, high = better.scores.divergence.value, worse.scores.divergence.value
+    return f", {number(high / low, 2)} times as much" if low > 0 else ""
+
+
+def _noise(evaluation: Evaluation, first: ArtifactEvaluation, second: ArtifactEvaluation) -> str:
+    pair = difference(evaluation, first, second)
+    known = None if pair is None else significant(pair.divergence)
+    return {None: "", True: " (significant)", False: " (not significantly)"}[known]
+
+
+def _dominated(evaluation: Evaluation, best: Sequence[ArtifactEvaluation], artifact: ArtifactEvaluation) -> str:
+    if math.isnan(artifact.scores.divergence.value):
+        return f"{artifact.name} has no place here, since its divergence is not known."
+    rival = next(other for other in reversed(best) if other.scores.divergence.value <= artifact.scores.divergence.value)
+    if rival.scores.divergence.value == artifact.scores.divergence.value and rival.bytes == artifact.bytes:
+        return f"{artifact.name} is as large and as close as {rival.name}."
+    place = "no larger" if rival.bytes <= artifact.bytes else "larger"
+    return (
+        f"{artifact.name}, at {size(artifact.bytes)} and {number(artifact.scores.divergence.value)}, is not worth its size: "
+        f"{rival.name} is {place} and closer to the reference{_noise(evaluation, rival, artifact)}."
+    )
+
+
+Column = tuple[str, Callable[[ArtifactEvaluation], str], Callable[[ArtifactEvaluation], str]]
+
+
+def main_columns() -> list[Column]:
+    """The main table: heading, figure and interval of each column; a dash where there is none."""
+
+    def percentile(name: str) -> Callable[[ArtifactEvaluation], str]:
+        return lambda artifact: number(artifact.scores.divergence_percentiles.get(name, math.nan))
+
+    def none(artifact: ArtifactEvaluation) -> str:
+        return ""
+
+    return [
+        ("Size", lambda own: size(own.bytes), none),
+        ("Bits per weight", lambda own: f"{own.bits_per_weight:.2f}", none),
+        ("Perplexity", lambda own: number(own.scores.perplexity.value, 4), lambda own: interval(own.scores.perplexity, 4)),
+        ("Ratio", lambda own: number(own.scores.ratio.value, 5), lambda own: interval(own.scores.ratio, 5)),
+        ("KLD mean", lambda own: number(own.scores.divergence.value), lambda own: interval(own.scores.divergence)),
+        ("KLD median", percentile("50"), none),
+        ("KLD 99 %", percentile("99"), none),
+        ("KLD 99.9 %", percentile("99.9"), none),
+        ("KLD max", percentile("100"), none),
+        ("Top-1 agreement", lambda own: percent(own.scores.agreement.value), lambda own: percent_interval(own.scores.agreement)),
+    ]
+
+
+def text_facts(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """How it was measured, as label and value."""
+    conventions = {
+        "full": "full: every token of a window is predicted but its first",
+        "llama.cpp": "llama.cpp: each window begins with the start token, and only its second half counts",
+    }
+    positions = evaluation.artifacts[0].scores.positions if evaluation.artifacts else 0
+    rounded = "rounded as serving engines round them" if evaluation.rounded_activations else "kept in floating point"
+    facts = [
+        ("Reference", f"{evaluation.reference} ({size(evaluation.reference_bytes)}), {evaluation.reference_path}"),
+        ("Windows", f"{evaluation.windows:,} of {evaluation.window:,} tokens; {positions:,} positions predicted"),
+        ("Convention", conventions.get(evaluation.convention, evaluation.convention)),
+        ("Activations", f"{rounded}, where a scheme quantizes them"),
+        ("Time", seconds(evaluation.seconds)),
+    ]
+    facts += [(f"Text: {role(str(name))}", str(value)) for name, value in evaluation.text.items() if value is not None]
+    return facts
+
+
+def default_command(evaluation: Evaluation) -> list[str]:
+    """The words of a command that measures the same again, as far as the evaluation says."""
+    words = ["quantkit", "compare", *(artifact.path for artifact in evaluation.artifacts), "--reference", evaluation.reference_path]
+    words += ["--window", str(evaluation.window), "--windows", str(evaluation.windows), "--convention", evaluation.convention]
+    return words if evaluation.rounded_activations else [*words, "--float-activations"]
