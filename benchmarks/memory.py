@@ -73,7 +73,7 @@ def measure_child(source: Path, output: Path, targets: list[str], workers: int |
     """Runs in the fresh process: import, note, convert, note; prints JSON."""
     import quantkit  # the only import between the start of the process and the first reading
 
-    after_import = _status("self")
+    after_import = status("self")
     started = time.perf_counter()
     calibration = quantkit.CalibrationOptions(samples=SAMPLES, sequence_length=LENGTH) if calibrated else None
     quantkit.convert(source, to=targets, output=output, workers=workers, calibration=calibration)
@@ -83,14 +83,14 @@ def measure_child(source: Path, output: Path, targets: list[str], workers: int |
             {
                 "import": after_import["VmRSS"],
                 "import_peak": after_import["VmHWM"],
-                "peak": _status("self")["VmHWM"],
+                "peak": status("self")["VmHWM"],
                 "seconds": seconds,
             }
         )
     )
 
 
-def _status(process: int | str) -> dict[str, int]:
+def status(process: int | str) -> dict[str, int]:
     """Memory figures of a process in bytes: VmRSS, VmHWM, RssAnon, RssFile ..."""
     fields = {}
     for line in Path(f"/proc/{process}/status").read_text(encoding="ascii").splitlines():
@@ -117,7 +117,7 @@ def measure(source: Path, output: Path, targets: tuple[str, ...], workers: str, 
     ]
     with tempfile.TemporaryDirectory() as compiled:  # no kernel is compiled yet: what a first run needs is counted
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "NUMBA_CACHE_DIR": compiled})
-        anonymous, mapped = _watch(process)
+        anonymous, mapped = watch(process)
         text, _ = process.communicate()
     if process.returncode:
         raise SystemExit(f"converting {source.name} to {', '.join(targets)} failed")
@@ -125,12 +125,12 @@ def measure(source: Path, output: Path, targets: tuple[str, ...], workers: str, 
     return result | {"anonymous": anonymous, "mapped": mapped}
 
 
-def _watch(process: subprocess.Popen[str]) -> tuple[int, int]:
+def watch(process: subprocess.Popen[str]) -> tuple[int, int]:
     """Sample a process until it ends; anonymous and mapped bytes of the largest sample."""
     anonymous = mapped = 0
     while process.poll() is None:
         try:
-            status = _status(process.pid)
+            status = status(process.pid)
         except (OSError, ValueError):  # it has just ended
             break
         if status.get("RssAnon", 0) + status.get("RssFile", 0) > anonymous + mapped:
