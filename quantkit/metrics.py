@@ -1,0 +1,182 @@
+"""From what two models say about the same tokens to the figures of an evaluation, with intervals.
+
+Every counted position gives five numbers (:class:`TokenScores`).  All figures are sums of them over positions, so the bootstrap,
+which draws whole windows with replacement, needs only the sums of each window: the figure of a resample is that of the sums,
+weighted by how often each window was drawn.  One matrix product serves all resamples, all figures and all artifacts, and all
+artifacts see the same draws: their differences have intervals of their own, which are far narrower than the figures' would suggest.
+Windows are drawn because neighbouring tokens are alike; a bootstrap over tokens would promise too much.
+
+Intervals are percentiles of the resamples.  One window cannot be resampled: then, and with ``resamples=0``, both ends are NaN, and
+whoever shows them leaves them out.  The standard error of a perplexity is llama.cpp's, which takes tokens as independent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+
+from quantkit.evaluation import INTERVAL, Difference, Estimate, Scores
+
+Floats = NDArray[np.float64]
+PERCENTILES = (50, 90, 99, 99.9, 100)
+_PORTION = 1 << 22  # resampled windows at a time
+_OWN = 4  # columns of sums for each artifact: loss, divergence, agreement, probability shift
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What reference and artifact say at each counted position, windows one after the other; all ``[positions]``.
+
+    reference_loss, loss: -log of the probability of the right token, float32.  divergence: Kullback-Leibler divergence of the
+    artifact's distribution from the reference's in nats, float32.  agreement: whether both have the same most likely token.
+    probability_shift: probability of the right token, artifact - reference, float32.
+    """
+
+    reference_loss: torch.Tensor
+    loss: torch.Tensor
+    divergence: torch.Tensor
+    agreement: torch.Tensor
+    probability_shift: torch.Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence[TokenScores]) -> TokenScores:
+        """One after the other."""
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Windows that are summed up together.  windows: their numbers."""
+
+    name: str
+    windows: NDArray[np.int64]
+
+    @classmethod
+    def by(cls, labels: Sequence[str]) -> list[Group]:
+        """One for each label, in the order of the alphabet; windows without a label (an empty one) are in none."""
+        names = np.array(labels)
+        return [cls(name, np.flatnonzero(names == name)) for name in sorted(set(labels)) if name]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Figures of one group: ``scores`` by artifact, ``differences`` for each pair of them, first - second with first < second."""
+
+    scores: tuple[Scores, ...]
+    differences: dict[tuple[int, int], Difference]
+
+
+def summarize(
+    artifacts: Sequence[tuple[str, TokenScores]], positions: Sequence[int], group: Group, *, resamples: int, seed: int
+) -> Summary:
+    """All figures of a group of windows.
+
+    artifacts: with their names, all against one reference.  positions: how many each window has, at least one in the group.
+    """
+    counts = np.asarray(positions, dtype=np.int64)
+    windows = group.windows[counts[group.windows] > 0]
+    sums = _window_sums(artifacts, counts)[windows]
+    totals = np.concatenate([sums.sum(0, keepdims=True), _resampled(sums, group.name, resamples, seed)])  # [1 + resamples, columns]
+    chosen = _rows_of(windows, counts)
+    scores = tuple(_scores(values, totals, number, chosen) for number, (_, values) in enumerate(artifacts))
+    differences = {}
+    for first in range(len(artifacts)):
+        for second in range(first + 1, len(artifacts)):
+            apart = totals[:, _own(first)][:, :2] - totals[:, _own(second)][:, :2]
+            apart = apart / totals[:, :1]
+            names = artifacts[first][0], artifacts[second][0]
+            differences[first, second] = Difference(*names, _estimate(apart[:, 1]), _estimate(apart[:, 0]))
+    return Summary(scores, differences)
+
+
+def router_agreement(reference: torch.Tensor, routes: torch.Tensor) -> list[float]:
+    """By MoE layer, the share of tokens that go to the same experts; both int16 ``[tokens, layers, k]``."""
+    same = (torch.sort(reference, -1).values == torch.sort(routes, -1).values).all(-1)
+    return same.to(torch.float64).mean(0).tolist()
+
+
+def _scores(values: TokenScores, totals: Floats, number: int, rows: NDArray[np.int64]) -> Scores:
+    loss, divergence, agreement, shift = (totals[:, _own(number)] / totals[:, :1]).T  # of all windows, then of resamples
+    reference = totals[:, 1] / totals[:, 0]
+    own, shifts = (tensor.numpy()[rows].astype(np.float64) for tensor in (values.loss, values.probability_shift))
+    percentiles = np.percentile(values.divergence.numpy()[rows].astype(np.float64), PERCENTILES)
+    with np.errstate(over="ignore"):
+        perplexity = np.exp(loss)
+        return Scores(
+            positions=len(rows),
+            perplexity=_estimate(perplexity),
+            perplexity_error=float(perplexity[0]) * _standard_error(own),
+            reference_perplexity=float(np.exp(reference[0])),
+            ratio=_estimate(np.exp(loss - reference)),
+            divergence=_estimate(divergence),
+            divergence_percentiles={str(name): float(value) for name, value in zip(PERCENTILES, percentiles, strict=True)},
+            agreement=_estimate(agreement),
+            probability_shift=_estimate(shift),
+            probability_shift_square=math.sqrt(float(np.mean(np.square(shifts)))),
+        )
+
+
+def _standard_error(values: Floats) -> float:
+    """Of the mean, values taken as independent; NaN for a single one."""
+    if len(values) < 2:
+        return math.nan
+    return math.sqrt(max(0.0, float(np.mean(np.square(values))) - float(np.mean(values)) ** 2) / (len(values) - 1))
+
+
+def _estimate(values: Floats) -> Estimate:
+    """values: the figure itself, then those of resamples."""
+    if len(values) < 2:
+        return Estimate(float(values[0]), math.nan, math.nan)
+    low, high = np.percentile(values[1:], [50 * (1 - INTERVAL), 50 * (1 + INTERVAL)])
+    return Estimate(float(values[0]), float(low), float(high))
+
+
+def _own(number: int) -> slice:
+    """Columns of an artifact: loss, divergence, agreement, probability shift."""
+    return slice(2 + _OWN * number, 2 + _OWN * (number + 1))
+
+
+def _window_sums(artifacts: Sequence[tuple[str, TokenScores]], counts: NDArray[np.int64]) -> Floats:
+    """float64 ``[windows, columns]``: positions, the reference's loss, then the columns of each artifact."""
+    columns = [counts.astype(np.float64), _sum_by_window(artifacts[0][1].reference_loss, counts)]
+    for _, values in artifacts:
+        for tensor in (values.loss, values.divergence, values.agreement, values.probability_shift):
+            columns.append(_sum_by_window(tensor, counts))
+    return np.stack(columns, axis=1)
+
+
+def _sum_by_window(values: torch.Tensor, counts: NDArray[np.int64]) -> Floats:
+    numbers = np.repeat(np.arange(len(counts)), counts)
+    return np.bincount(numbers, weights=values.numpy().astype(np.float64), minlength=len(counts)).astype(np.float64)
+
+
+def _rows_of(windows: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Positions of these windows, in order."""
+    chosen = np.zeros(len(counts), dtype=bool)
+    chosen[windows] = True
+    return np.flatnonzero(np.repeat(chosen, counts))
+
+
+def _resampled(sums: Floats, name: str, resamples: int, seed: int) -> Floats:
+    """float64 ``[resamples, columns]``; none where there is only one window."""
+    count = len(sums)
+    if count < 2:
+        return np.empty((0, sums.shape[1]))
+    generator = np.random.default_rng([seed, xxhash.xxh3_64_intdigest(name.encode())])
+    totals = [drawn @ sums for drawn in _draws(generator, count, resamples)]
+    return np.concatenate(totals) if totals else np.empty((0, sums.shape[1]))
+
+
+def _draws(generator: np.random.Generator, count: int, resamples: int) -> Iterator[Floats]:
+    """How often each of ``count`` windows is drawn, float64 ``[some resamples, count]``: multinomial, row by row."""
+    at_once = max(1, _PORTION // count)
+    for first in range(0, resamples, at_once):
+        rows = min(at_once, resamples - first)
+        drawn = generator.integers(count, size=(rows, count)) + count * np.arange(rows)[:, None]
+        yield np.bincount(drawn.reshape(-1), minlength=rows * count).reshape(rows, count).astype(np.float64)
