@@ -2,10 +2,10 @@
 
     python benchmarks/evaluation_memory.py --directory DIR [--layers 4] [--windows 4] [--window 2048] [--targets w4a16-rtn]
 
-Generates a stack of layers with Scout's true shapes (16 experts, embedding and head with all 202,048 rows, random weights), converts
-it, and evaluates each artifact against the BF16 stack in a fresh process, with an empty cache, so that the reference is computed
-too.  What is counted is told in ``memory.py``.  Needs some 32 GB in DIR for four layers; what is there from an earlier run is used
-again.  Ends with an error when a case passes the bound.
+Generates a stack of layers with Scout's true shapes (16 experts, embedding and head with all 202,048 rows, random weights),
+converts it, and evaluates each artifact against the BF16 stack in a fresh process, with an empty cache, so that the reference is
+computed too.  What is counted is told in ``memory.py``.  Needs some 32 GB in DIR for four layers; what is there from an earlier run
+is used again.  Ends with an error when a case passes the bound.
 """
 
 from __future__ import annotations
@@ -92,10 +92,11 @@ def main() -> None:
     text += f"\nBound: {BOUND / 2**20:,.0f} MiB above the bare import; largest measured {worst / 2**20:,.0f} MiB: it {verdict}.\n\n"
     text += common.table(COLUMNS, rows)
     text += (
-        f"\nA stack of {arguments.layers} layers of Scout's shapes with {VOCABULARY:,} rows in embedding and head, random weights;\n"
-        f"{arguments.windows} windows of {arguments.window} tokens, on all cores. Memory in MiB: `import` is resident after the bare\n"
-        "import, `peak` the kernel's high-water mark at the end, `anonymous` and `mapped` what the largest of the samples taken every\n"
-        "20 ms consisted of. `seconds` and tokens/s are of the whole evaluation, BF16 reference and compiling of kernels included.\n"
+        f"\nA stack of {arguments.layers} layers of Scout's shapes with {VOCABULARY:,} rows in embedding and head, random\n"
+        f"weights; {arguments.windows} windows of {arguments.window} tokens, on all cores. Memory in MiB: `import` is resident\n"
+        "after the bare import, `peak` the kernel's high-water mark at the end, `anonymous` and `mapped` what the largest of the\n"
+        "samples taken every 20 ms consisted of. `seconds` and tokens/s are of the whole evaluation, BF16 reference and compiling\n"
+        "of kernels included.\n"
     )
     common.write_results("evaluation_memory.md", text)
     if worst > BOUND:

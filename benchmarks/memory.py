@@ -130,11 +130,11 @@ def watch(process: subprocess.Popen[str]) -> tuple[int, int]:
     anonymous = mapped = 0
     while process.poll() is None:
         try:
-            status = status(process.pid)
+            sampled = status(process.pid)
         except (OSError, ValueError):  # it has just ended
             break
-        if status.get("RssAnon", 0) + status.get("RssFile", 0) > anonymous + mapped:
-            anonymous, mapped = status["RssAnon"], status["RssFile"]
+        if sampled.get("RssAnon", 0) + sampled.get("RssFile", 0) > anonymous + mapped:
+            anonymous, mapped = sampled["RssAnon"], sampled["RssFile"]
         time.sleep(0.02)
     return anonymous, mapped
 
