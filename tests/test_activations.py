@@ -57,7 +57,8 @@ def library(x: torch.Tensor, weight: QuantizedTensor) -> torch.Tensor:
     module.quantization_status = QuantizationStatus.FROZEN
     if weight.input_scale is not None:
         module.input_scale = weight.input_scale.float()  # parameters have the dtype of the model
-    return forward_quantize(module, x[None], "input", QuantizationArgs(**group["input_activations"]))[0]
+    result: torch.Tensor = forward_quantize(module, x[None], "input", QuantizationArgs(**group["input_activations"]))
+    return result[0]
 
 
 def same_bits(found: torch.Tensor, wanted: torch.Tensor) -> bool:

@@ -1,7 +1,7 @@
 """Inputs of a weight as clients round them, for schemes that quantize activations as well.
 
-compressed-tensors, which transformers calls and whose arithmetic vLLM and SGLang share, divides by a scale in float32, rounds to FP8
-or to whole numbers, and multiplies again.  The scale is
+compressed-tensors, which transformers calls and whose arithmetic vLLM and SGLang share, divides by a scale in float32, rounds to
+FP8 or to whole numbers, and multiplies again.  The scale is
 
     fp8-channel, int8-channel   of each token: its largest magnitude / 448, or / 127.5
     fp8-block                   of each 128 neighbouring inputs of a token: the same
@@ -41,17 +41,17 @@ def same_inputs(one: Weight, other: Weight) -> bool:
 
 
 def rounded_inputs(x: torch.Tensor, weight: Weight) -> torch.Tensor:
-    """``x [tokens, in]`` as the weight's client rounds it, in float32 arithmetic and the dtype of ``x``; ``x`` itself where it does not."""
+    """``x [tokens, in]`` as the weight's client rounds it, ``x`` itself if it does not; computed in float32, of the dtype of ``x``."""
     if not rounds_inputs(weight) or not x.numel():
         return x
     assert isinstance(weight, QuantizedTensor)
-    scheme, values = weight.scheme, x.to(torch.float32)
+    scheme, values = weight.scheme, x.to(torch.float32).contiguous()
     if scheme.static_activations:
         assert weight.input_scale is not None
         result = _rounded(values, weight.input_scale.to(values), scheme)
     elif scheme.granularity == "block":
-        groups = values.unflatten(-1, (-1, BLOCK_SIZE))
-        result = (_rounded(groups, _scale(groups, scheme), scheme, zero_point=True)).flatten(-2)
+        groups = values.view(*values.shape[:-1], -1, BLOCK_SIZE)
+        result = _rounded(groups, _scale(groups, scheme), scheme, zero_point=True).flatten(-2)
     else:
         result = _rounded(values, _scale(values, scheme), scheme, zero_point=True)
     return result.to(x.dtype)

@@ -94,7 +94,7 @@ def _binary(function: Any, emit: dict[tuple[_Vector, _Vector], tuple[_Vector, Ca
 
 _FF, _II, _DD = (FLOATS, FLOATS), (INTS, INTS), (DOUBLES, DOUBLES)
 _binary(operator.add, {_FF: (FLOATS, ir.IRBuilder.fadd), _DD: (DOUBLES, ir.IRBuilder.fadd), _II: (INTS, ir.IRBuilder.add)})
-_binary(operator.sub, {_FF: (FLOATS, ir.IRBuilder.fsub), _II: (INTS, ir.IRBuilder.sub)})
+_binary(operator.sub, {_FF: (FLOATS, ir.IRBuilder.fsub), _DD: (DOUBLES, ir.IRBuilder.fsub), _II: (INTS, ir.IRBuilder.sub)})
 _binary(operator.mul, {_FF: (FLOATS, ir.IRBuilder.fmul), _DD: (DOUBLES, ir.IRBuilder.fmul)})
 _binary(operator.truediv, {_FF: (FLOATS, ir.IRBuilder.fdiv)})
 _binary(operator.and_, {_II: (INTS, ir.IRBuilder.and_)})
@@ -126,11 +126,13 @@ def _splat(builder: Any, vector: _Vector, scalar: ir.Value) -> ir.Value:
 
 @vector_function
 def floats(_typing: Any, value: Any) -> Any:
-    """The scalar as float32 in every lane; Ints are converted lane by lane."""
+    """The scalar as float32 in every lane; Ints and Doubles are converted lane by lane."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
         if value is INTS:
             return builder.sitofp(args[0], FLOATS.llvm)
+        if value is DOUBLES:
+            return builder.fptrunc(args[0], FLOATS.llvm)
         return _splat(builder, FLOATS, context.cast(builder, args[0], value, types.float32))
 
     return FLOATS(value), emit
