@@ -41,7 +41,7 @@ def same_inputs(one: Weight, other: Weight) -> bool:
 
 
 def rounded_inputs(x: torch.Tensor, weight: Weight) -> torch.Tensor:
-    """``x [tokens, in]`` as the weight's client rounds it, ``x`` itself if it does not; computed in float32, of the dtype of ``x``."""
+    """``x [tokens, in]`` as the weight's client rounds it, ``x`` itself if it does not; computed in float32, dtype as of ``x``."""
     if not rounds_inputs(weight) or not x.numel():
         return x
     assert isinstance(weight, QuantizedTensor)

@@ -16,6 +16,7 @@ import torch
 
 from quantkit import forward
 from quantkit.kernels import reference
+from quantkit.kernels.activations import rounded_inputs
 from quantkit.kernels.weights import Mlp, Weight
 from quantkit.team import Team
 from quantkit.workspace import Workspace
@@ -37,7 +38,12 @@ def dequant_matmul(
     x: float32, for triton BF16.  backend: None goes by the device of ``x``.  round_activations: round ``x`` as clients do where the
     weight's scheme asks for it.  team, workspace: of the CPU; without them one thread and new memory.
     """
-    return reference.dequant_matmul(x, weight, _unrounded)
+    backend = backend or backend_of(x)
+    if backend == "triton":
+        from quantkit.kernels import moe_triton
+
+        return moe_triton.dequant_matmul(x, weight, round_activations=round_activations)
+    return reference.dequant_matmul(x, weight, rounded_inputs if round_activations else _unrounded)
 
 
 def moe_forward(
@@ -57,8 +63,20 @@ def moe_forward(
     router: ``[experts, hidden]``.  The sigmoid of the router's logit multiplies what goes into a routed expert; the shared expert
     takes ``x`` itself, and the results are added.  Other arguments as of :func:`dequant_matmul`.
     """
+    backend = backend or backend_of(x)
+    if backend == "triton":
+        from quantkit.kernels import moe_triton
+
+        return moe_triton.moe_forward(
+            x, router, experts, shared_expert, experts_per_token=experts_per_token, round_activations=round_activations
+        )
     routing = forward.route(x.to(torch.float32), router.to(torch.float32), experts_per_token)
-    return reference.moe(x, routing, experts, shared_expert, _unrounded), routing
+    return reference.moe(x, routing, experts, shared_expert, rounded_inputs if round_activations else _unrounded), routing
+
+
+def backend_of(x: torch.Tensor) -> Backend:
+    """The implementation for inputs on that device."""
+    return "triton" if x.is_cuda else "cpu"
 
 
 def _unrounded(x: torch.Tensor, weight: Weight) -> torch.Tensor:

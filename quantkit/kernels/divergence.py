@@ -9,9 +9,9 @@ comparison needs, so that it is computed once for many artifacts; ``compare_rows
 
 The divergence is summed as p (exp(d) - 1 - d) with d = log q - log p.  That is sum p log(p / q), as both distributions sum to 1,
 but no term is negative, so nothing cancels and divergences of 1e-10 are as accurate as those of 1: an error in the log of a sum
-changes d by a constant, whose effect on the total is of second order.  Logits are subtracted in float64, where equal parts of both vanish
-exactly; exponentials are float32, sums float64, taken lane by lane in a fixed order, so results do not depend on the number of
-threads or the CPU.
+changes d by a constant, whose effect on the total is of second order.  Logits are subtracted in float64, where equal parts of both
+vanish exactly; exponentials are float32, sums float64, taken lane by lane in a fixed order, so results do not depend on the number
+of threads or the CPU.
 """
 
 from __future__ import annotations
