@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from quantkit.errors import CheckpointError, CorpusError
 from quantkit.strict_json import brief, parse_object
@@ -25,12 +25,18 @@ LLAMA4_TOKENS = ("<|begin_of_text|>", "<|header_start|>", "<|header_end|>", "<|e
 Message = dict[str, Any]
 
 
+class Render(Protocol):
+    """Messages and tools to text; with ``answer`` the text ends where the assistant begins to answer.  Raises CorpusError."""
+
+    def __call__(self, messages: list[Message], tools: list[Any] | None, /, *, answer: bool = False) -> str: ...
+
+
 @dataclass(frozen=True)
 class ChatFormat:
-    """How messages become text.  name: where that comes from, for the record.  render(messages, tools) raises CorpusError."""
+    """How messages become text.  name: where that comes from, for the record."""
 
     name: str
-    render: Callable[[list[Message], list[Any] | None], str]
+    render: Render
 
 
 def tokenizer_settings(directory: Path) -> dict[str, Any]:
@@ -95,9 +101,7 @@ def named_templates(directory: Path, settings: Mapping[str, Any]) -> tuple[str, 
     return None
 
 
-def _template_renderer(
-    where: str, by_use: Mapping[str, str], tokens: Mapping[str, str]
-) -> Callable[[list[Message], list[Any] | None], str]:
+def _template_renderer(where: str, by_use: Mapping[str, str], tokens: Mapping[str, str]) -> Render:
     from jinja2 import TemplateError
 
     environment = _environment()
@@ -106,11 +110,11 @@ def _template_renderer(
     except TemplateError as error:
         raise CorpusError(f"{where} is no valid template: {error}. Download it again, or calibrate on plain text.") from error
 
-    def render(messages: list[Message], tools: list[Any] | None) -> str:
+    def render(messages: list[Message], tools: list[Any] | None, *, answer: bool = False) -> str:
         template = compiled["tool_use"] if tools and "tool_use" in compiled else compiled["default"]
         values = {**tokens, "date_string": DATE_STRING, "documents": None}
         try:
-            return str(template.render(messages=messages, tools=tools, add_generation_prompt=False, **values))
+            return str(template.render(messages=messages, tools=tools, add_generation_prompt=answer, **values))
         except Exception as error:  # a template is a program: whatever Python raises can come out of it
             raise CorpusError(
                 f"{where} cannot render this conversation: {type(error).__name__}: {str(error)[:300]}. "
@@ -166,17 +170,18 @@ def _with_tools(messages: list[Message], tools: list[Any] | None) -> list[Messag
     return [{"role": "system", "content": f"You can call these functions:\n{listed}"}, *messages]
 
 
-def _llama4_headers(messages: list[Message], tools: list[Any] | None) -> str:
+def _llama4_headers(messages: list[Message], tools: list[Any] | None, *, answer: bool = False) -> str:
     roles = {"tool": "ipython"}
     turns = (
         f"<|header_start|>{roles.get(message['role'], message['role'])}<|header_end|>\n\n{_spoken(message)}<|eot|>"
         for message in _with_tools(messages, tools)
     )
-    return "<|begin_of_text|>" + "".join(turns)
+    return "<|begin_of_text|>" + "".join(turns) + ("<|header_start|>assistant<|header_end|>\n\n" if answer else "")
 
 
-def _paragraphs(messages: list[Message], tools: list[Any] | None) -> str:
-    return "\n\n".join(f"{message['role']}: {_spoken(message)}" for message in _with_tools(messages, tools)) + "\n"
+def _paragraphs(messages: list[Message], tools: list[Any] | None, *, answer: bool = False) -> str:
+    paragraphs = [f"{message['role']}: {_spoken(message)}" for message in _with_tools(messages, tools)]
+    return "\n\n".join([*paragraphs, "assistant:"] if answer else paragraphs) + ("" if answer else "\n")
 
 
 def _optional_object(path: Path) -> dict[str, Any]:
