@@ -1,0 +1,114 @@
+"""How a product of rows and weights is cut into tiles on a GPU.  Data and arithmetic only; nothing here needs Triton.
+
+A tile is some rows (tokens) of one expert times some of its outputs.  Rows of a tile are many where experts have many tokens, since
+weights are then read and unpacked less often, and few where they have few, since a tile costs the same however many of its rows are
+used.  ``TABLE`` says the rest for each number of rows.  It is for an H200 and was chosen from machine code and arithmetic; other
+GPUs of its generation get the same, as nothing in it can fail where registers and shared memory are as large.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+TOKENS = (16, 32, 64, 128)  # rows of a tile; a power of two, at least what a tensor core takes
+FILLED = 0.75  # rows per expert, on average, from which on a tile is worth its size
+INPUTS = 128  # inputs of a step: planes and scales are cut so
+MOST_SPLITS = 8
+LEAST_STEPS = 4  # of a split: below, filling the pipeline takes longer than the work
+
+
+@dataclass(frozen=True)
+class Shape:
+    """outputs: of a tile, gate and up counted both.  warps, stages: of a program.  residents: programs that a multiprocessor is
+    expected to hold.  group: tiles of rows that share a block of weights before the next block is taken, so that both stay in the
+    cache.
+    """
+
+    outputs: int
+    warps: int
+    stages: int
+    residents: int
+    group: int = 8
+
+
+TABLE: dict[str, dict[int, Shape]] = {  # kind of weight -> rows of a tile -> the rest
+    "integer": {
+        16: Shape(64, 4, 6, 4),
+        32: Shape(64, 4, 5, 3),
+        64: Shape(128, 4, 4, 2),
+        128: Shape(128, 8, 3, 1),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Which rows go through which weights, on a device, without the host knowing how many tiles there are.
+
+    expert: int32 ``[most]``, number in the stack of weights.  first, last: int32 ``[most]``, rows from first up to before last, at
+    most ``tokens``.  count: int32 ``[1]``, how many of them there are.  most: how many there can be.  tokens: rows of a tile.
+    """
+
+    expert: torch.Tensor
+    first: torch.Tensor
+    last: torch.Tensor
+    count: torch.Tensor
+    most: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is multiplied: values ``[rows, inputs]``, contiguous, inputs padded with zeros to a multiple of 128; BF16, or FP8.
+
+    scales: None where values are what they say; float32 ``[rows]``, what a step of each row is worth; or float32
+    ``[inputs / 128, rows]``, of each 128 inputs of it.
+    """
+
+    values: torch.Tensor
+    scales: torch.Tensor | None = None
+
+
+def tokens_of_tile(rows: int, experts: int) -> int:
+    """Rows of a tile where so many rows go to so many experts."""
+    fitting = [tokens for tokens in TOKENS if tokens * FILLED <= rows / max(experts, 1)]
+    return fitting[-1] if fitting else TOKENS[0]
+
+
+def cut(first: torch.Tensor, last: torch.Tensor, tokens: int, most: int) -> Tiles:
+    """Tiles of ``tokens`` rows over the rows ``first .. last`` of each expert, int64 ``[experts]``; there are at most ``most``."""
+    ends = torch.cumsum((last - first + tokens - 1) // tokens, 0)
+    number = torch.arange(most, device=first.device)
+    expert = torch.searchsorted(ends, number, right=True).clamp_(max=len(first) - 1)
+    before = torch.where(expert > 0, ends[expert - 1], 0)
+    begin = first[expert] + (number - before) * tokens
+    end = torch.minimum(begin + tokens, last[expert])
+    expert, begin, end, count = (part.to(torch.int32) for part in (expert, begin, end, ends[-1:]))
+    return Tiles(expert, begin, end, count, most, tokens)
+
+
+def all_rows(rows: int, device: torch.device, tokens: int | None = None) -> Tiles:
+    """Tiles of all rows through the only weight of a stack."""
+    tokens = tokens or tokens_of_tile(rows, 1)
+    bounds = torch.tensor([[0], [rows]], device=device)
+    return cut(bounds[0], bounds[1], tokens, max(1, -(-rows // tokens)))
+
+
+def splits(blocks: int, steps: int, programs: int) -> int:
+    """Into how many parts inputs are cut, in ``steps`` of 128, so that ``blocks`` of outputs keep so many programs busy."""
+    count = 1
+    while count < MOST_SPLITS and blocks * count < programs and steps >= 2 * count * LEAST_STEPS:
+        count *= 2
+    return count
+
+
+def shape_of(kind: str, tokens: int) -> Shape:
+    """The entry of the table for tiles of so many rows."""
+    return TABLE[kind][tokens]
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; where there is none kernels are interpreted, and then few programs are best."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

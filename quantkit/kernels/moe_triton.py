@@ -1,0 +1,298 @@
+"""The mixture of experts of a layer straight from packed weights, on a CUDA device.
+
+    route       logits in float32, the experts of largest logits, the sigmoid
+    sort        rows (token, slot) by expert; behind them all tokens once more for the shared expert, which is one more expert
+    permute     rows gathered, multiplied by the router's score, rounded to BF16
+    gate_up     one launch: both products and SwiGLU, BF16 ``[rows, width]``
+    down        one launch: float32 ``[splits, rows, hidden]``; where there are few rows, inputs are cut so that the device is full
+    combine     for every token the shared expert's row, then its slots, over all splits, always in that order
+
+Experts of one scheme and shape are one stack and one launch of each; a mixture of schemes takes one launch for each of them.
+Nothing waits for the device: how many tiles of rows there are is known to the device alone (``moe_tiles.Tiles``), and kernels take
+tiles until there are none.  No atomics: every row is written by one program.
+
+A kind of weight has three functions, which ``KERNELS`` finds by name in its module:
+
+    gate_up(rows: Rows, weight: DeviceWeight, tiles: Tiles, out [rows, any width >= outputs] BF16)    weight is paired
+    matmul(rows: Rows, weight: DeviceWeight, tiles: Tiles, out [splits, rows, outputs] BF16 or float32)
+    round_rows(values [rows, padded inputs] BF16, weight: DeviceWeight, expert_of_row: int64 [rows]) -> Rows
+
+    shape_of_tile(weight: DeviceWeight, tokens: int) -> Shape
+
+``out`` of gate_up may be wider than ``outputs``; what lies beyond is left as it is.  Each of the splits of ``matmul`` takes a run of
+inputs (zeros where there is none for it), and the caller adds them.  Rows without a tile belong to other stacks and are not written.
+``round_rows`` is called where a client would round; ``expert_of_row`` is a row's place in the stack, any place for rows of others.
+``shape_of_tile`` gives the entry of the table that the launchers use for tiles of so many rows.
+
+This module imports triton, so nothing imports it before there is work for a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as functional
+
+from quantkit import forward
+from quantkit.errors import RecipeError
+from quantkit.kernels import moe_tiles, moe_triton_rows
+from quantkit.kernels.device_weights import DeviceWeight, alike, build, kind_of, padded, scheme_of, stack
+from quantkit.kernels.moe_tiles import INPUTS, Rows, Shape, Tiles
+from quantkit.kernels.weights import Mlp, Weight
+
+Launch = Callable[[Rows, DeviceWeight, Tiles, torch.Tensor], None]
+
+KERNELS = {  # kind of weight -> module with its launchers
+    "integer": "quantkit.kernels.moe_triton_integer",
+    "fp8": "quantkit.kernels.moe_triton_float",
+    "floating": "quantkit.kernels.moe_triton_float",
+    "blocks": "quantkit.kernels.moe_triton_blocks",
+}
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The functions of a kind; see above."""
+
+    gate_up: Launch
+    matmul: Launch
+    round_rows: Callable[[torch.Tensor, DeviceWeight, torch.Tensor], Rows]
+    shape_of_tile: Callable[[DeviceWeight, int], Shape]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Experts of one scheme and shape on a device.
+
+    numbers: int64 ``[experts]``, which they are, on the device; the shared expert is number ``Mixture.experts``.  routed: how many
+    of them are not the shared expert, which comes last.  gate, up: paired in ``gate``, unless their schemes differ.
+    """
+
+    numbers: torch.Tensor
+    routed: int
+    gate: DeviceWeight
+    up: DeviceWeight | None
+    down: DeviceWeight
+
+    @property
+    def shared(self) -> bool:
+        """Whether the shared expert is among them."""
+        return self.routed < len(self.numbers)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """All experts of a layer that are wanted, and the shared one, ready to be multiplied; see :func:`prepare`."""
+
+    experts: int
+    stacks: tuple[Stack, ...]
+
+
+@dataclass(frozen=True)
+class _Order:
+    """Rows in the order of the stacks: routed ones by expert, in each by token; then one for every token for the shared expert.
+
+    tokens: int64 ``[rows]``.  scores: float32 ``[rows]``.  experts: int64 ``[rows]``, of the layer.  bounds: int64
+    ``[experts + 2]``, first row of each expert.  places: int64 ``[1 + slots, tokens]``, the rows of a token, the shared expert's
+    first.
+    """
+
+    tokens: torch.Tensor
+    scores: torch.Tensor
+    experts: torch.Tensor
+    bounds: torch.Tensor
+    places: torch.Tensor
+
+
+def kernels_of(kind: str) -> Kernels:
+    """The launchers of a kind of weight."""
+    module = importlib.import_module(KERNELS[kind])
+    return cast("Kernels", module)
+
+
+# --------------------------------------------------------------------------------------------------------------- prepare
+
+
+def prepare(experts: Sequence[Mlp], shared: Mlp, device: torch.device, wanted: Sequence[int] | None = None) -> Mixture:
+    """Experts on the device, stacked by scheme.  wanted: the experts to ask for, ascending; None for all."""
+    numbers = range(len(experts)) if wanted is None else wanted
+    groups: list[list[tuple[int, DeviceWeight, DeviceWeight | None, DeviceWeight]]] = []
+    for number in (*numbers, len(experts)):
+        mlp = shared if number == len(experts) else experts[number]
+        entry = (number, *_on_device(mlp, device))
+        for group in groups:
+            if all(_both_alike(one, other) for one, other in zip(group[0][1:], entry[1:], strict=True)):
+                group.append(entry)
+                break
+        else:
+            groups.append([entry])
+        del mlp  # before the next one is read
+    return Mixture(len(experts), tuple(_stacked(group, len(experts), device) for group in groups))
+
+
+def _on_device(mlp: Mlp, device: torch.device) -> tuple[DeviceWeight, DeviceWeight | None, DeviceWeight]:
+    down = build(mlp.down, device)
+    if kind_of(mlp.gate) == kind_of(mlp.up) and scheme_of(mlp.gate) == scheme_of(mlp.up):
+        return build(mlp.gate, device, mlp.up), None, down
+    return build(mlp.gate, device), build(mlp.up, device), down
+
+
+def _both_alike(one: DeviceWeight | None, other: DeviceWeight | None) -> bool:
+    return one is other if one is None or other is None else alike(one, other)
+
+
+def _stacked(group: list[tuple[int, DeviceWeight, DeviceWeight | None, DeviceWeight]], experts: int, device: torch.device) -> Stack:
+    numbers = [entry[0] for entry in group]
+    ups = [up for _, _, up, _ in group if up is not None]
+    gate = stack([gate for _, gate, _, _ in group])
+    down = stack([down for _, _, _, down in group])
+    return Stack(
+        torch.tensor(numbers, device=device), sum(number < experts for number in numbers), gate, stack(ups) if ups else None, down
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- forward
+
+
+def dequant_matmul(x: torch.Tensor, weight: Weight | DeviceWeight, *, round_activations: bool = True) -> torch.Tensor:
+    """``x [tokens, in]`` BF16 times the transposed weight: BF16 ``[tokens, out]``."""
+    x = x.to(torch.bfloat16)
+    with _current(x.device):
+        there = weight if isinstance(weight, DeviceWeight) else build(weight, x.device)
+        values = _padded_rows(x, there.padded_inputs)
+        if not len(x):
+            return x.new_empty((0, there.outputs))
+        tiles = moe_tiles.all_rows(len(x), x.device)
+        parts = _product(values, there, tiles, x.new_zeros(len(x), dtype=torch.int64), round_activations)
+        if len(parts) == 1:
+            return parts[0].to(torch.bfloat16)
+        out = x.new_empty((len(x), there.outputs))
+        moe_triton_rows.combine(parts, torch.arange(len(x), device=x.device)[None], out)
+        return out
+
+
+def moe_forward(
+    x: torch.Tensor,
+    router: torch.Tensor,
+    experts: Sequence[Mlp] | Mixture,
+    shared_expert: Mlp | None,
+    *,
+    experts_per_token: int = 1,
+    round_activations: bool = True,
+) -> tuple[torch.Tensor, forward.Routing]:
+    """BF16 ``[tokens, hidden]`` for ``x [tokens, hidden]`` BF16, and where each token went.
+
+    experts: prepared, with the shared one among them, or as they are stored, and then those with tokens are brought to the device.
+    """
+    x = x.to(torch.bfloat16).contiguous()
+    with _current(x.device):
+        routing = forward.route(x.to(torch.float32), router.to(x.device, torch.float32), experts_per_token)
+        if not len(x):
+            return torch.empty_like(x), routing
+        if not isinstance(experts, Mixture):
+            if shared_expert is None:
+                raise RecipeError("moe_forward: experts that are not prepared need a shared expert beside them")
+            experts = prepare(experts, shared_expert, x.device, torch.unique(routing.experts).tolist())
+        return _run(x, routing, experts, round_activations), routing
+
+
+def _run(x: torch.Tensor, routing: forward.Routing, mixture: Mixture, round_activations: bool) -> torch.Tensor:
+    tokens, slots = routing.experts.shape
+    order = _ordered(routing, mixture.experts)
+    values = moe_triton_rows.permute(x, order.tokens, order.scores, padded(x.shape[1], INPUTS))
+    found = []
+    for group in mixture.stacks:
+        rows_of_expert = moe_tiles.tokens_of_tile(tokens * slots, mixture.experts) if group.routed else None
+        cut = _tiles(group, order, tokens, slots, rows_of_expert or moe_tiles.tokens_of_tile(tokens, 1))
+        place = torch.searchsorted(group.numbers, order.experts).clamp_(max=len(group.numbers) - 1)
+        inner = _inner(values, group, cut, place, round_activations)
+        found.append((group, cut, place, inner))
+    splits = max(_splits(group.down, cut, x.device) for group, cut, _, _ in found)
+    parts = torch.empty((splits, len(order.tokens), x.shape[1]), device=x.device)
+    for group, cut, place, inner in found:
+        _multiply(inner, group.down, cut, place, round_activations, parts)
+    out = torch.empty_like(x)
+    moe_triton_rows.combine(parts, order.places, out)
+    return out
+
+
+def _ordered(routing: forward.Routing, experts: int) -> _Order:
+    tokens, slots = routing.experts.shape
+    device = routing.experts.device
+    flat = routing.experts.flatten()
+    by_expert, order = torch.sort(flat, stable=True)
+    everyone = torch.arange(tokens, device=device)
+    places = torch.empty_like(flat)
+    places[order] = torch.arange(len(flat), device=device)
+    bounds = torch.searchsorted(by_expert, torch.arange(experts + 2, device=device))
+    bounds[experts + 1] = len(flat) + tokens
+    return _Order(
+        torch.cat([order // slots, everyone]),
+        torch.cat([routing.scores.flatten()[order], torch.ones(tokens, device=device)]),
+        torch.cat([by_expert, torch.full_like(everyone, experts)]),
+        bounds,
+        torch.cat([everyone[None] + len(flat), places.view(tokens, slots).t()]).contiguous(),
+    )
+
+
+def _tiles(group: Stack, order: _Order, tokens: int, slots: int, size: int) -> Tiles:
+    """Tiles of ``size`` rows for a stack; at most one of an expert is not full."""
+    most = min(group.routed, tokens * slots) + (tokens * slots // size if group.routed else 0)
+    most += -(-tokens // size) if group.shared else 0
+    return moe_tiles.cut(order.bounds[group.numbers], order.bounds[group.numbers + 1], size, most)
+
+
+def _inner(values: torch.Tensor, group: Stack, tiles: Tiles, place: torch.Tensor, round_activations: bool) -> torch.Tensor:
+    """silu(gate) * up of every row of a stack, BF16 ``[rows, padded width]``."""
+    gate, up, kernels = group.gate, group.up, kernels_of(group.gate.kind)
+    width = group.down.padded_inputs
+    make = torch.empty if width == gate.outputs else torch.zeros  # padding is multiplied by zeros, so it must be finite
+    inner = make((len(values), width), dtype=torch.bfloat16, device=values.device)
+    if up is None:
+        kernels.gate_up(_rows(values, gate, place, round_activations), gate, tiles, inner)
+        return inner
+    parts = [_product(values, weight, tiles, place, round_activations).sum(0) for weight in (gate, up)]
+    inner[:, : gate.outputs] = functional.silu(parts[0]) * parts[1]
+    return inner
+
+
+def _product(
+    values: torch.Tensor, weight: DeviceWeight, tiles: Tiles, place: torch.Tensor, round_activations: bool
+) -> torch.Tensor:
+    """float32 ``[splits, rows, outputs]``; rows without a tile hold anything."""
+    out = torch.empty((_splits(weight, tiles, values.device), len(values), weight.outputs), device=values.device)
+    _multiply(values, weight, tiles, place, round_activations, out)
+    return out
+
+
+def _multiply(
+    values: torch.Tensor, weight: DeviceWeight, tiles: Tiles, place: torch.Tensor, round_activations: bool, out: torch.Tensor
+) -> None:
+    kernels_of(weight.kind).matmul(_rows(values, weight, place, round_activations), weight, tiles, out)
+
+
+def _rows(values: torch.Tensor, weight: DeviceWeight, place: torch.Tensor, round_activations: bool) -> Rows:
+    scheme = weight.scheme
+    if round_activations and scheme is not None and (scheme.dynamic_activations or scheme.static_activations):
+        return kernels_of(weight.kind).round_rows(values, weight, place)
+    return Rows(values)
+
+
+def _splits(weight: DeviceWeight, tiles: Tiles, device: torch.device) -> int:
+    shape = kernels_of(weight.kind).shape_of_tile(weight, tiles.tokens)
+    blocks = tiles.most * -(-weight.rows // shape.outputs)
+    return moe_tiles.splits(blocks, weight.padded_inputs // INPUTS, moe_tiles.multiprocessors(device) * shape.residents)
+
+
+def _padded_rows(x: torch.Tensor, width: int) -> torch.Tensor:
+    return functional.pad(x, (0, width - x.shape[1])).contiguous() if width != x.shape[1] else x.contiguous()
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """The device that kernels are launched on."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
