@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 
@@ -154,20 +155,44 @@ class Inference:
             query, key, value = (
                 _with_bias(self._product(rows, weight), bias) for weight, bias in zip(joined, biases, strict=False)
             )
-            shape = (len(group), group[0][1], -1)
-            query, key, value = query.view(shape), key.view(shape), value.view(shape)
-            context = torch.empty_like(query)
+            if cache is not None:
+                context = self._continue(number, group, samples.length, (query, key, value), cache)
+            else:
+                shape = (len(group), group[0][1], -1)
+                query, key, value = query.view(shape), key.view(shape), value.view(shape)
+                context = torch.empty_like(query)
 
-            def attend(part: slice, query=query, key=key, value=value, context=context, group=group) -> None:  # type: ignore[no-untyped-def]
-                past = None
-                if cache is not None:  # then a group is one sample
-                    past = self._continued(number, group[0][0] // samples.length, key, value, cache)
-                context[part] = forward.attend(
-                    config, number, query[part], key[part], value[part], frequencies=self.model.frequencies, past=past
-                )
+                def attend(part: slice, query=query, key=key, value=value, context=context) -> None:  # type: ignore[no-untyped-def]
+                    context[part] = forward.attend(
+                        config, number, query[part], key[part], value[part], frequencies=self.model.frequencies
+                    )
 
-            self._team.run(attend, spans(len(group), max(1, PORTION // (4 * group[0][1]))))
+                self._team.run(attend, spans(len(group), max(1, PORTION // (4 * group[0][1]))))
             hidden[tokens] += _with_bias(self._product(context.view(len(tokens), -1), out), biases[3])
+
+    def _continue(
+        self,
+        number: int,
+        group: list[tuple[int, int]],
+        length: int,
+        projected: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        cache: KeyValueCache,
+    ) -> torch.Tensor:
+        """What attention gathers for samples that continue what the cache holds; ``projected``: query, key, value, one behind the
+        other as in ``group``."""
+        context = torch.empty_like(projected[0])
+        ends = list(accumulate(tokens for _, tokens in group))
+
+        def attend(place: int) -> None:
+            (begin, tokens), end = group[place], ends[place]
+            query, key, value = (rows[None, end - tokens : end] for rows in projected)
+            past = self._continued(number, begin // length, key, value, cache)
+            context[end - tokens : end] = forward.attend(
+                self.config, number, query, key, value, frequencies=self.model.frequencies, past=past
+            )[0]
+
+        self._team.run(attend, range(len(group)))
+        return context
 
     def _continued(
         self, number: int, sample: int, key: torch.Tensor, value: torch.Tensor, cache: KeyValueCache
@@ -229,16 +254,18 @@ class _Experts(Sequence[Mlp]):
         return self._inference._mlp(self._units[2 * index], self._units[2 * index + 1])
 
 
-def _groups(samples: Samples, apart: bool) -> Iterator[list[tuple[int, int]]]:
-    """Neighbouring samples of equal length, of a portion's tokens at most: (first row, length) of each; one by one if ``apart``."""
+def _groups(samples: Samples, mixed: bool) -> Iterator[list[tuple[int, int]]]:
+    """Neighbouring samples of a portion's tokens at most, of equal length unless ``mixed``: (first row, length) of each."""
     group: list[tuple[int, int]] = []
+    total = 0
     for number, length in enumerate(samples.lengths):
         if not length:
             continue
-        if group and (apart or length != group[0][1] or (len(group) + 1) * length > PORTION):
+        if group and ((length != group[0][1] and not mixed) or total + length > PORTION):
             yield group
-            group = []
+            group, total = [], 0
         group.append((number * samples.length, length))
+        total += length
     if group:
         yield group
 
