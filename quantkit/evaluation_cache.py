@@ -1,0 +1,224 @@
+"""Arrays that an evaluation keeps on disk: final hidden states, states of a run that goes on, scores of tokens.
+
+An entry is one file with a header, arrays of one leading dimension each, and a checksum over all of it:
+
+    8 bytes     magic
+    8 bytes     length of the header
+    header      JSON: dtypes and shapes of the arrays by name
+    arrays      one after the other, row-major, little endian
+    16 bytes    xxh3-128 of everything before
+
+It is written under another name, synced and renamed, so that an entry is there as a whole or not at all; space is allocated first,
+so that a full disk is an error before any work is lost.  An entry is opened by reading it through once and comparing the checksum:
+what is damaged is told in a warning and counts as absent, so it is computed again.  What is opened stays readable when another run
+removes or replaces the file.  Nothing here is worth keeping: the directory can be deleted at any time.
+
+Hidden states are kept as FP16 with a power of two for each row, so that the largest value of a row has all bits that FP16 has and
+the smallest that count are not lost: half the bytes of float32, for an error of the divergence of some 1e-7
+(``benchmarks/results/evaluation.md``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import struct
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+import xxhash
+
+from quantkit.datafiles import allocate_file
+from quantkit.journal import output_errors, sync_directory, write_all
+
+MAGIC = b"qkcache1"
+_READ_BYTES = 8 << 20
+_STALE_SECONDS = 3600.0  # a file in the making that nobody has written to for so long is nobody's any more
+_DIGEST_BYTES = 16
+_LARGEST_POWER = 15  # values of a row are scaled to below 2 to this power, which FP16 holds
+_LEAST_EXPONENT = -100  # of the scale: beyond it the scale's inverse is no float32
+
+_logger = logging.getLogger(__name__)
+
+
+class Entry:
+    """An entry that was found sound; a context manager."""
+
+    def __init__(self, descriptor: int, begin: int, arrays: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+        self._descriptor = descriptor
+        self._places: dict[str, tuple[int, torch.dtype, tuple[int, ...]]] = {}
+        for name, (dtype, shape) in arrays.items():
+            self._places[name] = begin, dtype, shape
+            begin += math.prod(shape) * dtype.itemsize
+        self.size = begin + _DIGEST_BYTES
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of an array."""
+        return self._places[name][2]
+
+    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        """An array, or some of its rows."""
+        begin, dtype, shape = self._places[name]
+        start, stop, _ = (rows or slice(None)).indices(shape[0])
+        row_bytes = math.prod(shape[1:]) * dtype.itemsize
+        result = torch.empty((stop - start, *shape[1:]), dtype=dtype)
+        _read_into(self._descriptor, result.numpy().reshape(-1).view(np.uint8).data, begin + start * row_bytes)
+        return result
+
+    def close(self) -> None:
+        """Close the file.  Harmless when repeated."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class EvaluationCache:
+    """The entries below ``directory``; names may have one slash, for a folder."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises OutputError when the directory cannot be made or written to."""
+        self.directory = directory
+        with output_errors(f"write to the evaluation cache {directory}"):
+            directory.mkdir(parents=True, exist_ok=True)
+            probe = directory / f".probe-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+
+    def open(self, name: str) -> Entry | None:
+        """The entry, read through; None when there is none, or none that is sound."""
+        path = self.directory / name
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            _logger.warning("%s cannot be read (%s); what it held is computed again", path, error.strerror)
+            return None
+        try:
+            entry = _checked(descriptor)
+        except OSError as error:
+            _logger.warning("%s cannot be read (%s); what it held is computed again", path, error.strerror)
+            entry = None
+        else:
+            if entry is None:
+                _logger.warning("%s is damaged; what it held is computed again", path)
+        if entry is None:
+            os.close(descriptor)
+        return entry
+
+    def save(self, name: str, arrays: Mapping[str, torch.Tensor]) -> None:
+        """Write an entry, replacing any of that name.  Raises OutputError."""
+        path = self.directory / name
+        with output_errors(f"write {path}", resumable=True):
+            path.parent.mkdir(exist_ok=True)
+            _remove_stale(path.parent)
+            temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+            try:
+                _write(temporary, arrays)
+                os.replace(temporary, path)
+            except BaseException:
+                with contextlib.suppress(FileNotFoundError):
+                    temporary.unlink()
+                raise
+            sync_directory(path.parent)
+
+    def remove(self, name: str) -> None:
+        """Remove an entry, if it is there, and its folder when that is empty then.  Raises OutputError."""
+        path = self.directory / name
+        with output_errors(f"remove {path}"):
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+            if path.parent != self.directory:
+                with contextlib.suppress(OSError):  # not empty, or not there: all the same
+                    path.parent.rmdir()
+
+
+def _header(arrays: Mapping[str, torch.Tensor]) -> bytes:
+    described = {name: [str(array.dtype).removeprefix("torch."), list(array.shape)] for name, array in arrays.items()}
+    header = json.dumps(described, separators=(",", ":")).encode()
+    return MAGIC + struct.pack("<Q", len(header)) + header
+
+
+def _write(path: Path, arrays: Mapping[str, torch.Tensor]) -> None:
+    header = _header(arrays)
+    parts = [memoryview(header)]
+    parts += [array.contiguous().numpy().reshape(-1).view(np.uint8).data for array in arrays.values()]
+    digest = xxhash.xxh3_128()
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    try:
+        allocate_file(descriptor, sum(map(len, parts)) + _DIGEST_BYTES)
+        offset = 0
+        for part in parts:
+            digest.update(part)
+            write_all(descriptor, part, offset)
+            offset += len(part)
+        write_all(descriptor, digest.digest(), offset)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _checked(descriptor: int) -> Entry | None:
+    """The entry in an open file; None when it is damaged.  Raises OSError."""
+    size = os.fstat(descriptor).st_size
+    if size < len(MAGIC) + 8 + _DIGEST_BYTES:
+        return None
+    digest = xxhash.xxh3_128()
+    buffer = memoryview(bytearray(min(_READ_BYTES, size)))
+    offset, end = 0, size - _DIGEST_BYTES
+    while offset < end:
+        piece = buffer[: min(len(buffer), end - offset)]
+        _read_into(descriptor, piece, offset)
+        digest.update(piece)
+        offset += len(piece)
+    if os.pread(descriptor, _DIGEST_BYTES, end) != digest.digest() or os.pread(descriptor, len(MAGIC), 0) != MAGIC:
+        return None
+    # The checksum is right, so this is what was written.
+    (length,) = struct.unpack("<Q", os.pread(descriptor, 8, len(MAGIC)))
+    described: dict[str, Any] = json.loads(os.pread(descriptor, length, len(MAGIC) + 8))
+    arrays = {name: (getattr(torch, dtype), tuple(shape)) for name, (dtype, shape) in described.items()}
+    return Entry(descriptor, len(MAGIC) + 8 + length, arrays)
+
+
+def _read_into(descriptor: int, target: memoryview, offset: int) -> None:
+    while target:
+        count = os.preadv(descriptor, [target], offset)
+        if not count:
+            raise OSError("the file is shorter than it was")
+        target, offset = target[count:], offset + count
+
+
+def _remove_stale(directory: Path) -> None:
+    """Remove what killed runs left in the making."""
+    for path in directory.glob("*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                path.unlink()
+
+
+# ----------------------------------------------------------------------------------------------------------- hidden states
+
+
+def encode_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Finite float32 ``[count, hidden]`` as FP16 of that shape and the exponents of their scales, int16 ``[count]``."""
+    power = torch.frexp(rows.abs().amax(-1)).exponent  # every value is below 2 to this power
+    exponents = (power - _LARGEST_POWER).clamp_(min=_LEAST_EXPONENT)
+    return torch.ldexp(rows, -exponents[:, None]).to(torch.float16), exponents.to(torch.int16)
+
+
+def decode_rows(halves: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
+    """float32 ``[count, hidden]``."""
+    return torch.ldexp(halves.to(torch.float32), exponents.to(torch.int32)[:, None])
