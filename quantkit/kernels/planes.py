@@ -4,9 +4,9 @@ A row of weights is cut into groups of 128 inputs, the last one filled up with c
 bits, group after group, so a row takes ``ceil(in / 128) * 4 * bits`` words.  Codes are stored with an offset of half their range,
 ``u = code + 2^(bits - 1)``, hence unsigned.
 
-A *plane* holds p neighbouring bits of every code of a group, p one of 1, 2, 4 and 8, in ``B = 4 * p`` words: field j of word b, that is
-its bits ``p * j`` to ``p * j + p - 1``, belongs to input ``k = B * j + b`` of the group.  Widths 2, 4 and 8 are one plane; the others
-are planes one after the other, the lowest bits first:
+A *plane* holds p neighbouring bits of every code of a group, p one of 1, 2, 4 and 8, in ``B = 4 * p`` words: field j of word b,
+that is its bits ``p * j`` to ``p * j + p - 1``, belongs to input ``k = B * j + b`` of the group.  Widths 2, 4 and 8 are one plane;
+the others are planes one after the other, the lowest bits first:
 
     bits       2    3      4    5      6      7          8
     planes     2    2, 1   4    4, 1   4, 2   4, 2, 1    8
