@@ -96,7 +96,7 @@ def verify(
         except (QuantkitError, OSError) as error:
             checks.append(Check(name, False, str(error)))
 
-    run("manifest", lambda: _check_manifest(path, progress))
+    run("manifest", lambda: check_manifest(path, progress))
     entries, damage = _read_ledger(path)
     try:
         artifact: Artifact = kind(path, entries)
@@ -157,7 +157,11 @@ def _failure(path: Path, checks: list[Check]) -> ArtifactError:
     return ArtifactError(f"{path} fails {len(failed)} of {len(checks)} checks:\n{lines}\n{advice}")
 
 
-def _check_manifest(path: Path, progress: Callable[[int, int], None] | None) -> str:
+def check_manifest(path: Path, progress: Callable[[int, int], None] | None) -> str:
+    """Compare all that the manifest of ``path`` lists with the files; says what was found.  Raises ArtifactError, CheckpointError.
+
+    progress: told how many bytes of how many are hashed; one call at a time.
+    """
     listed = parse_object(read_small_file(path / MANIFEST, SIDECAR_BYTES), MANIFEST).get("files")
     if not isinstance(listed, dict) or not all(isinstance(entry, dict) for entry in listed.values()):
         raise ArtifactError(f"{MANIFEST} lists no files")
