@@ -1,0 +1,153 @@
+"""Before anything is computed: are these the files they claim to be, one model in several forms, with one tokenizer?
+
+A figure from damaged files, from another model's tokenizer or from a model of other shape would look like any other figure, so each
+of these is one error here.  Files are compared with the manifest that lies beside them, where there is one: a bit that flipped in a
+tensor is found by its sha256, not by a strange perplexity.
+
+Text goes through the models as token ids, so what must agree of two tokenizers is what each id stands for.  Equal files need no
+closer look; others (clients write ``tokenizer.json`` anew) are compared token by token.  GGUF files hold the tokens themselves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from gguf.constants import Keys
+
+from quantkit.corpus import load_tokenizer
+from quantkit.errors import ArtifactError, CheckpointError, LedgerError
+from quantkit.formats.gguf_tokenizer import TOKENIZER_FILE, tokenizer_metadata
+from quantkit.stored_model import CheckpointModel, GgufModel, StoredModel
+from quantkit.strict_json import brief, parse_object
+from quantkit.tensor_files import SIDECAR_BYTES, read_small_file
+from quantkit.verify import check_manifest
+from quantkit.writer import MANIFEST
+
+# What a config says of names, of storage and of what lies beyond the text is no part of the model's arithmetic; nor are fields
+# that GGUF files do not state, where frequencies are compared instead, and llama.cpp's own constants.
+_SHAPES = (
+    "hidden_size",
+    "expert_width",
+    "num_layers",
+    "num_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "num_experts",
+    "experts_per_token",
+    "moe_layers",
+    "rope_layers",
+    "use_qk_norm",
+    "rms_norm_eps",
+)
+_CLOSE = 1e-5  # relative, for numbers that GGUF files hold as float32
+
+
+def model_directory(model: StoredModel) -> Path:
+    """Where the sidecars of a model lie: tokenizer, manifest, ledger."""
+    if isinstance(model, CheckpointModel):
+        return model.checkpoint.directory
+    return model.path if os.path.isdir(model.path) else model.path.parent
+
+
+def read_manifest(model: StoredModel) -> dict[str, Any] | None:
+    """The manifest that vouches for the files of a model; None where there is none.  Raises ArtifactError when it is damaged."""
+    directory = model_directory(model)
+    if not os.path.lexists(directory / MANIFEST):
+        return None
+    try:
+        content = parse_object(read_small_file(directory / MANIFEST, SIDECAR_BYTES), str(directory / MANIFEST))
+    except CheckpointError as error:
+        raise ArtifactError(str(error)) from error
+    listed = content.get("files")
+    if not isinstance(listed, dict):
+        raise ArtifactError(f"{directory / MANIFEST} lists no files. Do not use the artifact; convert again.")
+    return content if all(path.name in listed for path in model.files.paths) or os.path.isdir(model.path) else None
+
+
+def check_files(model: StoredModel, manifest: dict[str, Any] | None, progress: Callable[[int, int], None] | None) -> str:
+    """What the states of this model depend on: a digest of its files, after comparing them with the manifest.
+
+    Raises ArtifactError for files that differ from it.
+    """
+    if manifest is not None:
+        directory = model_directory(model)
+        try:
+            check_manifest(directory, progress)
+        except (ArtifactError, CheckpointError, LedgerError) as error:
+            raise ArtifactError(
+                f"{directory} is not what its manifest says: {error}. Do not use it; download or convert it again."
+            ) from error
+        except OSError as error:
+            raise ArtifactError(f"{directory} cannot be read: {error.strerror or error}. Check its permissions.") from error
+        identity: Any = {path.name: manifest["files"].get(path.name) for path in model.files.paths}
+    else:
+        identity = model.checkpoint.fingerprint() if isinstance(model, CheckpointModel) else model.fingerprint()
+    config = dataclasses.asdict(dataclasses.replace(model.config, prefix=""))
+    content = {"files": identity, "config": config, "schemes": model.schemes, "format": model.format}
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+
+
+def check_same_model(reference: StoredModel, artifact: StoredModel) -> None:
+    """Raise ArtifactError when the two are not one model in two forms."""
+    ours, theirs = (dataclasses.asdict(model.config) for model in (reference, artifact))
+    names = list(_SHAPES)
+    if not all(reference.config.moe_layers):
+        names.insert(2, "dense_width")
+    if not isinstance(artifact, GgufModel) and not isinstance(reference, GgufModel):
+        names += ["attention_chunk_size", "temperature_tuning", "floor_scale", "attn_scale"]
+    differing = [name for name in names if not _equal(ours[name], theirs[name])]
+    if not differing and not all(map(_equal, reference.frequencies.tolist(), artifact.frequencies.tolist())):
+        differing = ["the rotary frequencies"]
+    if differing:
+        what = "; ".join(f"{name}: {brief(theirs.get(name))} against {brief(ours.get(name))}" for name in differing if name in ours)
+        raise ArtifactError(
+            f"{artifact.path} is another model than the reference {reference.path}: they differ in "
+            f"{what or differing[0]}. Give the checkpoint that the artifact was made from."
+        )
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, float):
+        return math.isclose(one, other, rel_tol=_CLOSE)
+    return bool(one == other)
+
+
+def check_same_tokenizer(reference: StoredModel, artifact: StoredModel) -> None:
+    """Raise ArtifactError when a token id stands for something else in the artifact than in the reference.
+
+    An artifact that brings no tokenizer is taken at its word.
+    """
+    ours = model_directory(reference)
+    if isinstance(artifact, GgufModel):
+        entry = next(entry for entry in tokenizer_metadata(ours, reference.config) if entry.key == Keys.Tokenizer.LIST)
+        found = artifact.files.sets[0].header.value(Keys.Tokenizer.LIST)
+        if isinstance(found, tuple) and isinstance(entry.value, tuple):
+            _compare(artifact, ours, found, entry.value)
+        return
+    theirs = model_directory(artifact)
+    if not os.path.isfile(theirs / TOKENIZER_FILE) or os.path.samefile(ours, theirs):
+        return
+    (one, one_digest), (other, other_digest) = load_tokenizer(ours), load_tokenizer(theirs)
+    if one_digest != other_digest:
+        ids = range(reference.config.vocab_size)
+        _compare(artifact, ours, [other.id_to_token(token) for token in ids], [one.id_to_token(token) for token in ids])
+
+
+def _compare(artifact: StoredModel, directory: Path, theirs: Sequence[Any], ours: Sequence[Any]) -> None:
+    differing = [number for number, (one, other) in enumerate(zip(ours, theirs, strict=False)) if one != other]
+    if differing or len(ours) != len(theirs):
+        first = differing[0] if differing else min(len(ours), len(theirs))
+        shown = ["nothing" if first >= len(tokens) else brief(tokens[first]) for tokens in (theirs, ours)]
+        raise ArtifactError(
+            f"{artifact.path} has another tokenizer than {directory}: token {first} is {shown[0]}, there it is {shown[1]} "
+            f"({len(differing) + abs(len(ours) - len(theirs)):,} differ). Its figures would mean nothing: give the checkpoint that "
+            "it was made from."
+        )
