@@ -15,7 +15,7 @@ import numpy as np
 
 from quantkit.kernels.jit import compiled, kernel
 from quantkit.kernels.memory import load_float32, load_int32, scatter_bytes, store
-from quantkit.kernels.numbers import SMALLEST_SEARCHED, Numbers, clamp_scale, decode_scale
+from quantkit.kernels.numbers import SMALLEST_SEARCHED, Numbers, clamp_scale, decode_scale, shift_zero_point
 from quantkit.kernels.simd import doubles, floats, fused, ints, lane_sum, maximum, minimum, nearest, select
 from quantkit.kernels.tiles import Search
 
@@ -123,23 +123,17 @@ def search_group(numbers: Numbers, group: Group, search: Search) -> None:
         best, second = judge(numbers, group, start, tile, units, (one, two), (zero, other_zero))
         first = 0
         for end in search.ends:
-            middle, other_middle = one, two
-            for offset in search.offsets[first:end]:
-                code = clamp_scale(numbers, middle + ints(offset))
-                other = clamp_scale(numbers, other_middle + ints(offset))
-                left, right = judge(numbers, group, start, tile, units, (code, other), (zero, other_zero))
+            middle, other_middle, middle_zero, other_middle_zero = one, two, zero, other_zero
+            for index in range(first, end):
+                code = clamp_scale(numbers, middle + ints(search.offsets[index]))
+                other = clamp_scale(numbers, other_middle + ints(search.offsets[index]))
+                shifted = shift_zero_point(numbers, middle_zero, search.shifts[index])
+                moved = shift_zero_point(numbers, other_middle_zero, search.shifts[index])
+                left, right = judge(numbers, group, start, tile, units, (code, other), (shifted, moved))
                 one, two = select(left < best, code, one), select(right < second, other, two)
-                best, second = select(left < best, left, best), select(right < second, right, second)
-            first = end
-        if not numbers.symmetric:
-            low, high = floats(numbers.lowest), floats(numbers.highest)
-            middle_zero, other_middle_zero = zero, other_zero
-            for shift in (-1.0, 1.0):
-                shifted = minimum(maximum(middle_zero + floats(shift), low), high)
-                moved = minimum(maximum(other_middle_zero + floats(shift), low), high)
-                left, right = judge(numbers, group, start, tile, units, (one, two), (shifted, moved))
                 zero, other_zero = select(left < best, shifted, zero), select(right < second, moved, other_zero)
                 best, second = select(left < best, left, best), select(right < second, right, second)
+            first = end
         round_lane(numbers, group, start, tile, 0, floats(1.0), one, zero)
         round_lane(numbers, group, start, tile, 16, floats(1.0), two, other_zero)
         for k in range(group.inputs):

@@ -16,6 +16,7 @@ from quantkit.kernels.numbers import (
     fit_scale,
     largest_magnitude,
     round_tile,
+    shift_zero_point,
     smallest_and_largest,
     squared_error,
 )
@@ -27,7 +28,6 @@ from quantkit.kernels.simd import (
     lane_sum,
     largest_lane,
     maximum,
-    minimum,
     select,
 )
 from quantkit.kernels.tiles import TILE_INPUTS, Scratch, Search, Source, Target, load_tile, store_codes, store_scales, strip_rows
@@ -47,23 +47,17 @@ def search_scale(
     best, chosen = select(unit > floats(SMALLEST_SEARCHED), error, floats(0.0)), fitted  # nothing is better than 0
     inverse, first = floats(1.0) / unit, 0
     for end in search.ends:
-        middle = chosen
-        for offset in search.offsets[first:end]:
-            code = clamp_scale(numbers, middle + ints(offset))
+        middle, middle_zero = chosen, zero_point
+        for index in range(first, end):
+            code = clamp_scale(numbers, middle + ints(search.offsets[index]))
+            shifted = shift_zero_point(numbers, middle_zero, search.shifts[index])
             scale = decode_scale(numbers, code, global_scale)
             ratio = scale * inverse
-            error = squared_error(numbers, tile, start, count, scale, zero_point) * ratio * ratio
-            better = error < best
-            best, chosen = select(better, error, best), select(better, code, chosen)
-        first = end
-    if not numbers.symmetric:
-        scale = decode_scale(numbers, chosen, global_scale)
-        ratio, fitted_zero = scale * inverse, zero_point
-        for shift in (-1.0, 1.0):
-            shifted = minimum(maximum(fitted_zero + floats(shift), floats(numbers.lowest)), floats(numbers.highest))
             error = squared_error(numbers, tile, start, count, scale, shifted) * ratio * ratio
             better = error < best
-            best, zero_point = select(better, error, best), select(better, shifted, zero_point)
+            best, chosen = select(better, error, best), select(better, code, chosen)
+            zero_point = select(better, shifted, zero_point)
+        first = end
     if numbers.whole:
         multiple = best_multiple(numbers, tile, start, count, decode_scale(numbers, chosen, global_scale), zero_point)
         code = encode_scale(numbers, multiple)

@@ -98,6 +98,12 @@ def clamp_scale(numbers: Numbers, code: Any) -> Any:
 
 
 @compiled
+def shift_zero_point(numbers: Numbers, zero_point: Any, shift: Any) -> Any:
+    """Another zero point, kept in its allowed range."""
+    return minimum(maximum(zero_point + floats(shift), floats(numbers.lowest)), floats(numbers.highest))
+
+
+@compiled
 def decode_scale(numbers: Numbers, code: Any, global_scale: float) -> Any:
     """What one code step is worth, as float32."""
     if numbers.scale_kind == SCALE_BF16:

@@ -22,6 +22,7 @@ from quantkit.kernels.numbers import (
     fit_range,
     fit_scale,
     round_tile,
+    shift_zero_point,
     smallest_and_largest,
     squared_error,
 )
@@ -75,33 +76,39 @@ def fit_strip(numbers: Numbers, source: Source, strip: int, vectors: int, scratc
 
 
 @compiled
-def search_strip(numbers: Numbers, source: Source, strip: int, vectors: int, scratch: Scratch, offsets: Any) -> None:
-    """One round: replace the scale codes of a strip by neighbours at ``offsets`` where these give less error."""
+def search_strip(
+    numbers: Numbers, source: Source, strip: int, vectors: int, scratch: Scratch, offsets: Any, shifts: Any
+) -> None:
+    """One round: replace the scale codes and zero points of a strip by those at ``offsets`` and ``shifts`` that give less error."""
     candidates = offsets.size
     for place in range(0, (candidates + 1) * STRIP_ROWS, 16):
         store(scratch.errors, place, floats(0.0))
     for chunk in range(0, source.columns, TILE_INPUTS):
         load_tile(source, strip, chunk, vectors, scratch.tile)
         for lane in range(0, vectors * 16, 16):
-            fitted, zero_point = load_int32(scratch.scale_codes, lane), load_float32(scratch.low, lane)
+            fitted, fitted_zero = load_int32(scratch.scale_codes, lane), load_float32(scratch.low, lane)
             for index in range(candidates + 1):
-                code = fitted
+                code, zero_point = fitted, fitted_zero
                 if index < candidates:
                     code = clamp_scale(numbers, fitted + ints(offsets[index]))
+                    zero_point = shift_zero_point(numbers, fitted_zero, shifts[index])
                 scale, place = decode_scale(numbers, code, 1.0), index * STRIP_ROWS + lane
                 error = squared_error(numbers, scratch.tile, lane * TILE_INPUTS, TILE_INPUTS, scale, zero_point)
                 store(scratch.errors, place, load_float32(scratch.errors, place) + error)
     for lane in range(0, vectors * 16, 16):
-        fitted = load_int32(scratch.scale_codes, lane)
+        fitted, fitted_zero = load_int32(scratch.scale_codes, lane), load_float32(scratch.low, lane)
         unit, error = decode_scale(numbers, fitted, 1.0), load_float32(scratch.errors, candidates * STRIP_ROWS + lane)
         best, chosen = select(unit > floats(SMALLEST_SEARCHED), error, floats(0.0)), fitted  # nothing is better than 0
+        zero_point = fitted_zero
         for index in range(candidates):
             code = clamp_scale(numbers, fitted + ints(offsets[index]))
             ratio = decode_scale(numbers, code, 1.0) / unit
             error = load_float32(scratch.errors, index * STRIP_ROWS + lane) * ratio * ratio
             better = error < best
             best, chosen = select(better, error, best), select(better, code, chosen)
+            zero_point = select(better, shift_zero_point(numbers, fitted_zero, shifts[index]), zero_point)
         store(scratch.scale_codes, lane, chosen)
+        store(scratch.low, lane, zero_point)
 
 
 @compiled
@@ -147,7 +154,7 @@ def quantize_rows(
             peak = maximum(peak, fit_strip(numbers, source, strip, vectors, scratch))
         first = 0
         for end in search.ends:
-            search_strip(numbers, source, strip, vectors, scratch, search.offsets[first:end])
+            search_strip(numbers, source, strip, vectors, scratch, search.offsets[first:end], search.shifts[first:end])
             first = end
         for chunk in range(0, source.columns, TILE_INPUTS):
             load_tile(source, strip, chunk, vectors, scratch.tile)

@@ -61,12 +61,14 @@ class Target(NamedTuple):
 
 
 class Search(NamedTuple):
-    """Candidates for a scale code, in rounds: each round tries offsets from the best code of the round before.
+    """Candidates for a scale code and a zero point, in rounds: each round starts from the best pair of the round before.
 
-    offsets: int64, of all rounds.  ends: int64, where each round ends in ``offsets``; no rounds, no search.
+    offsets: int64, from that scale code, of all rounds.  shifts: int64, as many, from that zero point; those of schemes without one
+    are 0.  ends: int64, where each round ends among them; no rounds, no search.
     """
 
     offsets: Any
+    shifts: Any
     ends: Any
 
 

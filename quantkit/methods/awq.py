@@ -32,7 +32,6 @@ from quantkit.errors import CalibrationError, RecipeError
 from quantkit.evidence import Evidence
 from quantkit.grid import QuantizationStatistics, QuantizedTensor
 from quantkit.kernels.awq import STRIP, Group, search_group, write_codes
-from quantkit.kernels.tiles import Search
 from quantkit.methods import rtn
 from quantkit.scheme import Scheme
 from quantkit.team import Team, output_power, sampled, spans
@@ -42,9 +41,6 @@ SWEEPS = 2
 # Offsets of stored scales, in rounds, as in ``rtn.SEARCH``.  More than there, because outputs are less smooth in a scale than
 # weights are, and because judging candidates is a small part of the work beside the products that c takes.
 SEARCH = ((-40, -32, -24, -16, -8, 8, 16, 24, 32), (-4, 4), (-2, 2), (-1, 1))
-_SEARCH = Search(
-    np.array([offset for offsets in SEARCH for offset in offsets], np.int64), np.cumsum([len(offsets) for offsets in SEARCH])
-)
 PART = 512  # rows that a thread takes: their weights and errors are some 20 MB
 
 
@@ -104,6 +100,7 @@ def _search(
     """
     scheme, (rows, inputs) = start.scheme, weight.shape
     numbers, groups = rtn.numbers_of(scheme), spans(inputs, scheme.group_size)
+    search = rtn.search_of(SEARCH if scheme.symmetric else (*SEARCH, rtn.ZERO_POINTS))
     metrics = [_metric(hessian[group, group], mean) for group in groups]
     parts = spans(rows, PART)
     sums = np.zeros((len(parts), 2))
@@ -141,7 +138,7 @@ def _search(
                 if wanted is not None:
                     cross += wanted[group]
                 cross.mul_(2 / mean)
-                search_group(numbers, view(index), _SEARCH)
+                search_group(numbers, view(index), search)
         codes = torch.empty(height, inputs, dtype=torch.int8)
         for index, group in enumerate(groups):
             sums[number] += write_codes(numbers, view(index), group.start, inputs, codes.numpy().reshape(-1))

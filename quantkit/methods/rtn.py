@@ -5,7 +5,8 @@ With a search the neighbouring stored scales at the offsets below are tried as w
 best one; the scale with the least squared error wins, so the error is never above that of the plain rounding.
 
 Candidates come in rounds, each around the best scale of the round before.  Offsets count codes of stored scales, which follow each
-other in order of size: 48 codes below a BF16 scale is a scale smaller by a fifth to a third.
+other in order of size: 48 codes below a BF16 scale is a scale smaller by a fifth to a third, 128 codes one of half the size.  The
+fewer codes there are, the more of the largest weights are better cut off, so the further down the search goes.
 """
 
 from __future__ import annotations
@@ -30,17 +31,19 @@ from quantkit.team import Team
 from quantkit.workspace import Workspace
 
 # Rounds of offsets.  Lists with twice as many candidates gain less than a thousandth of the error.
-SEARCH: dict[tuple[str, str], tuple[tuple[int, ...], ...]] = {
-    ("int2", "group"): ((-48, -32, -16, 16), (-8, 8), (-4, 4)),
-    ("int2", "channel"): ((-320, -256, -192, -128, -64), (-32, 32), (-16, 16), (-8, 8)),
-    ("int3", "group"): ((-48, -32, -16, 16), (-8, 8), (-4, 4)),
-    ("int3", "channel"): ((-320, -256, -192, -128, -64), (-32, 32), (-16, 16), (-8, 8)),
-    ("int5", "group"): ((-48, -32, -16, 16), (-8, 8), (-4, 4)),
-    ("int5", "channel"): ((-320, -256, -192, -128, -64), (-32, 32), (-16, 16), (-8, 8)),
-    ("int6", "group"): ((-48, -32, -16, 16), (-8, 8), (-4, 4)),
-    ("int6", "channel"): ((-320, -256, -192, -128, -64), (-32, 32), (-16, 16), (-8, 8)),
+Rounds = tuple[tuple[int | tuple[int, int], ...], ...]  # offsets, or pairs of offset and shift
+ZERO_POINTS = ((0, -1), (0, 1))  # a round for zero points alone
+SEARCH: dict[tuple[str, str], Rounds] = {
+    ("int2", "group"): ((-256, -192, -128, -64), (-32, 32), (-16, 16), (-8, 8)),
+    ("int2", "channel"): ((-512, -384, -256, -128), (-64, 64), (-32, 32), (-16, 16), (-8, 8)),
+    ("int3", "group"): ((-96, -64, -32, 16), (-16, 16), (-8, 8), (-4, 4)),
+    ("int3", "channel"): ((-512, -384, -256, -128), (-64, 64), (-32, 32), (-16, 16), (-8, 8)),
     ("int4", "group"): ((-48, -32, -16, 16), (-8, 8), (-4, 4)),
     ("int4", "channel"): ((-320, -256, -192, -128, -64), (-32, 32), (-16, 16), (-8, 8)),
+    ("int5", "group"): ((-16, -8, 8, 16, 24, 32), (-4, 4), (-2, 2)),
+    ("int5", "channel"): ((-160, -120, -80, -40), (-20, 20), (-10, 10), (-5, 5)),
+    ("int6", "group"): ((-6, -3, 3, 6, 9, 12, 15, 18, 21, 24), (-1, 1)),
+    ("int6", "channel"): ((-80, -40), (-20, 20), (-10, 10), (-5, 5), (-2, 2)),
     ("int8", "group"): ((-2, -1, 1, 2, 3, 4, 5, 6, 7, 8),),
     ("int8", "channel"): ((-6, -5, -4, -3, -2, -1),),
     ("fp8", "channel"): ((-48, -36, -24, -12, 12, 24, 36, 48), (-6, 6), (-3, 3)),
@@ -49,8 +52,17 @@ SEARCH: dict[tuple[str, str], tuple[tuple[int, ...], ...]] = {
     ("nvfp4", "group"): ((-2, -1, 1, 3, 4, 5, 6),),
     ("mxfp4", "group"): ((-1,),),
 }
-_MOST_CANDIDATES = max(len(offsets) for rounds in SEARCH.values() for offsets in rounds)
-_NO_SEARCH = Search(np.empty(0, np.int64), np.empty(0, np.int64))
+# With zero points: of groups the one on either side is tried, after all rounds.
+SEARCH_ZERO_POINTS: dict[tuple[str, str], Rounds] = {
+    ("int2", "group"): (*SEARCH["int2", "group"], ZERO_POINTS),
+    ("int2", "channel"): SEARCH["int2", "channel"],
+    ("int3", "group"): (*SEARCH["int3", "group"], ZERO_POINTS),
+    ("int3", "channel"): SEARCH["int3", "channel"],
+    ("int4", "group"): (*SEARCH["int4", "group"], ZERO_POINTS),
+    ("int4", "channel"): SEARCH["int4", "channel"],
+}
+_MOST_CANDIDATES = max(len(each) for table in (SEARCH, SEARCH_ZERO_POINTS) for rounds in table.values() for each in rounds)
+_NO_SEARCH = Search(*(np.empty(0, np.int64) for _ in range(3)))
 
 
 def quantize(
@@ -82,7 +94,7 @@ def quantize(
         peaks = (tiles.largest_bits(source, scratch) for source in sources)
         global_scale = grid.fit_global_scale(max(checked_peak(peak, weights[index], index) for index, peak in enumerate(peaks)))
     numbers = numbers_of(scheme)
-    search = _search(scheme) if clip_search else _NO_SEARCH
+    search = search_of(_rounds(scheme)) if clip_search else _NO_SEARCH
     shared = _shared_scale(numbers, scheme, weights, sources, scratch, search) if scheme.granularity == "tensor" else 0
     results = []
     for index, (weight, source) in enumerate(zip(weights, sources, strict=True)):
@@ -169,10 +181,16 @@ def numbers_of(scheme: Scheme) -> Numbers:
     )
 
 
-def _search(scheme: Scheme) -> Search:
-    rounds = SEARCH[scheme.name if scheme.number == "fp4" else scheme.number, scheme.granularity]
-    offsets = np.array([offset for offsets in rounds for offset in offsets], dtype=np.int64)
-    return Search(offsets, np.cumsum([len(offsets) for offsets in rounds]).astype(np.int64))
+def _rounds(scheme: Scheme) -> Rounds:
+    table = SEARCH if scheme.symmetric else SEARCH_ZERO_POINTS
+    return table[scheme.name if scheme.number == "fp4" else scheme.number, scheme.granularity]
+
+
+def search_of(rounds: Rounds) -> Search:
+    """The candidates of all rounds as kernels take them."""
+    pairs = [each if isinstance(each, tuple) else (each, 0) for candidates in rounds for each in candidates]
+    offsets, shifts = np.array(pairs, np.int64).T
+    return Search(np.ascontiguousarray(offsets), np.ascontiguousarray(shifts), np.cumsum([len(each) for each in rounds]))
 
 
 def _scratch(workspace: Workspace) -> Scratch:
