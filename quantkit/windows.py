@@ -12,13 +12,12 @@ Two conventions, since a perplexity means something only beside others of its ki
 ``llama-perplexity`` knows one text.  Here each kind (a text file is one kind) is a text of its own, its documents joined by empty
 lines; a kind that does not fill a window is left out, and the description says so.
 
-A kind such as ``prose.de`` is a kind, ``prose``, and a language, ``de``; without a dot there is no language.
+A kind such as ``prose.de`` names a language behind its last dot, natural or of programs; a kind without a dot has none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -45,31 +44,26 @@ class Windows:
     """Text to measure on.
 
     tokens: int64 ``[windows, length]``, 0 behind the end of a window.  lengths: of the windows.  first: the first position whose
-    prediction counts; the last one but one of a window is the last.  labels: of each window, such as ``prose.de``.  names: where
+    prediction counts; the last one but one of a window is the last.  kinds: of each window, such as ``prose.de``.  names: where
     each window begins, for error messages.  description: JSON-able record of what this is; the same on every machine.
     """
 
     tokens: torch.Tensor
     lengths: tuple[int, ...]
     first: int
-    labels: tuple[str, ...]
+    kinds: tuple[str, ...]
     names: tuple[str, ...]
     description: dict[str, Any]
 
     @property
     def digest(self) -> str:
-        """xxh3-128 of tokens, lengths, labels and of the positions that count."""
+        """xxh3-128 of tokens, lengths, kinds and of the positions that count."""
         return str(self.description["digest"])
 
     @property
-    def kinds(self) -> tuple[str, ...]:
-        """The kind of each window: its label up to the last dot."""
-        return tuple(label.rpartition(".")[0] or label for label in self.labels)
-
-    @property
     def languages(self) -> tuple[str, ...]:
-        """The language of each window, empty where its label names none."""
-        return tuple(label.rpartition(".")[2] if "." in label else "" for label in self.labels)
+        """The language of each window, empty where its kind names none."""
+        return tuple(kind.rpartition(".")[2] if "." in kind else "" for kind in self.kinds)
 
     @property
     def positions(self) -> tuple[int, ...]:
@@ -123,9 +117,9 @@ def load_windows(
             revision=revision,
             vocab_size=vocab_size,
         )
-        labels = tuple(corpus.kinds[number] for number in corpus.token_kinds[:, 0].tolist())
+        kinds = tuple(corpus.kinds[number] for number in corpus.token_kinds[:, 0].tolist())
         tokens, lengths = corpus.tokens.to(torch.int64), tuple(corpus.lengths.tolist())
-        return _described(Windows(tokens, lengths, 0, labels, corpus.sample_names, corpus.description), convention)
+        return _described(Windows(tokens, lengths, 0, kinds, corpus.sample_names, corpus.description), convention)
     return _second_halves(text, Path(tokenizer_directory), window, windows, seed, revision, vocab_size)
 
 
@@ -172,9 +166,9 @@ def _second_halves(
         "begin_token": begin,
         "left_out": short,
     }
-    labels = tuple(kind for kind, _ in chosen)
+    kinds = tuple(kind for kind, _ in chosen)
     names = tuple(f"{kind}, token {row * window}" for kind, row in chosen)
-    return _described(Windows(tokens, (window,) * asked, window // 2, labels, names, record), "llama.cpp")
+    return _described(Windows(tokens, (window,) * asked, window // 2, kinds, names, record), "llama.cpp")
 
 
 def _joined(documents: tuple[Document, ...], tokenizer: Tokenizer, directory: Path) -> dict[str, str]:
@@ -213,6 +207,5 @@ def _described(cut: Windows, convention: Convention) -> Windows:
     for array in (cut.tokens.numpy(), np.array(cut.lengths)):
         digest.update(f"{array.shape}".encode())
         digest.update(array.astype("<i8").tobytes())
-    digest.update("\n".join((convention, str(cut.first), *cut.labels)).encode())
-    described: Mapping[str, Any] = {**cut.description, "convention": convention, "digest": digest.hexdigest()}
-    return Windows(cut.tokens, cut.lengths, cut.first, cut.labels, cut.names, dict(described))
+    digest.update("\n".join((convention, str(cut.first), *cut.kinds)).encode())
+    return replace(cut, description={**cut.description, "convention": convention, "digest": digest.hexdigest()})
