@@ -19,8 +19,8 @@ A kind of weight has three functions, which ``KERNELS`` finds by name in its mod
 
     shape_of_tile(weight: DeviceWeight, tokens: int) -> Shape
 
-``out`` of gate_up may be wider than ``outputs``; what lies beyond is left as it is.  Each of the splits of ``matmul`` takes a run of
-inputs (zeros where there is none for it), and the caller adds them.  Rows without a tile belong to other stacks and are not written.
+``out`` of gate_up may be wider than ``outputs``; what lies beyond is left as it is.  Each of the splits of ``matmul`` takes a run
+of inputs (zeros where there is none for it), and the caller adds them.  Rows without a tile belong to other stacks: not written.
 ``round_rows`` is called where a client would round; ``expert_of_row`` is a row's place in the stack, any place for rows of others.
 ``shape_of_tile`` gives the entry of the table that the launchers use for tiles of so many rows.
 
