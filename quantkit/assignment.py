@@ -19,6 +19,7 @@ from quantkit.recipe import (
     GGUF,
     METHODS_WITH_HESSIANS,
     OVERRIDE_ROLES,
+    PACKED,
     Recipe,
     Rule,
     fitting_method,
@@ -27,7 +28,8 @@ from quantkit.recipe import (
 from quantkit.scheme import Scheme, parse_scheme
 
 QUANTIZABLE_ROLES: tuple[Role, ...] = ("routed_expert", "shared_expert", "dense_mlp", "attention")
-STREAMED_ROLES: tuple[Role, ...] = ("embedding", "lm_head", "vision", "projector")  # what GGUF quantizes besides, data-free
+# What GGUF and packed quantize besides, data-free.
+STREAMED_ROLES: tuple[Role, ...] = ("embedding", "lm_head", "vision", "projector")
 
 # Relative L2 error of one matrix above which a run fails, by number family.  Round-to-nearest stays below these for weights
 # as heavy tailed as Student's t with 3 degrees of freedom; more means a damaged source or a wrong axis.  A method that looks at
@@ -59,7 +61,7 @@ def assign(
     ranges = [parse_layers(rule.layers) if rule.layers is not None else None for rule in recipe.rules]
     patterns = [re.compile(rule.name) if rule.name is not None else None for rule in recipe.rules]
     mixture = _mixture(recipe, units, config)
-    changeable = QUANTIZABLE_ROLES + (STREAMED_ROLES if recipe.format == GGUF else ())
+    changeable = QUANTIZABLE_ROLES + (STREAMED_ROLES if recipe.format in (GGUF, PACKED) else ())
     used = [0] * len(recipe.rules)
     passed: dict[int, str] = {}  # by rule: what it would reach if that were a matrix
     result: dict[str, Assignment] = {}

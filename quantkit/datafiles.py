@@ -13,7 +13,7 @@ import hashlib
 import os
 import queue
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from quantkit.formats.base import OutputFile
 from quantkit.journal import output_errors, sync_directory, write_all
 
 READ_BYTES = 8 << 20
+CHECKSUM_BYTES = 8
 STOPPED = "stopped while the artifact was checked and completed; nothing is lost: run the same command again to continue"
 
 
@@ -148,6 +149,14 @@ class DataFiles:
         with output_errors(f"write {name} to {self.directory / place.file}", resumable=True):
             write_all(self._descriptors[place.file], data, place.offset + position)
 
+    def write_checksums(self, digests: Mapping[str, str]) -> None:
+        """Write the checksums of whole tensors, name -> xxh3_64, into the files of formats that store them."""
+        for name, digest in digests.items():
+            file = self.places[name].file
+            if (offset := self.files[file].checksums.get(name)) is not None:
+                with output_errors(f"write the checksum of {name} to {self.directory / file}", resumable=True):
+                    write_all(self._descriptors[file], _stored(digest), offset)
+
     def read(self, name: str) -> bytes:
         """What stands at the place of tensor ``name``.  Raises OutputError."""
         place = self.places[name]
@@ -169,9 +178,11 @@ class DataFiles:
         whole, wrong = hashlib.sha256(), []
         buffer = memoryview(bytearray(min(READ_BYTES, file.size)))
         with output_errors(f"read back {path}", resumable=True), path.open("rb", buffering=0) as stream:
-            for tensor_name, known, left in _segments(file):
+            for tensor_name, known, left, is_checksum in _segments(file):
                 part = xxhash.xxh3_64()
                 digest = xxhash.xxh3_64_hexdigest(known) if known is not None else digest_of(tensor_name)
+                if is_checksum:
+                    digest = xxhash.xxh3_64_hexdigest(_stored(digest))
                 while left:
                     if stop.is_set():
                         raise Interrupted(STOPPED)
@@ -202,17 +213,25 @@ class DataFiles:
         self._descriptors.clear()
 
 
-def _segments(file: OutputFile) -> Iterator[tuple[str, bytes | None, int]]:
-    """What follows what in a file: name of the tensor, content where that is known, size.  Header and padding have no name."""
-    yield "", file.header, len(file.header)
+def _segments(file: OutputFile) -> Iterator[tuple[str, bytes | None, int, bool]]:
+    """What follows what in a file: name of the tensor, content where that is known, size, whether it is the tensor's checksum.
+    Header and padding have no name."""
+    pieces = [(file.offsets[tensor.name], tensor.nbytes, tensor.name, False) for tensor in file.tensors]
+    pieces += [(offset, CHECKSUM_BYTES, name, True) for name, offset in file.checksums.items()]
+    yield "", file.header, len(file.header), False
     end = len(file.header)
-    for tensor in sorted(file.tensors, key=lambda tensor: (file.offsets[tensor.name], tensor.nbytes)):
-        if gap := file.offsets[tensor.name] - end:
-            yield "", bytes(gap), gap
-        yield tensor.name, None, tensor.nbytes
-        end = file.offsets[tensor.name] + tensor.nbytes
+    for offset, nbytes, name, is_checksum in sorted(pieces):
+        if gap := offset - end:
+            yield "", bytes(gap), gap, False
+        yield name, None, nbytes, is_checksum
+        end = offset + nbytes
     if gap := file.size - end:
-        yield "", bytes(gap), gap
+        yield "", bytes(gap), gap, False
+
+
+def _stored(digest: str) -> bytes:
+    """A hexadecimal checksum as files hold it."""
+    return int(digest, 16).to_bytes(CHECKSUM_BYTES, "little")
 
 
 def allocate_file(descriptor: int, size: int) -> None:

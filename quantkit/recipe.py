@@ -62,6 +62,7 @@ from quantkit.scheme import GGML, INTEGERS, KEEP, Scheme, parse_scheme, scheme_n
 
 FEED_FORWARD_ROLES: tuple[Role, ...] = ("routed_expert", "shared_expert", "dense_mlp")
 GGUF = "gguf"
+PACKED = "packed"
 VISION_TYPES = ("F16", "BF16", "F32", "Q8_0")
 # What llama.cpp's option --tensor-type reaches: matrices of the text model, whatever else a pattern may match.
 OVERRIDE_ROLES: tuple[Role, ...] = (*FEED_FORWARD_ROLES, "attention", "embedding", "lm_head")
@@ -262,6 +263,29 @@ PRESETS: dict[str, Recipe] = {
 }
 
 
+def _packed(name: str, *rules: Rule) -> Recipe:
+    return Recipe(f"packed-{name}", (*rules, Rule(KEEP)), format=PACKED)
+
+
+# In quantkit's own format, for its own kernels: what other formats cannot hold, and the usual schemes to compare with.
+PACKED_PRESETS: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        _packed("int8", Rule("int8-g128", roles=FEED_FORWARD_ROLES)),
+        _packed("int4", Rule("int4-g128", roles=FEED_FORWARD_ROLES)),
+        _packed("int4-gptq", Rule("int4-g128", roles=FEED_FORWARD_ROLES, method="gptq")),
+        _packed("int3-gptq", Rule("int3-g64", roles=FEED_FORWARD_ROLES, method="gptq")),
+        _packed("int2-gptq", Rule("int2-g64-asym", roles=FEED_FORWARD_ROLES, method="gptq")),
+        _packed(
+            "mixed-gptq",  # a token meets one routed expert of many, and all of the rest
+            Rule("int3-g64", roles=("routed_expert",), method="gptq"),
+            Rule("int8-g128", roles=("shared_expert", "dense_mlp", "attention")),
+            Rule("Q8_0", roles=("embedding", "lm_head")),
+        ),
+    )
+}
+
+
 def _gguf_presets() -> dict[str, Recipe]:
     """A recipe for each file type: under its own name without calibration where that makes sense, and with each method."""
     presets = {}
@@ -278,7 +302,7 @@ def _gguf_presets() -> dict[str, Recipe]:
 # llama.cpp's file types: ``Q4_K_M``, ``Q4_K_M-importance``, ``Q4_K_M-gptq`` and so on.
 GGUF_PRESETS: dict[str, Recipe] = _gguf_presets()
 _SHORT = {kind: GGUF_PRESETS[f"{kind}_M"] for kind in ("Q3_K", "Q4_K", "Q5_K")}  # as llama-quantize takes them
-_PRESETS_BY_LOWER_CASE = {name.lower(): recipe for name, recipe in (PRESETS | GGUF_PRESETS | _SHORT).items()}
+_PRESETS_BY_LOWER_CASE = {name.lower(): recipe for name, recipe in (PRESETS | PACKED_PRESETS | GGUF_PRESETS | _SHORT).items()}
 
 
 def resolve_recipe(target: str | Path | Recipe) -> Recipe:
@@ -291,7 +315,8 @@ def resolve_recipe(target: str | Path | Recipe) -> Recipe:
     if path.suffix == ".toml" or os.path.isfile(path):
         return load_recipe(path)
     raise RecipeError(
-        f"unknown preset {str(target)!r}{_suggest(str(target), [*PRESETS, *GGUF_PRESETS])}. Presets: {', '.join(PRESETS)}; "
+        f"unknown preset {str(target)!r}{_suggest(str(target), [*PRESETS, *PACKED_PRESETS, *GGUF_PRESETS])}. "
+        f"Presets: {', '.join([*PRESETS, *PACKED_PRESETS])}; "
         f"for GGUF {', '.join(FILE_TYPES)}, with -importance or -gptq to calibrate; or give a recipe file (.toml)"
     )
 

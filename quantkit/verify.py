@@ -4,9 +4,10 @@ Everything is read from the artifact's own bytes.  The checks, from cheap to dea
 
 * manifest: every listed file is there with its size and sha256, and beside them lies nothing that a loader would read;
 * headers: every tensor file parses, index or splits agree with the files;
-* tensors: config and quantization section (GGUF: header and recipe) say which tensors must exist with which shape and dtype:
-  exactly these do; metadata (GGUF): every key is as that config and recipe have it;
-* scales: every scale is finite and, in safetensors, positive;
+* tensors: config and quantization section (GGUF: header and recipe; packed: config and headers) say which tensors must exist with
+  which shape and dtype: exactly these do; metadata (GGUF): every key is as that config and recipe have it;
+* blocks (packed): every byte is as the checksums stored beside it say;
+* scales: every scale is finite and, in safetensors and packed, positive;
 * ledger: one entry for each tensor, each as the recipe asked;
 * source: with the source at hand, kept tensors, routed experts included, are equal to it, widened where the format widens, and are
   as many as the ledger says, and a sample of quantized tensors, decoded, is as far from it as the ledger says; the header of a GGUF
@@ -34,7 +35,9 @@ from quantkit.estimate import available_cores
 from quantkit.formats import FORMATS
 from quantkit.gguf_artifact import GgufArtifact
 from quantkit.gguf_files import is_gguf
-from quantkit.recipe import GGUF
+from quantkit.packed_artifact import PackedArtifact
+from quantkit.packed_files import is_packed
+from quantkit.recipe import GGUF, PACKED
 from quantkit.safetensors_artifact import SafetensorsArtifact
 from quantkit.scheme import KEEP, Scheme
 from quantkit.strict_json import brief, parse_object
@@ -44,7 +47,7 @@ from quantkit.writer import JOURNAL, MANIFEST
 READ_BYTES = 8 << 20
 LEDGER = "ledger.json"
 # Files that a loader would read although the manifest does not vouch for them.  What uploads and downloads leave is none of these.
-_LOADED = re.compile(r".*\.(safetensors|bin|pt|pth|py|gguf|index\.json)|config\.json|ledger\.json", re.IGNORECASE | re.DOTALL)
+_LOADED = re.compile(r".*\.(safetensors|packed|bin|pth?|py|gguf|index\.json)|config\.json|ledger\.json", re.IGNORECASE | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,8 @@ def verify(
     path = Path(directory)
     if os.path.isfile(path):
         raise ArtifactError(f"{path} is a file. Give the directory of the artifact, which holds {MANIFEST} too.")
-    kind = SafetensorsArtifact if not os.path.isdir(path) or not _is_gguf(path) else GgufArtifact
-    if kind is SafetensorsArtifact and not os.path.isfile(path / CONFIG_NAME):
+    kind = artifact_kind(path)
+    if kind is not GgufArtifact and not os.path.isfile(path / CONFIG_NAME):
         raise ArtifactError(f"{path} is not an artifact: it has no {CONFIG_NAME}, and no GGUF files")
     checks: list[Check] = []
 
@@ -131,13 +134,18 @@ def verify(
         return VerifyResult(path, tuple(checks), len(files.tensors), size, len(chosen))
 
 
-def _is_gguf(path: Path) -> bool:
-    """Whether the manifest of a directory says so; if it says nothing known, whether the directory looks so."""
+def artifact_kind(path: Path) -> type[SafetensorsArtifact | GgufArtifact | PackedArtifact]:
+    """What the manifest of a directory says it is; if it says nothing known, what the directory looks like."""
+    kinds: dict[str, type[GgufArtifact | PackedArtifact]] = {GGUF: GgufArtifact, PACKED: PackedArtifact}
+    if not os.path.isdir(path):
+        return SafetensorsArtifact
     try:
         stated = parse_object(read_small_file(path / MANIFEST, SIDECAR_BYTES), MANIFEST).get("format")
     except CheckpointError:  # which the check of the manifest will tell
         stated = None
-    return stated == GGUF if isinstance(stated, str) and stated in FORMATS else is_gguf(path)
+    if isinstance(stated, str) and stated in FORMATS:
+        return kinds.get(stated, SafetensorsArtifact)
+    return PackedArtifact if is_packed(path) else GgufArtifact if is_gguf(path) else SafetensorsArtifact
 
 
 def _read_ledger(path: Path) -> tuple[dict[str, ledger.LedgerEntry], QuantkitError | None]:

@@ -233,10 +233,11 @@ class ArtifactWriter:
     def commit(self, unit: str, tensors: Mapping[str, str], ledger: Sequence[Mapping[str, Any]]) -> None:
         """Say that a unit is written: it becomes durable soon, and a resumed run skips it.  Thread-safe.
 
-        tensors: name -> xxh3_64 of each tensor that the unit wrote.  ledger: its ledger lines, kept for it.  Raises OutputError
-        when this or earlier units could not be made durable.
+        tensors: name -> xxh3_64 of each tensor that the unit wrote, which formats with checksums store in the file, too.  ledger:
+        its ledger lines, kept for it.  Raises OutputError when this or earlier units could not be made durable.
         """
         assert self._commits is not None
+        self._data.write_checksums(tensors)
         record: Record = _canonical({"unit": unit, "tensors": dict(tensors), "ledger": list(ledger)})  # as a resumed run sees it
         self._commits.put(record, {self._data.places[name].file for name in tensors})
         self.completed[unit] = record

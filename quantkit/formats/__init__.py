@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from quantkit.formats import compressed_tensors, gguf
+from quantkit.formats import compressed_tensors, gguf, packed
 
-FORMATS = {"compressed-tensors": compressed_tensors, "gguf": gguf}
+FORMATS = {"compressed-tensors": compressed_tensors, "gguf": gguf, "packed": packed}

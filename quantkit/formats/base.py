@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from quantkit import ggml
@@ -39,7 +39,8 @@ class OutputTensor:
 class OutputFile:
     """One planned file: header bytes at offset 0, then every tensor at its absolute offset; zeros between them, if anything.
 
-    offsets: tensor name -> absolute offset in the file.  size: of the whole file in bytes.
+    offsets: tensor name -> absolute offset in the file.  size: of the whole file in bytes.  checksums: tensor name -> absolute
+    offset of the xxh3-64 of its bytes, little-endian, in formats that store it.
     """
 
     name: str
@@ -47,6 +48,7 @@ class OutputFile:
     tensors: tuple[OutputTensor, ...]
     offsets: dict[str, int]
     size: int
+    checksums: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
