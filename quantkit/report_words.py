@@ -13,67 +13,9 @@ from collections.abc import Callable, Sequence
 
 from quantkit.evaluation import INTERVAL, ArtifactEvaluation, Difference, Estimate, Evaluation
 
-UNKNOWN = "–"
+UNKNOWN = "\N{EN DASH}"
+MINUS = "\N{MINUS SIGN}"
 PER_CENT = f"{100 * INTERVAL:g} %"
-
-# What each figure means, for a reader who meets it for the first time.
-METRICS = (
-    (
-        "Size, bits per weight",
-        "Bytes of all tensors of the text model, and the bits that one of its parameters takes on average, scales included. Sizes "
-        "are decimal: 1 GB is 1,000,000,000 bytes.",
-    ),
-    (
-        "Perplexity",
-        "How surprised the model is by the text: with a perplexity of 8 it is as unsure of the next token as if it had to guess "
-        "among 8 equally likely ones. Lower is better. It depends on the text and on the window, so compare it only within this "
-        "report.",
-    ),
-    (
-        "Ratio",
-        "The artifact's perplexity divided by the reference's on the same text. 1 means that nothing was lost; 1.01 is a loss of one "
-        "per cent. It can fall below 1 by chance, since errors also help now and then.",
-    ),
-    (
-        "KL divergence (KLD)",
-        "How far the artifact's probabilities for the next token are from the reference's, at every position, in nats. 0 means the "
-        "same distribution. Errors cannot cancel each other here, so it shows damage that perplexity hides. The mean says how far "
-        "off the artifact usually is; the percentiles and the largest value say how bad its rare failures are: 99 of 100 positions "
-        "stay below the 99 % figure.",
-    ),
-    (
-        "Top-1 agreement",
-        "The share of positions where artifact and reference find the same token most likely: how often greedy decoding would go on "
-        "with the same word.",
-    ),
-    (
-        "Shift of the right token",
-        "By how much the probability of the token that really follows has changed, on average: negative means that the artifact is "
-        "less sure of what is right. The root mean square says how much it moves either way.",
-    ),
-    (
-        "Router agreement",
-        "In a mixture of experts, a router sends each token to one of the experts of a layer. This is the share of tokens that go to "
-        "the same expert as in the reference. A token that goes elsewhere meets different weights, however exactly they are stored.",
-    ),
-    (
-        "Weight error",
-        "How far the stored weights of a layer are from the original ones: the root of the summed squared errors over the summed "
-        "squares. It comes from the ledger of the conversion, not from the text.",
-    ),
-    (
-        "Expert coverage",
-        "How many tokens of the calibration text each expert received. Experts with few tokens were calibrated on little, and their "
-        "errors may not show on this text either.",
-    ),
-    (
-        f"{PER_CENT} interval",
-        "What the figure could have been with other text of the same sort: windows of text are drawn again and again from those "
-        f"measured, and {PER_CENT} of the results fall into the interval. Differences between two artifacts are computed on the same "
-        "windows, which makes them sharper than the figures themselves. Intervals are not widened for the number of comparisons.",
-    ),
-)
-
 
 # --------------------------------------------------------------------------------------------------------------- numbers
 
@@ -83,12 +25,12 @@ def number(value: float, digits: int = 3) -> str:
     if math.isnan(value):
         return UNKNOWN
     if math.isinf(value):
-        return "∞" if value > 0 else "−∞"
+        return "∞" if value > 0 else f"{MINUS}∞"
     if value == 0:
         return "0"
     if abs(value) < 0.9995e-4:
-        return f"{value:.{digits - 1}e}".replace("-", "−")
-    return f"{value:,.{_decimals(value, digits)}f}".replace("-", "−")
+        return f"{value:.{digits - 1}e}".replace("-", MINUS)
+    return f"{value:,.{_decimals(value, digits)}f}".replace("-", MINUS)
 
 
 def _decimals(value: float, digits: int) -> int:
@@ -105,7 +47,7 @@ def interval(estimate: Estimate, digits: int = 3) -> str:
     if not all(map(math.isfinite, (estimate.value, estimate.low, estimate.high))) or 0 < abs(estimate.value) < 1e-4:
         return f"{number(estimate.low, digits)} to {number(estimate.high, digits)}"
     decimals = _decimals(estimate.value, digits)
-    return f"{estimate.low:,.{decimals}f} to {estimate.high:,.{decimals}f}".replace("-", "−")
+    return f"{estimate.low:,.{decimals}f} to {estimate.high:,.{decimals}f}".replace("-", MINUS)
 
 
 def signed(value: float, digits: int = 3) -> str:
@@ -117,7 +59,7 @@ def percent(share: float, decimals: int = 2) -> str:
     """``94.12 %``; 100 only for all."""
     if math.isnan(share):
         return UNKNOWN
-    shown = f"{100 * share:.{decimals}f}".replace("-", "−")
+    shown = f"{100 * share:.{decimals}f}".replace("-", MINUS)
     if share < 1 and shown == f"{100:.{decimals}f}":
         return f"> {100 - 10**-decimals:.{decimals}f} %"
     return f"{shown} %"
@@ -127,7 +69,7 @@ def percent_interval(estimate: Estimate, decimals: int = 2) -> str:
     """``93.80 to 94.41 %``."""
     if math.isnan(estimate.low) or math.isnan(estimate.high):
         return UNKNOWN
-    return f"{100 * estimate.low:.{decimals}f} to {100 * estimate.high:.{decimals}f} %".replace("-", "−")
+    return f"{100 * estimate.low:.{decimals}f} to {100 * estimate.high:.{decimals}f} %".replace("-", MINUS)
 
 
 def size(count: float) -> str:
@@ -152,6 +94,11 @@ def seconds(count: float) -> str:
 def listing(names: Sequence[str]) -> str:
     """``a``, ``a and b``, ``a, b and c``."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def many(count: int, noun: str) -> str:
+    """``1 window``, ``2,304 windows``."""
+    return f"{count} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def role(name: str) -> str:
@@ -230,7 +177,7 @@ def headline(evaluation: Evaluation) -> str:
 
 
 def summary(evaluation: Evaluation) -> list[str]:
-    """The sentences under the headline: figures of the closest, whether its lead is real, which sizes are worth it, which are not."""
+    """The findings, one each: figures of the closest, whether its lead is real, which sizes are worth it and which are not."""
     best = frontier(evaluation)
     if not best:
         return []
@@ -239,9 +186,11 @@ def summary(evaluation: Evaluation) -> list[str]:
         f"{size(closest.bytes)} at {closest.bits_per_weight:.2f} bits per weight, of {size(evaluation.reference_bytes)} unquantized"
     )
     lines = [
-        f"{closest.name} takes {of}. Its mean divergence from the reference is {_with_interval(scores.divergence)} nats, its "
-        f"perplexity {number(scores.ratio.value, 5)} times the reference's, and it finds the same token most likely at "
-        f"{percent(scores.agreement.value)} of {scores.positions:,} positions."
+        (
+            f"{closest.name} takes {of}. Its mean divergence from the reference is {_with_interval(scores.divergence)} nats, its "
+            f"perplexity {number(scores.ratio.value, 5)} times the reference's, and it finds the same token most likely at "
+            f"{percent(scores.agreement.value)} of {scores.positions:,} positions."
+        )
     ]
     others = [artifact for artifact in ranked(evaluation) if artifact is not closest]
     if others:

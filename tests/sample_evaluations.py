@@ -21,7 +21,19 @@ from quantkit.evaluation import (
 NAMES = ("fp8-dynamic", "Q6_K", "w4a16-gptq", "Q4_K_M", "w4a16-rtn")
 BITS = (8.04, 6.57, 4.53, 4.85, 4.53)
 DIVERGENCES = (0.00184, 0.00271, 0.0213, 0.0187, 0.0342)
-LANGUAGES = tuple("bash c cpp go java javascript python rust sql typescript ar de en es fr hi th vi".split())
+LANGUAGES = (
+    "bash",
+    "c",
+    "cpp",
+    "go",
+    "java",
+    "javascript",
+    "python",
+    "rust",
+    "sql",
+    "typescript",
+    *("ar", "de", "en", "es", "fr", "hi", "th", "vi"),
+)
 KINDS = (
     *(f"code.{name}" for name in LANGUAGES[:10]),
     *(f"dialogue.{name}" for name in (*LANGUAGES[10:], "id", "it", "pt", "tl")),
@@ -149,7 +161,7 @@ def with_golden(evaluation: Evaluation) -> Evaluation:
     rows += [(artifact.name, artifact.bytes, artifact.scores.divergence.value) for artifact in evaluation.artifacts]
     answers = []
     for name, size, divergence in rows:
-        wrong = {7, 19, 44, 80, 101} | set(range(0, round(300 * divergence)))
+        wrong = {7, 19, 44, 80, 101} | set(range(round(300 * divergence)))
         right = 1 - len(wrong) / questions
         answers.append(
             GoldenAnswers(
