@@ -40,7 +40,9 @@ from quantkit.workspace import Workspace
 SWEEPS = 2
 # Offsets of stored scales, in rounds, as in ``rtn.SEARCH``.  More than there, because outputs are less smooth in a scale than
 # weights are, and because judging candidates is a small part of the work beside the products that c takes.
-SEARCH = ((-40, -32, -24, -16, -8, 8, 16, 24, 32), (-4, 4), (-2, 2), (-1, 1))
+SEARCH: rtn.Rounds = ((-40, -32, -24, -16, -8, 8, 16, 24, 32), (-4, 4), (-2, 2), (-1, 1))
+# Of 2 and 3 bits: what the largest weight of a group was worth by itself is often not what it is worth to the outputs.
+SEARCH_OF_FEW: rtn.Rounds = ((-160, -128, -96, -64, -32, 32, 64), (-16, 16), (-8, 8), (-4, 4), (-2, 2))
 PART = 512  # rows that a thread takes: their weights and errors are some 20 MB
 
 
@@ -91,6 +93,12 @@ def quantize(
     return results
 
 
+def rounds_of(scheme: Scheme) -> rtn.Rounds:
+    """The candidates for a scheme, as in ``rtn.SEARCH``."""
+    rounds = SEARCH_OF_FEW if scheme.bits <= 3 else SEARCH
+    return rounds if scheme.symmetric else (*rounds, rtn.ZERO_POINTS)
+
+
 def _search(
     team: Team, weight: torch.Tensor, start: QuantizedTensor, hessian: torch.Tensor, missing: torch.Tensor | None, mean: float
 ) -> tuple[QuantizedTensor, float, int]:
@@ -100,7 +108,7 @@ def _search(
     """
     scheme, (rows, inputs) = start.scheme, weight.shape
     numbers, groups = rtn.numbers_of(scheme), spans(inputs, scheme.group_size)
-    search = rtn.search_of(SEARCH if scheme.symmetric else (*SEARCH, rtn.ZERO_POINTS))
+    search = rtn.search_of(rounds_of(scheme))
     metrics = [_metric(hessian[group, group], mean) for group in groups]
     parts = spans(rows, PART)
     sums = np.zeros((len(parts), 2))

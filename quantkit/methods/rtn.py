@@ -52,12 +52,19 @@ SEARCH: dict[tuple[str, str], Rounds] = {
     ("nvfp4", "group"): ((-2, -1, 1, 3, 4, 5, 6),),
     ("mxfp4", "group"): ((-1,),),
 }
-# With zero points: of groups the one on either side is tried, after all rounds.
+
+
+def _joint(rounds: Rounds) -> Rounds:
+    """Rounds whose first one tries each of its scales with the zero points on either side too."""
+    return tuple((offset, shift) for offset in rounds[0] for shift in (-1, 0, 1) if isinstance(offset, int)), *rounds[1:]
+
+
+# With zero points.  Where codes are few and a range is cut to half of it or less, its ends say little of where its middle belongs.
 SEARCH_ZERO_POINTS: dict[tuple[str, str], Rounds] = {
-    ("int2", "group"): (*SEARCH["int2", "group"], ZERO_POINTS),
-    ("int2", "channel"): SEARCH["int2", "channel"],
-    ("int3", "group"): (*SEARCH["int3", "group"], ZERO_POINTS),
-    ("int3", "channel"): SEARCH["int3", "channel"],
+    ("int2", "group"): (*_joint(SEARCH["int2", "group"]), ZERO_POINTS),
+    ("int2", "channel"): (*_joint(SEARCH["int2", "channel"]), ZERO_POINTS),
+    ("int3", "group"): (*_joint(SEARCH["int3", "group"]), ZERO_POINTS),
+    ("int3", "channel"): (*_joint(SEARCH["int3", "channel"]), ZERO_POINTS),
     ("int4", "group"): (*SEARCH["int4", "group"], ZERO_POINTS),
     ("int4", "channel"): SEARCH["int4", "channel"],
 }
