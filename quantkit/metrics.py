@@ -95,10 +95,10 @@ def summarize(
     return Summary(scores, differences)
 
 
-def router_agreement(reference: torch.Tensor, routes: torch.Tensor) -> list[float]:
-    """By MoE layer, the share of tokens that go to the same experts; both int16 ``[tokens, layers, k]``."""
+def same_routes(reference: torch.Tensor, routes: torch.Tensor) -> torch.Tensor:
+    """By MoE layer, how many tokens go to the same experts, int64 ``[layers]``; both int16 ``[tokens, layers, k]``."""
     same = (torch.sort(reference, -1).values == torch.sort(routes, -1).values).all(-1)
-    return same.to(torch.float64).mean(0).tolist()
+    return same.sum(0)
 
 
 def _scores(values: TokenScores, totals: Floats, number: int, rows: NDArray[np.int64]) -> Scores:

@@ -1,0 +1,270 @@
+"""Evaluation: how far artifacts are from the model that they were made from, measured on their own bytes.
+
+Every file is checked, text is cut into windows, and the windows go through reference and artifacts layer by layer, so a model need
+not fit into memory.  What leaves the last layer is kept on disk; logits are made from it a portion at a time and compared at once.
+A sweep (as many windows as are held in memory) is finished for all models before the next begins, so the disk holds the final
+states of the reference, which the next evaluation on the same text uses again, and those of one sweep of each artifact.
+
+Whatever ends a run, the same command goes on where it was and gives the same figures, bit for bit: they depend neither on the
+number of threads nor on what came from the cache.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+
+from quantkit import metrics
+from quantkit.errors import ArtifactError, CorpusError, Interrupted
+from quantkit.estimate import available_cores
+from quantkit.evaluation import ArtifactEvaluation, Difference, Evaluation, Scores
+from quantkit.evaluation_cache import EvaluationCache
+from quantkit.evaluation_checks import check_files, check_same_model, check_same_tokenizer, model_directory, read_manifest
+from quantkit.evaluation_pass import STOPPED, EvaluationProgress, ModelPass, Sweep, Watch, cut_sweeps
+from quantkit.evaluation_provenance import Provenance, read_provenance
+from quantkit.evaluation_scores import Scorer, SweepScores
+from quantkit.stored_model import StoredModel, open_model
+from quantkit.team import Team
+from quantkit.version import __version__
+from quantkit.windows import Convention, Windows, load_windows
+
+__all__ = ["EvaluationProgress", "evaluate"]
+
+Progress = Callable[[EvaluationProgress], None]
+
+
+def evaluate(
+    artifacts: Sequence[str | Path],
+    reference: str | Path,
+    *,
+    text: str | Path | None = None,
+    revision: str | None = None,
+    window: int = 512,
+    windows: int | None = None,
+    convention: Convention = "full",
+    seed: int = 0,
+    device: str = "cpu",
+    workers: int | None = None,
+    batch_tokens: int | None = None,
+    cache: Path | None = None,
+    resamples: int = 1000,
+    round_activations: bool = True,
+    golden: Path | None = None,
+    progress: Progress | None = None,
+    stop: threading.Event | None = None,
+) -> Evaluation:
+    """Compare ``artifacts`` (directories or GGUF files) with ``reference``, the checkpoint that they were made from.
+
+    text, revision, window, windows, convention, seed: see :func:`quantkit.windows.load_windows`.  workers: threads, None for one a
+    core.  batch_tokens: tokens held in memory at once, None for what suits the width of the model.  cache: a directory for what can
+    be used again, None for ``~/.cache/quantkit/evaluation``.  resamples: of the bootstrap; 0 for figures without intervals.
+    round_activations: round the inputs of matrices as clients do where a scheme asks for it.
+
+    Raises ArtifactError, CheckpointError, CorpusError, OutputError (the cache cannot be written), and Interrupted when ``stop`` was
+    set or Ctrl-C pressed; then the same call goes on from there.
+    """
+    if not artifacts:
+        raise ArtifactError("No artifact was given. Give the directory or the GGUF file of at least one.")
+    if golden is not None:
+        raise CorpusError("Golden sets cannot be evaluated yet. Leave `golden` out.")
+    watch = Watch(progress, stop)
+    with ExitStack() as opened:
+        try:
+            base = opened.enter_context(open_model(reference))
+            models = [opened.enter_context(open_model(path)) for path in artifacts]
+            keys, provenances = _checked(base, models, watch)
+            directory = model_directory(base)
+            options = {"window": window, "windows": windows, "convention": convention, "seed": seed, "revision": revision}
+            cut = load_windows(text, directory, vocab_size=base.config.vocab_size, **options)  # type: ignore[arg-type]
+            names = _names(models)
+            store = EvaluationCache(cache or Path.home() / ".cache" / "quantkit" / "evaluation")
+            team = opened.enter_context(Team(workers or available_cores()))
+            where = None if device == "cpu" else torch.device(device)
+            sweeps = cut_sweeps(cut, base.config.hidden_size, batch_tokens)
+            passes = [
+                ModelPass(
+                    model,
+                    name,
+                    _key(key, cut, device, round_activations, sweeps),
+                    cut,
+                    team,
+                    store,
+                    watch,
+                    device=where,
+                    round_activations=round_activations,
+                    is_reference=model is base,
+                )
+                for model, name, key in zip((base, *models), (base.name, *names), keys, strict=True)
+            ]
+            scores = _measure(passes[0], passes[1:], cut, sweeps, team, store, watch)
+        except KeyboardInterrupt as error:
+            raise Interrupted(STOPPED) from error
+        summaries = _Summaries(list(zip(names, (_joined(found) for found in scores), strict=True)), cut, resamples, seed)
+        found = [
+            _artifact(one, scores[number], summaries, number, provenance)
+            for number, (one, provenance) in enumerate(zip(passes[1:], provenances, strict=True))
+        ]
+        return Evaluation(
+            reference=base.name,
+            reference_path=str(reference),
+            reference_bytes=base.bytes,
+            reference_fingerprint=base.fingerprint(),
+            text=cut.description,
+            convention=convention,
+            window=window,
+            windows=len(cut.lengths),
+            rounded_activations=round_activations,
+            environment=_environment(device),
+            artifacts=tuple(found),
+            differences=summaries.differences,
+            seconds=watch.seconds,
+        )
+
+
+def _checked(base: StoredModel, models: Sequence[StoredModel], watch: Watch) -> tuple[list[str], list[Provenance]]:
+    """Digests of the files of reference and artifacts, and where the artifacts come from.  Raises ArtifactError."""
+    keys = [check_files(base, read_manifest(base), None)]
+    provenances = []
+    for model in models:
+        check_same_model(base, model)
+        check_same_tokenizer(base, model)
+        manifest = read_manifest(model)
+
+        def tell(done: int, total: int, name: str = model.name) -> None:
+            watch.tell("check", name, done, total)
+
+        keys.append(check_files(model, manifest, tell))
+        provenances.append(read_provenance(model, manifest))
+    return keys, provenances
+
+
+def _names(models: Sequence[StoredModel]) -> list[str]:
+    """What tables call the artifacts: their names; of those that share one, the paths."""
+    seen = Counter(model.name for model in models)
+    names = [model.name if seen[model.name] == 1 else str(model.path) for model in models]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ArtifactError(f"{twice[0]} was given twice. Give each artifact once.")
+    return names
+
+
+def _key(files: str, windows: Windows, device: str, round_activations: bool, sweeps: Sequence[Sweep]) -> str:
+    """All that final states depend on."""
+    parts = (files, windows.digest, __version__, device, str(round_activations), str(sweeps[0].part.stop))
+    return xxhash.xxh3_64_hexdigest("\n".join(parts).encode())
+
+
+def _measure(
+    base: ModelPass,
+    artifacts: Sequence[ModelPass],
+    windows: Windows,
+    sweeps: Sequence[Sweep],
+    team: Team,
+    cache: EvaluationCache,
+    watch: Watch,
+) -> list[list[SweepScores]]:
+    """By artifact, the scores of all sweeps."""
+    scorer = Scorer(base, windows, team, cache, watch)
+    found: list[list[SweepScores]] = [[] for _ in artifacts]
+    for sweep in sweeps:
+        known = {artifact: scores for artifact in artifacts if (scores := scorer.known(artifact, sweep)) is not None}
+        missing = [artifact for artifact in artifacts if artifact not in known]
+        if missing:
+            known |= dict(zip(missing, scorer.score(missing, sweep), strict=True))
+        for number, artifact in enumerate(artifacts):
+            found[number].append(known[artifact])
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------- results
+
+
+def _joined(scores: Sequence[SweepScores]) -> metrics.TokenScores:
+    return metrics.TokenScores.joined([part.tokens for part in scores])
+
+
+class _Summaries:
+    """Figures over all windows, by kind and by language."""
+
+    def __init__(self, artifacts: Sequence[tuple[str, metrics.TokenScores]], windows: Windows, resamples: int, seed: int) -> None:
+        def summed(group: metrics.Group) -> metrics.Summary:
+            return metrics.summarize(artifacts, windows.positions, group, resamples=resamples, seed=seed)
+
+        def by(labels: Sequence[str]) -> dict[str, metrics.Summary]:
+            groups = metrics.Group.by(labels)
+            return {group.name: summed(group) for group in groups if sum(windows.positions[number] for number in group.windows)}
+
+        self._all = summed(metrics.Group("", np.arange(len(windows.lengths))))
+        self._kinds, self._languages = by(windows.kinds), by(windows.languages)
+
+    @property
+    def differences(self) -> tuple[Difference, ...]:
+        """Between all artifacts, over all windows."""
+        return tuple(self._all.differences.values())
+
+    def of(self, number: int) -> tuple[Scores, dict[str, Scores], dict[str, Scores]]:
+        """Of one artifact: over all windows, by kind, by language."""
+        kinds, languages = (
+            {name: summary.scores[number] for name, summary in table.items()} for table in (self._kinds, self._languages)
+        )
+        return self._all.scores[number], kinds, languages
+
+
+def _artifact(
+    one: ModelPass, sweeps: Sequence[SweepScores], summaries: _Summaries, number: int, provenance: Provenance
+) -> ArtifactEvaluation:
+    scores, kinds, languages = summaries.of(number)
+    model = one.model
+    same = torch.stack([part.same_routes for part in sweeps]).sum(0).tolist()
+    routed = sum(part.routed for part in sweeps)
+    shares = iter([count / routed for count in same])
+    return ArtifactEvaluation(
+        name=one.name,
+        path=str(model.path),
+        format=model.format,
+        bytes=model.bytes,
+        parameters=model.parameters,
+        scores=scores,
+        kinds=kinds,
+        languages=languages,
+        router_agreement=tuple(next(shares) if moe else None for moe in model.config.moe_layers),
+        roles=provenance.roles,
+        ledger=provenance.ledger,
+        coverage=provenance.coverage,
+        fallbacks=provenance.fallbacks,
+        recipe=provenance.recipe,
+        fingerprint=provenance.fingerprint,
+        seconds=one.seconds,
+    )
+
+
+def _environment(device: str) -> dict[str, str]:
+    environment = {
+        "quantkit": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": f"{platform.system()} {platform.release()}",
+        "processor": _processor(),
+        "cores": str(available_cores()),
+        "device": device,
+    }
+    if device != "cpu":
+        environment["device"] = torch.cuda.get_device_name(torch.device(device))
+    return environment
+
+
+def _processor() -> str:
+    """The model of the processor where the system tells it, else its architecture."""
+    path = Path("/proc/cpuinfo")
+    lines: list[Any] = path.read_text(encoding="utf-8", errors="replace").splitlines() if os.path.exists(path) else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
