@@ -94,16 +94,13 @@ def inspection_data(inspection: Inspection) -> dict[str, Any]:
     }
 
 
-def presets_data(rows: Iterable[PresetRow], gguf: Iterable[GgufRow]) -> dict[str, Any]:
-    """All presets by name.  The bits are those of a quantized weight, of GGUF those of all weights of Scout's text model."""
+def presets_data(rows: Iterable[PresetRow], gguf: Iterable[GgufRow], packed: Iterable[PresetRow] = ()) -> dict[str, Any]:
+    """All presets by name.  The bits are those of a quantized weight (packed: of a routed expert), of GGUF those of all weights of
+    Scout's text model."""
     listed = {
-        row.name: {
-            "format": "compressed-tensors",
-            "scheme": row.scheme,
-            "bits_per_weight": row.bits_per_weight,
-            "what": row.what,
-        }
-        for row in rows
+        row.name: {"format": form, "scheme": row.scheme, "bits_per_weight": row.bits_per_weight, "what": row.what}
+        for form, members in (("compressed-tensors", rows), ("packed", packed))
+        for row in members
     }
     for row in gguf:
         for name in row.presets:

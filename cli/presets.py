@@ -28,6 +28,15 @@ LINES = {
     "mxfp4a16": "MXFP4 weights, groups of 32 with power-of-two scales",
 }
 
+PACKED_LINES = {
+    "packed-int8": "INT8 weights, groups of 128",
+    "packed-int4": "INT4 weights, groups of 128",
+    "packed-int4-gptq": "INT4 weights, groups of 128, chosen by GPTQ on calibration text",
+    "packed-int3-gptq": "INT3 weights, groups of 64, chosen by GPTQ on calibration text",
+    "packed-int2-gptq": "INT2 weights with zero points, groups of 64, chosen by GPTQ on calibration text; the smallest",
+    "packed-mixed-gptq": "INT3 for routed experts, chosen by GPTQ on calibration text; 8 bits for what every token meets",
+}
+
 _NONE: tuple[str, ...] = ()
 _IMPORTANCE = ("importance",)
 _BOTH = ("importance", "gptq")
@@ -96,7 +105,7 @@ GGUF_ROWS = (
 def complete_target(incomplete: str) -> list[str]:
     """Presets that begin so, in any case; those with a suffix only when the file type is there in full."""
     begun = incomplete.lower()
-    found = [name for name in LINES if name.startswith(begun)]
+    found = [name for name in (*LINES, *PACKED_LINES) if name.startswith(begun)]
     for row in GGUF_ROWS:
         offered = row.presets if begun.startswith(row.name.lower()) else [row.name]
         found += [name for name in offered if name.lower().startswith(begun)]
@@ -136,9 +145,23 @@ def preset_rows() -> list[PresetRow]:
     return rows
 
 
-def _bits(scheme: Scheme) -> float:
+def packed_rows() -> list[PresetRow]:
+    """The presets of quantkit's own format; bits and scheme are those of routed experts."""
+    from quantkit.recipe import PACKED_PRESETS
+    from quantkit.scheme import parse_scheme
+
+    rows = []
+    for name, recipe in PACKED_PRESETS.items():
+        scheme = parse_scheme(recipe.rules[0].scheme)
+        assert scheme is not None
+        rows.append(PresetRow(name, scheme.name, _bits(scheme, zero_point_bits=8), PACKED_LINES[name]))
+    return rows
+
+
+def _bits(scheme: Scheme, zero_point_bits: int | None = None) -> float:
+    """Bits of a quantized weight.  zero_point_bits: as stored, by default as many as those of a code."""
     from quantkit.scheme import BLOCK_SIZE
 
     weights_per_scale = {"group": scheme.group_size, "block": BLOCK_SIZE**2, "channel": _ROW, "tensor": _ROW**2}[scheme.granularity]
-    zero_point = 0 if scheme.symmetric else scheme.bits
+    zero_point = 0 if scheme.symmetric else zero_point_bits or scheme.bits
     return scheme.bits + (_SCALE_BITS[scheme.scale_number] + zero_point) / weights_per_scale

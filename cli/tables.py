@@ -254,6 +254,16 @@ def print_presets(console: Console, rows: Iterable[PresetRow]) -> None:
     console.print("Quantized: routed experts, shared expert, dense MLP. All else is as in the source.", highlight=False)
 
 
+def print_packed_presets(console: Console, rows: Iterable[PresetRow]) -> None:
+    """Name, scheme, bits and one line for each preset of quantkit's own format."""
+    print_heading(console, "Packed, for quantkit's own kernels")
+    table = make_table(("preset", "scheme", "bits", "what it is"), wrap="what it is")
+    for row in rows:
+        table.add_row(row.name, row.scheme, f"{row.bits_per_weight:.3f}", row.what)
+    console.print(table)
+    console.print("Scheme and bits are those of routed experts.", highlight=False)
+
+
 def print_gguf_presets(console: Console, rows: Iterable[GgufRow]) -> None:
     """Name, bits, methods and one line for each file type."""
     print_heading(console, "GGUF, for llama.cpp and Ollama")

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from quantkit.errors import AlreadyQuantizedError, CheckpointError, UnsupportedModelError
 from quantkit.hub import download_file, download_snapshot, is_carried, is_repository_id
 from quantkit.llama4 import FLOAT_DTYPES, Llama4Config, Unit, WeightMatrix, inventory, parse_config
+from quantkit.packed_files import SUFFIX as PACKED_SUFFIX
 from quantkit.strict_json import parse_object
 from quantkit.tensor_files import CHUNK_BYTES, TensorFiles, TensorLocation, list_directory, listing, read_small_file
 from quantkit.workspace import Workspace
@@ -240,6 +241,8 @@ def _refuse_other_formats(directory: Path) -> None:
     if any(name.endswith(".safetensors") for name in names):
         return
     advice = "quantkit reads safetensors only: download the safetensors release of this model."
+    if any(name.endswith(PACKED_SUFFIX) for name in names):
+        raise AlreadyQuantizedError(f"{directory} holds packed files of quantkit. Use the BF16 release that they were made from.")
     if any(name.endswith(".gguf") for name in names):
         raise UnsupportedModelError(f"{directory} holds GGUF files. {advice}")
     if any(re.fullmatch(r"consolidated.*\.pth", name) for name in names):

@@ -1,15 +1,15 @@
 """Inspection: what a checkpoint or artifact is, from headers alone.
 
-Works on any Llama 4 directory (BF16 source, our artifact, somebody else's), on a single safetensors file, and on GGUF files of any
-model (:mod:`quantkit.gguf_inspection`).  Each stored tensor is given its role by name, each module its scheme by the quantization
-section of the config; nothing is read but headers and JSON.
+Works on any Llama 4 directory (BF16 source, our artifact, somebody else's), on a single safetensors or packed file, and on GGUF
+files of any model (:mod:`quantkit.gguf_inspection`).  Each stored tensor is given its role by name, each module its scheme by the
+quantization section of the config; nothing is read but headers and JSON.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,15 @@ from quantkit.formats.compressed_tensors_config import QUANT_METHOD, check_secti
 from quantkit.gguf_files import is_gguf
 from quantkit.gguf_inspection import gguf_contents
 from quantkit.llama4 import Llama4Config, Role, inventory, parse_config
+from quantkit.packed_files import PackedFiles, is_packed
 from quantkit.plan import RoleSummary
+from quantkit.recipe import PACKED
 from quantkit.strict_json import brief, parse_object
-from quantkit.tensor_files import read_small_file
+from quantkit.tensor_files import OpenFiles, TensorLocation, read_small_file
 from quantkit.writer import JOURNAL
 
 _CONFIG_LIMIT = 16 << 20  # bytes
+_UNFINISHED = "unfinished: a conversion that was stopped left this; run the same command again to complete it"
 _NO_MANIFEST = "no manifest.json: not made by quantkit, or stripped of its proof"
 
 # First match decides; the order puts the specific before the general.
@@ -44,7 +47,7 @@ _ROLE_PATTERNS: tuple[tuple[str, Role], ...] = (
 )
 # Endings of the tensors that quantized checkpoints store for one module.
 _PARTS = re.compile(
-    r"\.(weight_packed|weight_scale|weight_shape|weight_zero_point|weight_global_scale|input_global_scale|input_scale|qweight|qzeros|scales|g_idx|weight|bias)$"
+    r"\.(weight_packed|weight_scale|weight_shape|weight_zero_point|weight_global_scale|input_global_scale|input_scale|qweight|qzeros|scales|g_idx|weight|bias|codes|scale|zero_point|global_scale)$"
 )
 _KV_CACHE = (".self_attn.k_scale", ".self_attn.v_scale")  # belong to a layer's cache, not to a module that has a scheme
 
@@ -76,7 +79,7 @@ def role_of(name: str) -> Role | None:
 
 
 def inspect(path: str | Path, revision: str | None = None) -> Inspection:
-    """Inspect a directory, a safetensors or GGUF file, or a hub repository.
+    """Inspect a directory, a safetensors, packed or GGUF file, or a hub repository.
 
     Raises CheckpointError when it cannot be read, ArtifactError when its quantization section is malformed.  A section that is
     sound but says nothing that quantkit writes is no error: ``notes`` tells.
@@ -85,6 +88,8 @@ def inspect(path: str | Path, revision: str | None = None) -> Inspection:
     config: Llama4Config | None = None
     quantization: Mapping[str, Any] | None = None
     notes: list[str] = []
+    if is_packed(target):
+        return _inspect_packed(target)
     if is_gguf(target):
         return _inspect_gguf(target)
     if target.suffix == ".safetensors" and os.path.isfile(target):
@@ -95,7 +100,7 @@ def inspect(path: str | Path, revision: str | None = None) -> Inspection:
         quantization = _checked(raw.pop("quantization_config", None), target)
         config = parse_config(raw)
     with TensorFiles.open(target) as files:
-        rows, unknown = _rows(files, config, quantization, notes)
+        rows, unknown = _rows(files, config, lambda module, tensor: _scheme_name(module, tensor.dtype, quantization, notes))
         if unknown:
             notes.append(f"{len(unknown)} tensors are not Llama 4 tensors, {unknown[0]} first")
         sizes = tuple((file.name, file.stat().st_size) for file in files.paths)
@@ -116,10 +121,35 @@ def _inspect_gguf(target: Path) -> Inspection:
     if os.path.isdir(target) and not os.path.isfile(target / "manifest.json"):
         notes += (_NO_MANIFEST,)
     if os.path.isfile(target / JOURNAL):
-        notes += ("unfinished: a conversion that was stopped left this; run the same command again to complete it",)
+        notes += (_UNFINISHED,)
     return Inspection(
         target, found.kind, "gguf", found.model, found.parameters, found.bytes, found.files, found.roles, notes, found.facts
     )
+
+
+def _inspect_packed(target: Path) -> Inspection:
+    config, notes = None, []
+    if os.path.isfile(target):
+        notes.append("a single file: the parameter count is that of the stored elements")
+    elif os.path.isfile(target / CONFIG_NAME):
+        raw = parse_object(read_small_file(target / CONFIG_NAME, _CONFIG_LIMIT), str(target / CONFIG_NAME))
+        raw.pop("quantization_config", None)
+        config = parse_config(raw)
+    with PackedFiles.open(target) as files:
+        rows, unknown = _rows(
+            files, config, lambda module, tensor: files.schemes.get(module) or files.schemes.get(tensor.name) or tensor.dtype
+        )
+        sizes = tuple((file.name, file.stat().st_size) for file in files.paths)
+        largest = max(found.block.size for found in files.blocks.values())
+        facts = (("blocks", f"{len(files.blocks):,}, the largest of {largest:,} bytes"),)
+    if unknown:
+        notes.append(f"{len(unknown)} tensors are not Llama 4 tensors, {unknown[0]} first")
+    if os.path.isdir(target) and not os.path.isfile(target / "manifest.json"):
+        notes.append(_NO_MANIFEST)
+    if os.path.isfile(target / JOURNAL):
+        notes.append(_UNFINISHED)
+    parameters, size = sum(row.parameters for row in rows), sum(size for _, size in sizes)
+    return Inspection(target, "artifact", PACKED, _describe(config), parameters, size, sizes, rows, tuple(notes), facts)
 
 
 def _config_text(path: str | Path, revision: str | None) -> tuple[bytes, Path]:
@@ -160,8 +190,9 @@ def _describe(config: Llama4Config | None) -> str:
 
 
 def _rows(
-    files: TensorFiles, config: Llama4Config | None, quantization: Mapping[str, Any] | None, notes: list[str]
+    files: OpenFiles, config: Llama4Config | None, scheme_of: Callable[[str, TensorLocation], str]
 ) -> tuple[tuple[RoleSummary, ...], list[str]]:
+    """One row for each role, and the names of tensors that have none.  scheme_of: what a module's first tensor is stored as."""
     schemes: dict[Role, set[str]] = {}
     counts: dict[Role, tuple[int, int, int]] = {}
     unknown: list[str] = []
@@ -173,7 +204,7 @@ def _rows(
             continue
         module = _PARTS.sub("", name)
         if module not in seen and not name.endswith(_KV_CACHE):
-            seen[module] = _scheme_name(module, tensor.dtype, quantization, notes)
+            seen[module] = scheme_of(module, tensor)
             schemes.setdefault(role, set()).add(seen[module])
         tensors, elements, size = counts.get(role, (0, 0, 0))
         counts[role] = (tensors + 1, elements + tensor.elements, size + tensor.nbytes)

@@ -230,7 +230,7 @@ def parse_header(prelude: bytes, text: bytes, where: str) -> PackedHeader:
     number, count = content.get("file"), content.get("files")
     if not _is_count(count) or not 1 <= count <= MAX_FILES or not _is_count(number) or number >= count:
         raise CheckpointError(f"{where}: its header says file {brief(number)} of {brief(count)}. {_ADVICE}")
-    if not isinstance(model, str) or not model.isprintable() or not isinstance(blocks, dict):
+    if not isinstance(model, str) or not model.isprintable() or not isinstance(blocks, dict) or not blocks:
         raise CheckpointError(f"{where}: its header holds no blocks, or says of no model. {_ADVICE}")
     found: dict[str, PackedBlock] = {}
     names: set[str] = set()

@@ -15,6 +15,7 @@ from quantkit import GGUF_PRESETS, PRESETS, Recipe, RecipeError, resolve_targets
 from quantkit.imatrix import read_imatrix
 from quantkit.llama4 import inventory, parse_config
 from quantkit.mixtures import FILE_TYPES, data_bytes
+from quantkit.recipe import PACKED_PRESETS
 from quantkit_cli.app import app
 from quantkit_cli.presets import GGUF_ROWS, complete_target
 from tests.gguf_models import text_file, vision_file, write_source
@@ -258,4 +259,4 @@ def test_completion_offers_methods_once_the_type_is_there() -> None:
     assert complete_target("qk4_moe-g") == ["qk4_moe-gptq"]
     assert resolve_targets(complete_target("iq2_x")) == [GGUF_PRESETS["IQ2_XS"], GGUF_PRESETS["IQ2_XXS"]]
     assert complete_target("w8") == [name for name in PRESETS if name.startswith("w8")]
-    assert set(complete_target("")) == {*PRESETS, *FILE_TYPES}
+    assert set(complete_target("")) == {*PRESETS, *PACKED_PRESETS, *FILE_TYPES}
