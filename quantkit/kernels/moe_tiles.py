@@ -40,6 +40,24 @@ TABLE: dict[str, dict[int, Shape]] = {  # kind of weight -> rows of a tile -> th
         64: Shape(128, 4, 4, 2),
         128: Shape(128, 8, 3, 1),
     },
+    "fp8": {
+        16: Shape(64, 4, 6, 3),
+        32: Shape(64, 4, 6, 2),
+        64: Shape(128, 4, 5, 1),
+        128: Shape(128, 8, 4, 1),
+    },
+    "floating": {
+        16: Shape(64, 4, 6, 3),
+        32: Shape(64, 4, 6, 2),
+        64: Shape(128, 4, 5, 1),
+        128: Shape(256, 8, 4, 1),
+    },
+    "blocks": {
+        16: Shape(64, 4, 4, 2),
+        32: Shape(64, 4, 4, 2),
+        64: Shape(128, 8, 3, 1),
+        128: Shape(128, 8, 2, 1),
+    },
 }
 
 
