@@ -130,7 +130,7 @@ def pack(layout: Layout, fields: Fields, out: Bytes) -> None:
 def unpack(layout: Layout, data: Bytes, fields: Fields) -> None:
     """The reverse of :func:`pack`: fill all ``fields`` from the blocks ``data``."""
     _check_sizes(layout, fields, data)
-    _unpack(layout.numbers(), layout.plane_table(), data, *fields)
+    _unpack(layout.numbers(), layout.plane_table()[::-1].copy(), data, *fields)  # the last one has no single bits side by side
 
 
 def _check_sizes(layout: Layout, fields: Fields, data: Bytes) -> None:
@@ -182,18 +182,29 @@ def _pack_plane(codes: Any, first: int, count: int, low: int, bits: int, distanc
 
 
 @compiled
-def _unpack_plane(data: Any, at: int, count: int, low: int, bits: int, distance: int, codes: Any, first: int) -> None:
-    """The reverse: set these bits of the codes, which are zero so far."""
+def _first_plane(data: Any, at: int, runs: int, parts: int, low: int, bits: int, distance: int, codes: Any, first: int) -> None:
+    """The reverse: codes of these bits and no others.  distance: not 1.  runs: of ``parts`` times ``distance`` codes."""
+    shift, mask = np.uint64(low), _repeated((1 << bits) - 1)
+    for run in range(runs):
+        for place in range(0, distance, 8):
+            packed = load_word(data, at + run * distance + place)
+            for part in range(parts):
+                word = (packed >> np.uint64(part * bits)) & mask
+                store_word(codes, first + (run * parts + part) * distance + place, word << shift)
+
+
+@compiled
+def _unpack_plane(data: Any, at: int, runs: int, parts: int, low: int, bits: int, distance: int, codes: Any, first: int) -> None:
+    """Set these bits of codes that do not have them yet."""
     shift = np.uint64(low)
     mask = _repeated((1 << bits) - 1)
     if distance == 1:
-        for group in range(count // 8):
+        for group in range(runs):
             single = (np.uint64(data[at + group]) * _ONES) & _LADDER  # in byte i only bit i
             word = ((single + _SEVENS) >> _SEVEN) & _ONES  # whether it is set
             store_word(codes, first + 8 * group, load_word(codes, first + 8 * group) | (word << shift))
         return
-    parts = 8 // bits
-    for run in range(count // (parts * distance)):
+    for run in range(runs):
         for place in range(0, distance, 8):
             packed = load_word(data, at + run * distance + place)
             for part in range(parts):
@@ -332,13 +343,17 @@ def _unpack(
 ) -> None:
     block, nbytes, scale, scale_bytes, minimum, groups, kind, group_at = numbers
     blocks = codes.size // block
-    codes[:] = 0
     for first in range(0, blocks, _STRETCH // block):
         last = min(first + _STRETCH // block, blocks)
         for plane in range(planes.shape[0]):
             at, low, bits, distance = planes[plane, 0], planes[plane, 1], planes[plane, 2], planes[plane, 3]
+            parts = 8 // bits
+            runs = block // (parts * distance)
             for index in range(first, last):
-                _unpack_plane(data, index * nbytes + at, block, low, bits, distance, codes, index * block)
+                if plane == 0:
+                    _first_plane(data, index * nbytes + at, runs, parts, low, bits, distance, codes, index * block)
+                else:
+                    _unpack_plane(data, index * nbytes + at, runs, parts, low, bits, distance, codes, index * block)
         _copy(data, first * nbytes + scale, nbytes, scales, first * scale_bytes, scale_bytes, scale_bytes, last - first)
         if minimum >= 0:
             _copy(data, first * nbytes + minimum, nbytes, minimums, 2 * first, 2, 2, last - first)
@@ -352,7 +367,10 @@ def _copy(
     source: Any, source_at: int, source_step: int, target: Any, target_at: int, target_step: int, size: int, count: int
 ) -> None:
     """``count`` fields of one or two bytes, one in each block."""
+    if size == 2:
+        for index in range(count):
+            target[target_at + index * target_step] = source[source_at + index * source_step]
+            target[target_at + index * target_step + 1] = source[source_at + index * source_step + 1]
+        return
     for index in range(count):
         target[target_at + index * target_step] = source[source_at + index * source_step]
-        if size == 2:
-            target[target_at + index * target_step + 1] = source[source_at + index * source_step + 1]

@@ -14,7 +14,7 @@ from numba import types
 from quantkit.kernels.simd import FLOATS, INTS, LANES, vector_function
 
 _F32, _I64, _I32, _I16, _I8 = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.IntType(8)
-_STORED = {"float32": _F32, "int32": _I32, "bfloat16": _I16, "float16": _I16}
+_STORED = {"float32": _F32, "int32": _I32, "bfloat16": _I16, "float16": _I16, "int8": _I8, "uint8": _I8}
 
 
 def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index: ir.Value, element: ir.Type) -> ir.Value:
@@ -23,11 +23,13 @@ def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index: ir.
 
 
 def _read(builder: Any, pointer: ir.Value, stored: str) -> ir.Value:
-    """16 neighbouring elements; bfloat16 and float16 become float32, exactly."""
+    """16 neighbouring elements; bfloat16 and float16 become float32, int8 and uint8 become int32, exactly."""
     raw = builder.load(builder.bitcast(pointer, ir.VectorType(_STORED[stored], LANES).as_pointer()), align=1)
     if stored == "bfloat16":
         wide = builder.shl(builder.zext(raw, INTS.llvm), ir.Constant(INTS.llvm, [16] * LANES))
         return builder.bitcast(wide, FLOATS.llvm)
+    if stored in ("int8", "uint8"):
+        return (builder.sext if stored == "int8" else builder.zext)(raw, INTS.llvm)
     return _widened_float16(builder, raw) if stored == "float16" else raw
 
 
@@ -55,7 +57,7 @@ def _write(builder: Any, pointer: ir.Value, value: ir.Value) -> None:
 
 
 def _loader(stored: str) -> Any:
-    vector = INTS if stored == "int32" else FLOATS
+    vector = INTS if "int" in stored else FLOATS
 
     @vector_function
     def load(_typing: Any, array: Any, index: Any) -> Any:
@@ -68,6 +70,7 @@ def _loader(stored: str) -> Any:
 
 
 load_float32, load_int32, load_bfloat16, load_float16 = map(_loader, ("float32", "int32", "bfloat16", "float16"))
+load_int8, load_uint8 = map(_loader, ("int8", "uint8"))
 
 
 @vector_function

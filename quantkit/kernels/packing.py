@@ -5,8 +5,8 @@ a 32-bit word are four bytes with the lower of two neighbouring codes in the low
 four int8 codes in a word are four bytes.  So one kernel packs nibbles, and int8 is a flipped sign bit.  Signed codes are stored
 with an offset of half their range (q + 8, q + 128), which in two's complement is the same as flipping the top bit of each code.
 
-The kernel takes eight codes at a time as one 64-bit word and folds it into 32 bits; it needs no buffer but its output and does not
-hold the interpreter lock.
+The kernels take eight codes at a time as one 64-bit word and fold it into 32 bits, or spread 32 bits to 64; they need no buffer but
+their output and do not hold the interpreter lock.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from quantkit.kernels.jit import kernel
 Bytes = npt.NDArray[np.uint8]
 
 _SIGN_OF_NIBBLES = 0x0808080808080808  # bit 3 of each of eight codes
+_SIGN_OF_BYTES, _LESS_EIGHT = 0x8080808080808080, 0x7878787878787878
 
 
 @kernel
@@ -32,6 +33,17 @@ def _fold(codes: Any, flip: Any, out: Any) -> None:
         word = (word | (word >> np.uint64(4))) & np.uint64(0x00FF00FF00FF00FF)
         word = (word | (word >> np.uint64(8))) & np.uint64(0x0000FFFF0000FFFF)
         out[index] = np.uint32((word | (word >> np.uint64(16))) & np.uint64(0xFFFFFFFF))
+
+
+@kernel
+def _spread(packed: Any, offset: Any, flip: Any, out: Any) -> None:
+    """The reverse: packed uint32 [n] -> out uint64 [n], each code plus a byte of ``offset``, less a bit of ``flip``."""
+    for index in range(packed.size):
+        word = np.uint64(packed[index])
+        word = (word | (word << np.uint64(16))) & np.uint64(0x0000FFFF0000FFFF)
+        word = (word | (word << np.uint64(8))) & np.uint64(0x00FF00FF00FF00FF)
+        word = (word | (word << np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+        out[index] = (word + offset) ^ flip
 
 
 def pack_nibbles(codes: Bytes, out: Bytes, *, signed: bool) -> None:
@@ -47,12 +59,16 @@ def pack_nibbles(codes: Bytes, out: Bytes, *, signed: bool) -> None:
 def unpack_nibbles(packed: Bytes, *, signed: bool) -> Bytes:
     """The reverse of :func:`pack_nibbles`: ``packed`` [n] -> codes [2 n]; signed codes come back in two's complement."""
     _little_endian()
-    codes = np.empty((packed.size, 2), np.uint8)
-    np.bitwise_and(packed, 0x0F, out=codes[:, 0])
-    np.right_shift(packed, 4, out=codes[:, 1])
+    codes = np.empty(2 * packed.size, np.uint8)
+    whole = packed.size // 4 * 4
+    # u + 0x78 is 0x80 + (u - 8), and no byte overflows into its neighbour.
+    offset, flip = np.uint64(_LESS_EIGHT if signed else 0), np.uint64(_SIGN_OF_BYTES if signed else 0)
+    _spread(packed[:whole].view(np.uint32), offset, flip, codes[: 2 * whole].view(np.uint64))
+    for index in range(whole, packed.size):
+        codes[2 * index], codes[2 * index + 1] = packed[index] & 0x0F, packed[index] >> 4
     if signed:
-        np.subtract(codes, 8, out=codes)  # wraps to two's complement
-    return codes.reshape(-1)
+        codes[2 * whole :] -= 8  # wraps to two's complement
+    return codes
 
 
 def flip_sign(codes: Bytes, out: Bytes) -> None:
