@@ -97,5 +97,10 @@ def make_exact() -> None:
         product = to_torch(left).to(torch.float32) @ to_torch(right).to(torch.float32)
         return interpreter.TensorHandle(product.numpy().astype(total.data.dtype) + total.data, total.dtype.scalar)
 
+    def constant(_self: Any, value: float) -> Any:
+        return from_torch(torch.tensor([value], dtype=torch.float32), tl.bfloat16, (1,))
+
+    if not hasattr(builder, "get_bf16"):  # before Triton 3.9
+        builder.get_bf16 = constant
     builder.cast_impl, builder.create_fp_to_fp, builder.create_dot = exact_cast, exact_convert, exact_dot
     builder.binary_op, builder.unary_op = exact_binary, exact_unary

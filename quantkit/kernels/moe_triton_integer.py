@@ -72,6 +72,7 @@ _SIGNED_BYTES = tl.constexpr(
     )
     + "}"
 )
+_B = tl.bfloat16
 _BYTE_OPERANDS = tl.constexpr(",".join(["=&r"] * 4 + ["r"] * 2))
 
 
@@ -113,15 +114,20 @@ def _less(tile, subtrahend, ASM: tl.constexpr):
 def _nibbles(words, SIGNED: tl.constexpr):
     """The eight fields of ``words [outputs, 16]`` as BF16 numbers: less 8, or with 128 to be taken away."""
     asm: tl.constexpr = _SIGNED_NIBBLES if SIGNED else _RAW_NIBBLES
-    kinds: tl.constexpr = (tl.bfloat16,) * 8
-    return tl.inline_asm_elementwise(asm, _NIBBLE_OPERANDS, [words], dtype=kinds, is_pure=True, pack=2)
+    return tl.inline_asm_elementwise(
+        asm,
+        _NIBBLE_OPERANDS,
+        [words],
+        dtype=(_B, _B, _B, _B, _B, _B, _B, _B),
+        is_pure=True,
+        pack=2,
+    )
 
 
 @triton.jit
 def _bytes(words):
     """The four fields of ``words [outputs, 32]`` as BF16 numbers, less 128."""
-    kinds: tl.constexpr = (tl.bfloat16,) * 4
-    return tl.inline_asm_elementwise(_SIGNED_BYTES, _BYTE_OPERANDS, [words], dtype=kinds, is_pure=True, pack=2)
+    return tl.inline_asm_elementwise(_SIGNED_BYTES, _BYTE_OPERANDS, [words], dtype=(_B, _B, _B, _B), is_pure=True, pack=2)
 
 
 @triton.jit
@@ -172,6 +178,7 @@ def multiply(
     OUTPUTS: tl.constexpr,
     TOKENS: tl.constexpr,
     GROUP: tl.constexpr,
+    STAGES: tl.constexpr,
     ASM: tl.constexpr,
 ):
     """Descriptors of rows, planes, scales and zero points; pointers to the rest; see ``_launch``."""
@@ -190,7 +197,8 @@ def multiply(
         total = tl.zeros((OUTPUTS, TOKENS), dtype=tl.float32)
         if ZERO_POINTS and not GROUPED:
             zero_point = tl.reshape(zero_points.load([expert, block * OUTPUTS]), (OUTPUTS,))
-        for step in range(split * share, tl.minimum(split * share + share, steps)):
+        # told here, the number of stages holds for scales too, which do not go into the product itself
+        for step in tl.range(split * share, tl.minimum(split * share + share, steps), num_stages=STAGES):
             words = low.load([weight_row, step * WORDS])
             if MIDDLE:
                 middle_words = middle.load([weight_row, step * WORDS + 4 * LOW])
@@ -301,6 +309,7 @@ def settings(weight: DeviceWeight, shape: Shape, tokens: int, *, scaled_rows: bo
         "OUTPUTS": shape.outputs,
         "TOKENS": tokens,
         "GROUP": shape.group,
+        "STAGES": shape.stages,
         "ASM": asm,
     }
 
@@ -336,10 +345,10 @@ def _launch(rows: Rows, weight: DeviceWeight, tiles: Tiles, out: torch.Tensor, a
         out.shape[2],
         **chosen,
         num_warps=shape.warps,
-        num_stages=shape.stages,
+        enable_fp_fusion=True,
     )
 
 
 def _rectangles(tensor: torch.Tensor, height: int, width: int) -> TensorDescriptor:
     """The tensor as something that is read in rectangles; zeros beyond its edges."""
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [height, width])
+    return TensorDescriptor(tensor, list(tensor.shape), [tensor.shape[1], 1], [height, width])
