@@ -28,6 +28,8 @@ from quantkit.formats.gguf_names import ROPE_FREQS, place_of
 from quantkit.gguf_files import GgufFiles, file_sets, is_gguf
 from quantkit.kernels.weights import Weight
 from quantkit.llama4 import Llama4Config, SourceTensor, Unit, WeightMatrix, units
+from quantkit.packed_artifact import PackedArtifact
+from quantkit.packed_files import SUFFIX as PACKED_SUFFIX
 from quantkit.safetensors_artifact import SafetensorsArtifact
 from quantkit.scheme import GGML, KEEP, Scheme
 from quantkit.strict_json import brief, parse_object
@@ -149,7 +151,7 @@ class CheckpointModel(StoredModel):
 class ArtifactModel(StoredModel):
     """An artifact that carries the config of its source: in safetensors, or packed."""
 
-    def __init__(self, path: Path, artifact: SafetensorsArtifact, form: str):
+    def __init__(self, path: Path, artifact: SafetensorsArtifact | PackedArtifact, form: str):
         """artifact: with its tensors checked."""
         super().__init__(path, artifact.config)
         self.format, self.files, self._artifact = form, artifact.files, artifact
@@ -263,16 +265,22 @@ def open_model(path: str | Path) -> StoredModel:
     if is_gguf(target):
         return _open_gguf(target)
     if os.path.isdir(target) and os.path.isfile(target / CONFIG_NAME):
+        if any(name.endswith(PACKED_SUFFIX) for name in os.listdir(target)):
+            return _open_artifact(target, PackedArtifact(target, {}), "packed")
         content = parse_object(read_small_file(target / CONFIG_NAME, SIDECAR_BYTES), str(target / CONFIG_NAME))
         if content.get("quantization_config"):
-            artifact = SafetensorsArtifact(target, {})
-            try:
-                artifact.checks["tensors"]()
-            except (ArtifactError, CheckpointError) as error:
-                artifact.files.close()
-                raise type(error)(f"{target}: {error}") from error
-            return ArtifactModel(target, artifact, "compressed-tensors")
+            return _open_artifact(target, SafetensorsArtifact(target, {}), "compressed-tensors")
     return CheckpointModel(target, Checkpoint.open(path))
+
+
+def _open_artifact(path: Path, artifact: SafetensorsArtifact | PackedArtifact, form: str) -> StoredModel:
+    """An artifact whose tensors are those that its config implies."""
+    try:
+        artifact.checks["tensors"]()
+    except (ArtifactError, CheckpointError) as error:
+        artifact.files.close()
+        raise type(error)(f"{path}: {error}") from error
+    return ArtifactModel(path, artifact, form)
 
 
 def _open_gguf(path: Path) -> StoredModel:

@@ -39,7 +39,7 @@ def tokens() -> torch.Tensor:
 @pytest.fixture(scope="module")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("artifacts")
-    convert(DEMO, ["w4a16-rtn", "F32", "BF16"], output)
+    convert(DEMO, ["w4a16-rtn", "packed-int4", "F32", "BF16"], output)
     return output
 
 
@@ -58,6 +58,14 @@ def test_exact_gguf_files_give_the_same_logits(tokens: torch.Tensor, artifacts: 
         with open_model(artifacts / name) as model, Team(1) as team:
             assert model.format == "gguf"
             assert (run(Inference(model, team), tokens) - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+def test_packed_artifacts_give_the_logits_of_the_same_numbers_elsewhere(tokens: torch.Tensor, artifacts: Path) -> None:
+    found = {}
+    for name in ("w4a16-rtn", "packed-int4"):
+        with open_model(artifacts / name) as model, Team(1) as team:
+            found[model.format] = run(Inference(model, team), tokens)
+    assert torch.equal(found["packed"], found["compressed-tensors"])
 
 
 def test_texts_are_continued_as_if_given_at_once(tokens: torch.Tensor, artifacts: Path) -> None:
