@@ -26,7 +26,7 @@ from quantkit.report_markup import (
 from quantkit.report_words import interval, number, role
 
 _LINES_HEIGHT = 190
-_ROW_HEIGHT = 22
+_ROW_HEIGHT = 20
 
 Ticks = Sequence[tuple[float, str]]  # (share of the extent, text)
 
@@ -42,18 +42,19 @@ def legend(evaluation: Evaluation) -> Markup:
     return element("div", *buttons, class_="legend", role="group", aria_label="Artifacts; press one to single it out")
 
 
-def frame(area: str, height: int, across: Ticks, up: Ticks, note: str = "") -> Markup:
-    """A drawing area with ticks below and at its left; every second tick below is left out where there is little room."""
+def frame(area: str, height: int, across: Ticks, up: Ticks, note: str = "", *, twice: bool = False) -> Markup:
+    """A drawing area with ticks at its left and below, and if ``twice`` above too; where there is little room every second one."""
     left = (element("span", text, style=f"top:{plain(100 * share)}%") for share, text in up)
-    below = (
+    marks = join(
         element("span", text, style=f"left:{plain(100 * share)}%", class_="second" if place % 2 else None)
         for place, (share, text) in enumerate(across)
     )
     return element(
         "div",
+        element("div", marks, class_="above", aria_hidden="true") if twice else "",
         element("div", *left, class_="up", aria_hidden="true"),
         element("div", area, class_="area"),
-        element("div", *below, element("i", note) if note else "", class_="across", aria_hidden="true"),
+        element("div", marks, element("i", note) if note else "", class_="across", aria_hidden="true"),
         class_="plot",
         style=f"--height:{height}px",
     )
@@ -138,16 +139,15 @@ def dot_plot(evaluation: Evaluation, groups: Mapping[str, Sequence[Estimate | No
         parts.append(element("line", class_="grid", x1=share, x2=share, y1=0, y2=height))
     for number_of_row, (label, row) in enumerate(groups.items()):
         middle = (number_of_row + 0.5) * _ROW_HEIGHT
-        spread = min(2.6, 14 / max(1, len(row)))
+        spread = min(2.0, 14 / max(1, len(row)))
         for place, estimate in enumerate(row):
             if estimate is not None and math.isfinite(estimate.value):
                 y = middle + (place - (len(row) - 1) / 2) * spread
                 parts.append(_dot(place, evaluation.artifacts[place], label, estimate, scale, y))
     area = element("svg", *parts, role="img", width="100%", height=height, class_="dots-plot")
     rows = [((place + 0.5) / len(groups), label) for place, label in enumerate(groups)]
-    return element(
-        "div", frame(area, height, [(scale.at(value) / 100, tick_label(value)) for value in ticks], rows), class_="labelled"
-    )
+    marks = [(scale.at(value) / 100, tick_label(value)) for value in ticks]
+    return element("div", frame(area, height, marks, rows, twice=len(groups) > 12), class_="labelled")
 
 
 def _dot(place: int, own: ArtifactEvaluation, label: str, estimate: Estimate, scale: Scale, y: float) -> Markup:

@@ -16,7 +16,7 @@ from quantkit.evaluation import ArtifactEvaluation, Evaluation
 from quantkit.report_charts import by_label, dot_plot, error_panels, layerless_errors, legend
 from quantkit.report_glossary import GLOSSARY
 from quantkit.report_heat_maps import coverage_groups, coverage_map, router_map
-from quantkit.report_markup import Markup, element, join, key
+from quantkit.report_markup import Markup, element, join, key, typeset
 from quantkit.report_size_chart import size_chart
 from quantkit.report_style import SCRIPT, STYLE
 from quantkit.report_tables import (
@@ -79,19 +79,21 @@ def _details(summary_text: str, *content: str) -> Markup:
 
 def _figure(chart: str, caption: str) -> Markup:
     first, separator, rest = caption.partition(". ")
-    text = [element("b", first + separator.strip()), f" {rest}" if rest else ""]
-    return element("figure", chart, element("figcaption", *text))
+    text = [element("b", typeset(first + separator.strip())), typeset(f" {rest}") if rest else ""]
+    return element("figure", element("figcaption", *text), chart)
 
 
 def _header(evaluation: Evaluation, title: str) -> Markup:
     windows = f"{many(evaluation.windows, 'window')} of {evaluation.window:,} tokens"
     kicker = f"{title} · {windows}, convention {evaluation.convention}"
-    findings = element("ul", *(element("li", line) for line in summary(evaluation)), class_="findings")
-    return element("header", element("p", kicker, class_="kicker"), element("h1", headline(evaluation)), findings)
+    findings = element("ul", *(element("li", typeset(line)) for line in summary(evaluation)), class_="findings")
+    return element("header", element("p", typeset(kicker), class_="kicker"), element("h1", typeset(headline(evaluation))), findings)
 
 
 def _comparison(evaluation: Evaluation) -> Markup:
-    chart = join([size_chart(evaluation, 1072, 460), size_chart(evaluation, 358, 380)], "\n")
+    chart = join(
+        [size_chart(evaluation, 1072, 460), size_chart(evaluation, 358, 380 + 9 * max(0, len(evaluation.artifacts) - 8))], "\n"
+    )
     several = len(evaluation.artifacts) > 1
     caption = "Divergence against size. Lower and further left is better."
     caption += " The dotted line joins the artifacts that no other beats in both." if several else ""
@@ -128,9 +130,10 @@ def _inside(evaluation: Evaluation) -> Markup:
     parts: list[Markup] = []
     panels = error_panels(evaluation)
     if panels:
+        columns = 3 if len(panels) % 3 == 0 else min(2, len(panels))
         drawn = (element("div", element("h3", role(name)[:1].upper() + role(name)[1:]), chart) for name, chart in panels)
-        caption = "Weight error by layer and role, logarithmic. From the ledger of each artifact; the same scale in all panels."
-        parts += [legend(evaluation), _figure(element("div", *drawn, class_="panels"), caption)]
+        caption = "Weight error by layer and role, logarithmic. From each artifact's ledger; the same scale in all panels."
+        parts += [legend(evaluation), _figure(element("div", *drawn, class_="panels", style=f"--columns:{columns}"), caption)]
     outside = [(name, part, cell.relative_error, cell.worst) for name, part, cell in layerless_errors(evaluation)]
     if outside:
         parts.append(_details("Weight error outside of the layers", layerless_table(outside)))
@@ -141,10 +144,8 @@ def _inside(evaluation: Evaluation) -> Markup:
         )
         parts += [_figure(routers, caption), _details("Mean and lowest agreement", router_table(evaluation))]
     for names, coverage in coverage_groups(evaluation):
-        caption = (
-            f"Tokens that each expert received in the calibration of {listing(names)}. Rows are experts, columns the layers that have "
-            "experts. Dark: calibrated on little text."
-        )
+        caption = f"Tokens that each expert received in the calibration of {listing(names)}. Rows are experts, columns layers. "
+        caption += "Dark: calibrated on little text. Layers without experts are left out."
         parts.append(_figure(coverage_map(names, coverage), caption))
     silent = [own.name for own in evaluation.artifacts if not own.ledger]
     if silent:
@@ -164,17 +165,15 @@ def _golden(evaluation: Evaluation) -> Markup:
 def _artifacts(evaluation: Evaluation, content: dict[str, object]) -> Markup:
     records = content["artifacts"]
     assert isinstance(records, list)
-    return _section(
-        "What was compared",
-        *(_artifact(place, own, records[place]) for place, own in enumerate(evaluation.artifacts)),
-        lead="What each artifact holds, the recipe it was made by, and what came out other than asked.",
-    )
+    made = (_artifact(place, own, records[place]) for place, own in enumerate(evaluation.artifacts))
+    lead = "What each artifact holds, the recipe it was made by, and what came out other than asked."
+    return _section("What was compared", element("div", *made, class_="artifacts"), lead=lead)
 
 
 def _artifact(place: int, own: ArtifactEvaluation, record: dict[str, object]) -> Markup:
     line = f"{own.format}, {size(own.bytes)}, {own.bits_per_weight:.2f} bits per weight. "
     fallbacks = fallback_list(own) if own.fallbacks else element("p", "Nothing was fallen back.")
-    parts = [element("p", line, element("code", own.path)), fallbacks]
+    parts = [element("p", typeset(line), element("code", own.path)), fallbacks]
     if own.roles:
         parts.append(_details("Schemes by role", role_table(own)))
     if own.recipe is not None:
@@ -200,5 +199,5 @@ def _method(evaluation: Evaluation, command: Sequence[str] | None, content: dict
 
 
 def _glossary() -> Markup:
-    entries = (element("div", element("dt", name), element("dd", text)) for name, text in GLOSSARY.items())
+    entries = (element("div", element("dt", typeset(name)), element("dd", typeset(text))) for name, text in GLOSSARY.items())
     return _section("What the figures mean", element("dl", *entries, class_="glossary"))

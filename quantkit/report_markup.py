@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 COLORS = 8  # series after these repeat the colours, with another marker and dash
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+_UNIT = re.compile(r"(?<=\d) (?=(?:%|bytes|[kMGT]B|bits?|nats|s|min|h)(?!\w))")
 _VOID = ("meta", "link", "br", "col")
 
 
@@ -26,6 +27,11 @@ class Markup(str):
 def escape(text: str) -> Markup:
     """Text as content or attribute value; characters that no page may hold become the replacement character."""
     return text if isinstance(text, Markup) else Markup(html.escape(_CONTROL.sub("\ufffd", text)))
+
+
+def typeset(text: str) -> str:
+    """Running text whose numbers stay on one line with their units."""
+    return text if isinstance(text, Markup) else _UNIT.sub("\N{NO-BREAK SPACE}", text)
 
 
 def join(parts: Iterable[str], between: str = "") -> Markup:

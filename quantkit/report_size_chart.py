@@ -30,7 +30,7 @@ from quantkit.report_words import frontier, interval, number, size
 _RADII = (10, 15, 22, 31, 42, 55, 70, 88, 108)
 _DIRECTIONS = 16
 _LINE_HEIGHT = 15
-_CHARACTER = 6.9  # mean width of a character, on the safe side
+_CHARACTER = 7.5  # mean width of a character, on the safe side
 _LONGEST = 34  # characters of a name
 
 
@@ -60,7 +60,7 @@ def size_chart(evaluation: Evaluation, width: int, height: int) -> Markup:
     shown = [(place, own) for place, own in enumerate(evaluation.artifacts) if not math.isnan(own.scores.divergence.value)]
     if not shown:
         return element("p", "No divergence is known.", class_="note")
-    left, right, top, bottom = 52, width - 14, 26, height - 44
+    left, right, top, bottom = 52, width - 14, 28, height - 44
     unit, unit_name = _unit(own.bytes for _, own in shown)
     across = linear_scale((own.bytes / unit for _, own in shown), left, right)
     ends = [end for _, own in shown for end in (own.scores.divergence.low, own.scores.divergence.high, own.scores.divergence.value)]
@@ -68,7 +68,9 @@ def size_chart(evaluation: Evaluation, width: int, height: int) -> Markup:
     points = {place: (across.at(own.bytes / unit), up.at(own.scores.divergence.value)) for place, own in shown}
     line = [points[evaluation.artifacts.index(own)] for own in frontier(evaluation)]
     bars = {place: _bar(own, up) for place, own in shown}
-    labels = _place_labels({place: own.name for place, own in shown}, points, bars, line, _Box(left + 3, 4, width - 2, bottom - 3))
+    labels = _place_labels(
+        {place: own.name for place, own in shown}, points, bars, line, _Box(left + 3, top - 6, width - 2, bottom - 3)
+    )
     narrow = width < 500
     return element(
         "svg",

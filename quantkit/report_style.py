@@ -22,7 +22,7 @@ html{-webkit-text-size-adjust:100%;text-size-adjust:100%}
 body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 var(--sans);font-variant-numeric:tabular-nums lining-nums}
 main{max-width:1120px;margin:0 auto;padding:40px 24px 72px}
 header{border-top:4px solid var(--ink);padding-top:14px}
-.kicker{margin:0;font-size:13px;color:var(--soft);overflow-wrap:anywhere}
+.kicker{margin:0;max-width:none;font-size:13px;color:var(--soft);overflow-wrap:anywhere}
 h1,h2{font-family:var(--serif);font-weight:700;line-height:1.16;letter-spacing:-.008em;text-wrap:balance;overflow-wrap:anywhere}
 h1{font-size:clamp(27px,4.4vw,42px);max-width:24em;margin:22px 0 18px}
 h2{font-size:clamp(21px,2.6vw,27px);margin:0 0 8px}
@@ -36,13 +36,14 @@ section{margin-top:56px;border-top:1px solid var(--rule);padding-top:20px}
 .findings li:first-child{padding-left:0;font-family:var(--serif);font-size:19px;line-height:1.5;padding-bottom:16px}
 .findings li:first-child:before{display:none}
 .lead{color:var(--soft)}
-figure{margin:18px 0 0}
+figure{margin:34px 0 0}
+.legend+figure{margin-top:18px}
 figcaption,caption{font-size:13.5px;line-height:1.45;color:var(--soft);text-align:left}
-figcaption{margin-top:10px;max-width:80ch}
-figcaption b,caption b{color:var(--ink)}
+figcaption{margin-bottom:14px;max-width:80ch}
+figcaption b,caption b{color:var(--ink);font-size:15px;display:block;margin-bottom:2px}
 caption{padding:0 0 10px}
-caption span{display:block;max-width:80ch}
-.scroll{overflow-x:auto;-webkit-overflow-scrolling:touch;margin-top:16px}
+caption span{display:block;position:sticky;left:0;width:fit-content;max-width:min(80ch,100cqi)}
+.scroll{container-type:inline-size;overflow-x:auto;-webkit-overflow-scrolling:touch;margin-top:16px}
 .scroll:focus-visible,button:focus-visible,summary:focus-visible,a:focus-visible{outline:2px solid var(--s0);outline-offset:2px}
 table{border-collapse:collapse;font-size:14px;line-height:1.35}
 table.full{width:100%}
@@ -51,14 +52,13 @@ thead th{font-weight:600;font-size:12.5px;color:var(--soft);vertical-align:botto
 white-space:normal;min-width:4.6em}
 th:first-child,td:first-child{padding-left:0}
 tbody th,th.left,td.left{text-align:left;font-weight:400}
-tbody th{font-weight:600;position:sticky;left:0;background:var(--page);max-width:260px;white-space:normal;overflow-wrap:anywhere}
+tbody th{font-weight:600;position:sticky;left:0;background:var(--page);max-width:260px;white-space:normal;overflow-wrap:break-word}
 td.wrap{white-space:normal;overflow-wrap:anywhere;min-width:14em}
 td small,th small{display:block;font-size:11.5px;font-weight:400;color:var(--soft);white-space:nowrap}
 tr.reference th,tr.reference td{color:var(--soft)}
 .best{font-weight:700}
 .tag{color:var(--good)!important}
 .no{color:var(--soft)}
-.yes{font-weight:600}
 thead button{font:inherit;color:inherit;background:none;border:0;padding:0;text-align:inherit;cursor:pointer}
 th[aria-sort=ascending] button:after{content:" \\2191"}
 th[aria-sort=descending] button:after{content:" \\2193"}
@@ -99,13 +99,15 @@ white-space:nowrap}
 .area{height:var(--height);min-width:0}
 .stretch{width:100%;height:100%;overflow:visible}
 .dots-plot{overflow:visible}
+.above{grid-column:2;height:18px;position:relative}
+.above span{position:absolute;transform:translateX(-50%);white-space:nowrap}
 .across{grid-column:2;position:relative;height:20px;margin-top:5px}
 .across span{position:absolute;transform:translateX(-50%);white-space:nowrap}
 .across i{position:absolute;right:0;top:15px;font-style:normal}
 .across:has(i){height:32px}
 .labelled{--left:170px}
 .labelled .up{color:var(--ink);font-size:12.5px}
-.panels{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:26px 36px;margin-top:18px}
+.panels{display:grid;grid-template-columns:repeat(var(--columns),minmax(0,1fr));gap:26px 36px;margin-top:18px}
 .scale{max-width:420px;margin:14px 0 0;font-size:12px;color:var(--soft)}
 .scale p{margin:0 0 4px;max-width:none}
 .bar{height:10px;border-radius:1px;-webkit-print-color-adjust:exact;print-color-adjust:exact}
@@ -119,7 +121,11 @@ summary{cursor:pointer;font-size:14px;color:var(--soft);width:fit-content;max-wi
 summary:hover{color:var(--ink)}
 pre,code{font:12.5px/1.5 var(--mono)}
 pre{background:var(--band);padding:12px 14px;margin:8px 0 0;white-space:pre-wrap;overflow-wrap:anywhere;border-radius:3px}
-.artifact{margin-top:26px}
+.artifacts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:30px 36px;margin-top:22px}
+.artifact{min-width:0}
+.artifact details{margin-top:6px}
+.artifact ul{margin:0 0 8px;padding-left:18px}
+.artifact p,.artifact li{font-size:14.5px}
 .artifact>p{margin-bottom:4px}
 .facts{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:4px 22px;margin:14px 0 0;font-size:14.5px}
 .facts dt{color:var(--soft)}
@@ -129,13 +135,15 @@ pre{background:var(--band);padding:12px 14px;margin:8px 0 0;white-space:pre-wrap
 .glossary dt{font-weight:600;font-size:15px}
 .glossary dd{margin:2px 0 0;font-size:14.5px;line-height:1.5;color:var(--soft)}
 footer{margin-top:56px;border-top:1px solid var(--rule);padding-top:14px;font-size:13px;color:var(--soft)}
+@media (max-width:900px){.panels{grid-template-columns:repeat(min(2,var(--columns)),minmax(0,1fr))}}
 @media (max-width:640px){
+.panels{grid-template-columns:minmax(0,1fr)}
 main{padding:24px 16px 48px}
 section{margin-top:40px}
 svg.wide{display:none}
 svg.narrow{display:block}
 .labelled{--left:112px}
-.across .second{display:none}
+.above .second,.across .second{display:none}
 .glossary{columns:1}
 .facts{grid-template-columns:minmax(0,1fr);gap:0}
 .facts dd{padding-bottom:8px}

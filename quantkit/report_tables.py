@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from quantkit.evaluation import ArtifactEvaluation, Estimate, Evaluation
 from quantkit.report_charts import by_label
 from quantkit.report_heat_maps import router_rows
-from quantkit.report_markup import Markup, element, join, key
+from quantkit.report_markup import Markup, element, join, key, typeset
 from quantkit.report_words import (
     UNKNOWN,
     frontier,
@@ -44,8 +44,10 @@ _VALUES: tuple[Callable[[ArtifactEvaluation], float], ...] = (
 def table(caption: str, headings: Sequence[str], rows: Iterable[Row], *, left: int = 1, kind: str = "") -> Markup:
     """A table in a box that scrolls; the first ``left`` columns are text.  caption: its first sentence is set bold."""
     first, separator, rest = caption.partition(". ")
-    title = element("span", element("b", first + separator.strip()), f" {rest}" if rest else "")
-    heads = (element("th", text, scope="col", class_="left" if place < left else None) for place, text in enumerate(headings))
+    title = element("span", element("b", typeset(first + separator.strip())), typeset(f" {rest}") if rest else "")
+    heads = (
+        element("th", typeset(text), scope="col", class_="left" if place < left else None) for place, text in enumerate(headings)
+    )
     body = (element("tr", head, *cells, class_=_row_class(head)) for head, cells in rows)
     return element(
         "div",
@@ -75,7 +77,7 @@ def head_cell(*content: str, value: str | None = None, reference: bool = False) 
 def cell(text: str, below: str = "", *, value: float | None = None, kind: str | None = None) -> Markup:
     """A cell, with a second line in small print; value: what it is sorted by."""
     shown = None if value is None else "" if math.isnan(value) else repr(float(value))
-    return element("td", text, element("small", below) if below else "", data_value=shown, class_=kind)
+    return element("td", typeset(text), element("small", typeset(below)) if below else "", data_value=shown, class_=kind)
 
 
 def main_table(evaluation: Evaluation) -> Markup:
@@ -155,7 +157,7 @@ def difference_table(evaluation: Evaluation) -> Markup:
             cell(verdict(pair.log_perplexity), kind="yes" if verdict(pair.log_perplexity) == "significant" else "no"),
         ]
         rows.append((head_cell(pair.first, value=pair.first), cells))
-    headings = ["Artifact", "minus", "Mean KLD", "Noise?", "Log perplexity", "Noise?"]
+    headings = ["Artifact", "minus", "Mean KLD", "Verdict", "Log perplexity", "Verdict"]
     caption = (
         "Differences between artifacts. On the same windows; below zero the first is closer to the reference. A difference is "
         "significant when its 95 % interval leaves out zero."

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from quantkit.evaluation import INTERVAL, ArtifactEvaluation, Difference, Estimate, Evaluation
 
 UNKNOWN = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
 PER_CENT = f"{100 * INTERVAL:g} %"
+MOST_STEPS = 4  # findings of one sort that are spelled out
 
 # --------------------------------------------------------------------------------------------------------------- numbers
 
@@ -164,16 +166,19 @@ def headline(evaluation: Evaluation) -> str:
     """The finding in one sentence."""
     best = frontier(evaluation)
     if not best:
-        return f"No divergence from {evaluation.reference} could be measured"
+        return "No divergence from the reference could be measured"
     closest = best[0]
     if len(evaluation.artifacts) == 1:
-        shared = f"picks the same next token as {evaluation.reference} at {percent(closest.scores.agreement.value, 1)} of positions"
+        shared = (
+            f"finds the same next token most likely as the reference at {percent(closest.scores.agreement.value, 1)} of positions"
+        )
         return f"{closest.name}, {size(closest.bytes)}, {shared}"
     if len(best) == 1:
-        return f"{closest.name} is both the smallest and the closest to {evaluation.reference}"
-    parts = [f"{artifact.name} at {size(artifact.bytes)}" for artifact in best[1:4]]
-    rest = f", and {len(best) - 4} more below that" if len(best) > 4 else ""
-    return f"{closest.name} is closest to {evaluation.reference}; for less memory, {listing(parts)}{rest}"
+        return f"{closest.name} is both the smallest and the closest to the reference"
+    smaller = best[1:] if len(best) <= 4 else [best[len(best) // 3], best[2 * len(best) // 3], best[-1]]
+    parts = [f"{artifact.name} at {size(artifact.bytes)}" for artifact in smaller]
+    among = " for example" if len(best) > 4 else ""
+    return f"{closest.name} is closest to the reference; for less memory,{among} {listing(parts)}"
 
 
 def summary(evaluation: Evaluation) -> list[str]:
@@ -185,19 +190,26 @@ def summary(evaluation: Evaluation) -> list[str]:
     of = (
         f"{size(closest.bytes)} at {closest.bits_per_weight:.2f} bits per weight, of {size(evaluation.reference_bytes)} unquantized"
     )
-    lines = [
-        (
-            f"{closest.name} takes {of}. Its mean divergence from the reference is {_with_interval(scores.divergence)} nats, its "
-            f"perplexity {number(scores.ratio.value, 5)} times the reference's, and it finds the same token most likely at "
-            f"{percent(scores.agreement.value)} of {scores.positions:,} positions."
-        )
-    ]
+    figures = f"a mean divergence from the reference of {_with_interval(scores.divergence)} nats and a perplexity"
+    same = f"finds the same token most likely at {percent(scores.agreement.value)} of {scores.positions:,} positions"
+    lines = [f"{closest.name} takes {of}. It has {figures} {number(scores.ratio.value, 5)} times the reference's, and {same}."]
     others = [artifact for artifact in ranked(evaluation) if artifact is not closest]
-    if others:
+    if others and (len(best) == 1 or others[0] is not best[1]):
         lines.append(_lead(evaluation, closest, others[0]))
-    for smaller, larger in zip(best[1:], best[:-1], strict=True):
-        lines.append(_step(evaluation, larger, smaller))
-    lines += [_dominated(evaluation, best, artifact) for artifact in others if artifact not in best]
+    behind = [artifact for artifact in others if artifact not in best]
+    certain = _all_certain(evaluation, best, behind)
+    lines += [_step(evaluation, larger, smaller, certain) for larger, smaller in pairwise(best[: MOST_STEPS + 1])]
+    if len(best) > MOST_STEPS + 1:
+        lines.append(
+            f"Smaller ones that are best at their size: {listing([artifact.name for artifact in best[MOST_STEPS + 1 :]])}."
+        )
+    lines += _behind(evaluation, best, behind)
+    if others and certain:
+        lines.append(f"All differences named here are more than noise: their {PER_CENT} intervals leave out zero.")
+    if others and all(significant(pair.divergence) is None for pair in evaluation.differences):
+        lines.append(
+            "Whether these differences are more than noise cannot be said: they have no intervals, as with a single window of text."
+        )
     return lines
 
 
@@ -208,49 +220,62 @@ def _with_interval(estimate: Estimate) -> str:
 
 def _lead(evaluation: Evaluation, closest: ArtifactEvaluation, second: ArtifactEvaluation) -> str:
     if math.isnan(second.scores.divergence.value):
-        return f"Of {second.name} no divergence is known."
+        return "It is the only one whose divergence is known."
     pair = difference(evaluation, closest, second)
     known = None if pair is None else significant(pair.divergence)
     if pair is None or known is None:
-        return (
-            f"{second.name} comes next. Whether the difference is more than noise cannot be said: there is no interval of the "
-            "difference, as with a single window of text."
-        )
+        return f"{second.name} comes next."
     by = f"the difference of their mean divergence is {_with_interval(_negative(pair.divergence))}"
     if known:
         return f"It is closer than {second.name}, which comes next, by more than noise: {by}."
-    return f"It cannot be told from {second.name}, which comes next: {by}, which includes zero."
+    return f"It cannot be told from {second.name}, which comes next: {by}, which leaves zero possible."
 
 
-def _step(evaluation: Evaluation, larger: ArtifactEvaluation, smaller: ArtifactEvaluation) -> str:
+def _step(evaluation: Evaluation, larger: ArtifactEvaluation, smaller: ArtifactEvaluation, certain: bool) -> str:
     saved = size(larger.bytes - smaller.bytes)
-    value = number(smaller.scores.divergence.value)
-    start = f"{smaller.name}, at {size(smaller.bytes)} and {smaller.bits_per_weight:.2f} bits, saves {saved} on {larger.name}"
-    return f"{start} at a mean divergence of {value}{_times(larger, smaller)}{_noise(evaluation, larger, smaller)}."
+    start = f"{smaller.name}, {size(smaller.bytes)} at {smaller.bits_per_weight:.2f} bits, saves {saved} on {larger.name}"
+    low, high = larger.scores.divergence.value, smaller.scores.divergence.value
+    times = f", {number(high / low, 2)} times as much" if low > 0 else ""
+    noise = {None: "", True: "; the difference is more than noise", False: "; the difference may be noise"}
+    return f"{start} at a divergence of {number(high)}{times}{'' if certain else noise[_known(evaluation, larger, smaller)]}."
 
 
-def _times(better: ArtifactEvaluation, worse: ArtifactEvaluation) -> str:
-    low, high = better.scores.divergence.value, worse.scores.divergence.value
-    return f", {number(high / low, 2)} times as much" if low > 0 else ""
+def _rival(best: Sequence[ArtifactEvaluation], artifact: ArtifactEvaluation) -> ArtifactEvaluation:
+    """The smallest of the best that is at least as close as an artifact that is not among them; it is no larger either."""
+    return next(other for other in reversed(best) if other.scores.divergence.value <= artifact.scores.divergence.value)
 
 
-def _noise(evaluation: Evaluation, first: ArtifactEvaluation, second: ArtifactEvaluation) -> str:
+def _all_certain(evaluation: Evaluation, best: Sequence[ArtifactEvaluation], behind: Sequence[ArtifactEvaluation]) -> bool:
+    """Whether every difference that the findings name is significant."""
+    known = [artifact for artifact in behind if not math.isnan(artifact.scores.divergence.value)]
+    pairs = [*pairwise(best), *((_rival(best, artifact), artifact) for artifact in known)]
+    return bool(pairs) and all(_known(evaluation, first, second) for first, second in pairs)
+
+
+def _known(evaluation: Evaluation, first: ArtifactEvaluation, second: ArtifactEvaluation) -> bool | None:
     pair = difference(evaluation, first, second)
-    known = None if pair is None else significant(pair.divergence)
-    return {None: "", True: " (significant)", False: " (not significantly)"}[known]
+    return None if pair is None else significant(pair.divergence)
 
 
-def _dominated(evaluation: Evaluation, best: Sequence[ArtifactEvaluation], artifact: ArtifactEvaluation) -> str:
-    if math.isnan(artifact.scores.divergence.value):
-        return f"{artifact.name} has no place here, since its divergence is not known."
-    rival = next(other for other in reversed(best) if other.scores.divergence.value <= artifact.scores.divergence.value)
-    if rival.scores.divergence.value == artifact.scores.divergence.value and rival.bytes == artifact.bytes:
-        return f"{artifact.name} is as large and as close as {rival.name}."
-    place = "no larger" if rival.bytes <= artifact.bytes else "larger"
-    return (
-        f"{artifact.name}, at {size(artifact.bytes)} and {number(artifact.scores.divergence.value)}, is not worth its size: "
-        f"{rival.name} is {place} and closer to the reference{_noise(evaluation, rival, artifact)}."
-    )
+def _behind(evaluation: Evaluation, best: Sequence[ArtifactEvaluation], artifacts: Sequence[ArtifactEvaluation]) -> list[str]:
+    """Of those that are not best at their size: one line each, or one for all where they are many."""
+    unknown = [artifact.name for artifact in artifacts if math.isnan(artifact.scores.divergence.value)]
+    lines, names = [], []
+    for artifact in artifacts:
+        if artifact.name in unknown:
+            continue
+        rival = _rival(best, artifact)
+        if (rival.scores.divergence.value, rival.bytes) == (artifact.scores.divergence.value, artifact.bytes):
+            lines.append(f"{artifact.name} is as large and as close as {rival.name}.")
+            names.append(f"{artifact.name} (equal to {rival.name})")
+            continue
+        doubt = ", though that may be noise" if _known(evaluation, rival, artifact) is False else ""
+        place = f"at {size(artifact.bytes)} and a divergence of {number(artifact.scores.divergence.value)}"
+        lines.append(f"{artifact.name}, {place}, is behind: {rival.name} is no larger and closer to the reference{doubt}.")
+        names.append(f"{artifact.name} ({rival.name}{', perhaps' if doubt else ''})")
+    if len(lines) > MOST_STEPS:
+        lines = [f"These are behind another, named in brackets, that is no larger and closer to the reference: {listing(names)}."]
+    return lines + ([f"No divergence is known of {listing(unknown)}."] if unknown else [])
 
 
 Column = tuple[str, Callable[[ArtifactEvaluation], str], Callable[[ArtifactEvaluation], str]]
