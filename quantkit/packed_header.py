@@ -34,7 +34,7 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_FILES = 100_000
 MAX_DIMENSIONS = 8
 DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "U8": 1, "I8": 1, "I32": 4}
-_PRELUDE = struct.Struct("<8sIIQQQQ8x")  # magic, version, size of the prelude, of the JSON, start of the data, size, set; checksum
+_PRELUDE = struct.Struct("<8sIIQQQ16x8x")  # magic, version, size of this, of the JSON, start of the data, size, reserved, checksum
 _LIMIT = 2**63  # no count of elements or bytes reaches this
 _ADVICE = "Copy or download the file again."
 
@@ -166,7 +166,7 @@ def build_header(blocks: Sequence[BlockContent], number: int, count: int, model:
 
 
 def _prelude(version: int, length: int, start: int, size: int, text: bytes) -> bytes:
-    blank = _PRELUDE.pack(MAGIC, version, _PRELUDE.size, length, start, size, 0)[:-CHECKSUM_BYTES]
+    blank = _PRELUDE.pack(MAGIC, version, _PRELUDE.size, length, start, size)[:-CHECKSUM_BYTES]
     return blank + xxhash.xxh3_64_intdigest(blank + text).to_bytes(CHECKSUM_BYTES, "little")
 
 
@@ -204,7 +204,7 @@ def _check_prelude(prelude: bytes, size: int, where: str) -> tuple[int, int]:
         raise CheckpointError(
             f"{where}: no packed file of quantkit, or damaged: it does not begin with {MAGIC.decode()}. {_ADVICE}"
         )
-    _, version, prelude_size, length, start, stated, _ = _PRELUDE.unpack(prelude)
+    _, version, prelude_size, length, start, stated = _PRELUDE.unpack(prelude)
     if version != VERSION:
         raise CheckpointError(f"{where}: version {version} of the packed format; this quantkit reads version {VERSION}. Update it.")
     if prelude_size != _PRELUDE.size or length > MAX_HEADER_BYTES or start != _aligned(_PRELUDE.size + length, BLOCK_ALIGNMENT):
@@ -224,7 +224,7 @@ def parse_header(prelude: bytes, text: bytes, where: str) -> PackedHeader:
     digest = xxhash.xxh3_64_intdigest(prelude[:-CHECKSUM_BYTES] + text)
     if digest.to_bytes(CHECKSUM_BYTES, "little") != stored:
         raise CheckpointError(f"{where}: its header does not have the checksum that was stored with it. {_ADVICE}")
-    _, _, _, _, start, size, _ = _PRELUDE.unpack(prelude)
+    _, _, _, _, start, size = _PRELUDE.unpack(prelude)
     content = parse_object(text, f"{where}: the header")
     model, blocks = content.get("model"), content.get("blocks")
     number, count = content.get("file"), content.get("files")
