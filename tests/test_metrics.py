@@ -1,0 +1,189 @@
+"""Figures and intervals against the same in words: loops over float64, and a bootstrap that draws windows one by one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quantkit.evaluation import Estimate
+from quantkit.metrics import Group, TokenScores, same_routes, summarize
+
+POSITIONS = (7, 3, 0, 12, 5, 1)
+
+
+def random_scores(count: int, seed: int, like: TokenScores | None = None) -> TokenScores:
+    generator = torch.Generator().manual_seed(seed)
+    reference = torch.rand(count, generator=generator) * 6 if like is None else like.reference_loss
+    loss = reference + 0.3 * torch.randn(count, generator=generator)
+    return TokenScores(
+        reference_loss=reference,
+        loss=loss,
+        divergence=torch.rand(count, generator=generator) ** 4,
+        agreement=torch.rand(count, generator=generator) > 0.2,
+        probability_shift=torch.exp(-loss) - torch.exp(-reference),
+    )
+
+
+def everything(positions: tuple[int, ...]) -> Group:
+    return Group("", np.arange(len(positions)))
+
+
+def chosen(values: torch.Tensor, windows: list[int], positions: tuple[int, ...]) -> list[float]:
+    """The values of some windows, window by window; a window may come twice."""
+    starts = [sum(positions[:number]) for number in range(len(positions))]
+    return [float(values[starts[number] + place]) for number in windows for place in range(positions[number])]
+
+
+def mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def percentile(values: list[float], share: float) -> float:
+    """Between the two nearest in order, linearly."""
+    ordered = sorted(values)
+    place = share / 100 * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def test_figures_are_those_of_loops() -> None:
+    scores = random_scores(sum(POSITIONS), 1)
+    for windows in ([0, 1, 2, 3, 4, 5], [1, 3, 4]):
+        group = Group("some", np.array(windows))
+        [found] = summarize([("one", scores)], POSITIONS, group, resamples=0, seed=0).scores
+        reference, loss, divergence, agreement, shift = (
+            chosen(values, windows, POSITIONS)
+            for values in (scores.reference_loss, scores.loss, scores.divergence, scores.agreement, scores.probability_shift)
+        )
+        assert found.positions == len(loss)
+        perplexity = math.exp(mean(loss))
+        # As llama.cpp has it: mean of squares less square of the mean, over one less than there are.
+        error = perplexity * math.sqrt((mean([value * value for value in loss]) - mean(loss) ** 2) / (len(loss) - 1))
+        expected = {
+            "perplexity": perplexity,
+            "reference_perplexity": math.exp(mean(reference)),
+            "ratio": math.exp(mean(loss) - mean(reference)),
+            "divergence": mean(divergence),
+            "agreement": mean(agreement),
+            "probability_shift": mean(shift),
+            "perplexity_error": error,
+            "probability_shift_square": math.sqrt(mean([value * value for value in shift])),
+        }
+        for name, value in expected.items():
+            figure = getattr(found, name)
+            assert (figure.value if isinstance(figure, Estimate) else figure) == pytest.approx(value, rel=1e-12), name
+        assert list(found.divergence_percentiles) == ["50", "90", "99", "99.9", "100"]
+        for name, value in found.divergence_percentiles.items():
+            assert value == pytest.approx(percentile(divergence, float(name)), rel=1e-12)
+
+
+def test_intervals_are_those_of_windows_drawn_one_by_one() -> None:
+    scores = random_scores(sum(POSITIONS), 2)
+    artifacts = [("one", scores), ("other", random_scores(sum(POSITIONS), 3, scores))]
+    resamples, seed = 200, 5
+    summary = summarize(artifacts, POSITIONS, replace(everything(POSITIONS), name="all"), resamples=resamples, seed=seed)
+    present = [number for number, count in enumerate(POSITIONS) if count]  # a window without predictions is never drawn
+    generator = np.random.default_rng([seed, xxhash.xxh3_64_intdigest(b"all")])
+    draws = [[present[index] for index in row] for row in generator.integers(len(present), size=(resamples, len(present))).tolist()]
+    for number, (_, values) in enumerate(artifacts):
+        found = summary.scores[number]
+        for name, column in (("divergence", values.divergence), ("agreement", values.agreement)):
+            drawn = [mean(chosen(column, windows, POSITIONS)) for windows in draws]
+            estimate = getattr(found, name)
+            assert estimate.low == pytest.approx(percentile(drawn, 2.5), rel=1e-12)
+            assert estimate.high == pytest.approx(percentile(drawn, 97.5), rel=1e-12)
+        ratios = [math.exp(mean(chosen(values.loss - values.reference_loss, windows, POSITIONS))) for windows in draws]
+        assert found.ratio.low == pytest.approx(percentile(ratios, 2.5), rel=1e-6)
+    apart = artifacts[0][1].loss.double() - artifacts[1][1].loss.double()
+    drawn = [mean(chosen(apart, windows, POSITIONS)) for windows in draws]
+    difference = summary.differences[0, 1]
+    assert (difference.first, difference.second) == ("one", "other")
+    assert difference.log_perplexity.value == pytest.approx(mean(apart.tolist()), rel=1e-9)
+    assert difference.log_perplexity.low == pytest.approx(percentile(drawn, 2.5), rel=1e-9)
+    assert difference.log_perplexity.high == pytest.approx(percentile(drawn, 97.5), rel=1e-9)
+
+
+def test_intervals_cover_what_they_promise() -> None:
+    """Windows of unlike difficulty: of 95 % intervals about that many hold the truth, where tokens are far from independent."""
+    generator = np.random.default_rng(1)
+    windows, length, truth, trials = 80, 20, 3.0, 250
+    covered = naive = 0
+    for trial in range(trials):
+        level = truth + 0.7 * generator.standard_normal((windows, 1))
+        losses = torch.from_numpy((level + 0.5 * generator.standard_normal((windows, length))).astype(np.float32).reshape(-1))
+        scores = replace(random_scores(windows * length, trial), loss=losses)
+        positions = (length,) * windows
+        [found] = summarize([("one", scores)], positions, everything(positions), resamples=400, seed=trial).scores
+        covered += found.perplexity.low <= math.exp(truth) <= found.perplexity.high
+        naive += abs(found.perplexity.value - math.exp(truth)) <= 1.96 * found.perplexity_error
+    assert 0.90 <= covered / trials <= 0.98
+    assert naive / trials < 0.8  # what tokens taken as independent would promise
+
+
+def test_pairs_share_their_draws() -> None:
+    """An artifact that is a hair worse everywhere differs by a sharp amount, although each figure is uncertain."""
+    positions = (10,) * 40
+    scores = random_scores(400, 4)
+    worse = replace(scores, loss=scores.loss + 0.01, divergence=scores.divergence + 0.001)
+    summary = summarize([("one", scores), ("worse", worse)], positions, everything(positions), resamples=300, seed=0)
+    difference = summary.differences[0, 1]
+    assert difference.divergence.low == pytest.approx(-0.001, rel=1e-3) == difference.divergence.high
+    assert difference.log_perplexity.low == pytest.approx(-0.01, rel=1e-3) == difference.log_perplexity.high
+    assert summary.scores[0].divergence.high - summary.scores[0].divergence.low > 0.01
+    same = summarize([("one", scores), ("copy", scores)], positions, everything(positions), resamples=50, seed=0)
+    assert same.differences[0, 1].divergence == Estimate(0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(("positions", "resamples"), [((9,), 100), ((9, 0), 100), ((5, 4), 0)])
+def test_without_resamples_there_is_no_interval(positions: tuple[int, ...], resamples: int) -> None:
+    scores = random_scores(9, 6)
+    summary = summarize(
+        [("a", scores), ("b", random_scores(9, 7, scores))], positions, everything(positions), resamples=resamples, seed=0
+    )
+    found = summary.scores[0]
+    for estimate in (found.perplexity, found.ratio, found.divergence, found.agreement, summary.differences[0, 1].divergence):
+        assert math.isfinite(estimate.value) and math.isnan(estimate.low) and math.isnan(estimate.high)
+    assert math.isfinite(found.perplexity_error)
+
+
+def test_one_position_has_no_standard_error() -> None:
+    [found] = summarize([("a", random_scores(1, 8))], (1,), everything((1,)), resamples=10, seed=0).scores
+    assert math.isnan(found.perplexity_error) and math.isfinite(found.perplexity.value)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    positions=st.lists(st.integers(0, 6), min_size=2, max_size=8).filter(lambda counts: sum(map(bool, counts)) > 1),
+    seed=st.integers(0, 99),
+)
+def test_intervals_lie_within_what_windows_hold(positions: list[int], seed: int) -> None:
+    counts = tuple(positions)
+    scores = random_scores(sum(counts), seed)
+    [found] = summarize([("a", scores)], counts, everything(counts), resamples=40, seed=seed).scores
+    starts = np.cumsum([0, *counts])
+    means = [float(scores.divergence[a:b].double().mean()) for a, b in pairwise(starts) if b > a]
+    assert min(means) - 1e-12 <= found.divergence.low <= found.divergence.high <= max(means) + 1e-12
+    again = summarize([("a", scores)], counts, everything(counts), resamples=40, seed=seed).scores[0]
+    assert again == found
+
+
+def test_groups_are_by_label() -> None:
+    groups = Group.by(["b.de", "a", "", "b.de", "a"])
+    assert {group.name: group.windows.tolist() for group in groups} == {"a": [1, 4], "b.de": [0, 3]}
+
+
+def test_routes_agree_when_the_experts_are_the_same_in_any_order() -> None:
+    reference = torch.tensor([[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[1, 2], [3, 4]]], dtype=torch.int16)  # [3 tokens, 2 layers, 2]
+    other = torch.tensor([[[1, 0], [2, 4]], [[4, 5], [7, 6]], [[1, 3], [0, 4]]], dtype=torch.int16)
+    assert same_routes(reference, other).tolist() == [2, 1]
+    assert same_routes(reference, reference).tolist() == [3, 3]
+    assert same_routes(reference[:, :0], other[:, :0]).tolist() == []
