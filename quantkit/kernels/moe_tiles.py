@@ -40,6 +40,12 @@ TABLE: dict[str, dict[int, Shape]] = {  # kind of weight -> rows of a tile -> th
         64: Shape(128, 4, 4, 2),
         128: Shape(128, 8, 3, 1),
     },
+    "integer-parts": {  # groups of 32 and 64 inputs
+        16: Shape(64, 4, 5, 3),
+        32: Shape(64, 4, 4, 2),
+        64: Shape(128, 8, 4, 1),
+        128: Shape(128, 8, 4, 1),
+    },
     "fp8": {
         16: Shape(64, 4, 6, 3),
         32: Shape(64, 4, 6, 2),

@@ -6,20 +6,18 @@ operation for each result of a group instead of one for each weight.  Scales of 
 
 Numbers appear by putting the bits of a field into the mantissa of a BF16 number whose last bit is worth 1 (0x4300 is 128): one
 operation for two weights, and one more to take 128 and the zero point away.  A field of neighbouring words is a run of neighbouring
-inputs, so what a thread unpacks is what the tensor core wants from it.  ``ASM`` says so in machine instructions for 4 and 8 bits; the
-other way is plain arithmetic, gives the same bits, and is what widths without instructions, and Triton's interpreter, take.  Widths
-of several planes are one product for each plane, added in the tensor core.
+inputs, so what a thread unpacks is what the tensor core wants from it.  ``instructions`` says so for planes of 2, 4 and 8 bits; the
+other way is plain arithmetic, gives the same bits, and is what planes of 1 bit, and Triton's interpreter, take.  Widths of several
+planes are one product for each plane, added in the tensor core.
 
 A fixed number of programs takes tile after tile.  This module imports triton, so nothing imports it before there is work for a GPU.
 """
 
 # Kernels are written in Triton's language, which looks like Python to linters and type checkers but is another one.
 # mypy: disable-error-code="assignment, no-untyped-def, untyped-decorator, var-annotated"
-# ruff: noqa: N803, RUF005
+# ruff: noqa: N803, N806
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -34,46 +32,46 @@ from quantkit.kernels.moe_tiles import INPUTS, Rows, Shape, Tiles
 from quantkit.kernels.moe_triton_parts import place_of, store_gated, store_outputs
 from quantkit.kernels.planes import PLANES
 
-# Two neighbouring words w0, w1 to pairs of BF16 numbers, one pair for each field: 128 + field.  %s: what is done with each pair.
-_NIBBLES = """
-{
-.reg .b32 a, b, t, m;
-mov.b32 m, 0xC308C308;
-prmt.b32 a, $8, $9, 0x5410;
-prmt.b32 b, $8, $9, 0x7632;
-lop3.b32 $0, a, 0x000f000f, 0x43004300, 0xea;
-shr.u32 t, a, 4;
-lop3.b32 $1, t, 0x000f000f, 0x43004300, 0xea;
-shr.u32 t, a, 8;
-lop3.b32 $2, t, 0x000f000f, 0x43004300, 0xea;
-shr.u32 t, a, 12;
-lop3.b32 $3, t, 0x000f000f, 0x43004300, 0xea;
-lop3.b32 $4, b, 0x000f000f, 0x43004300, 0xea;
-shr.u32 t, b, 4;
-lop3.b32 $5, t, 0x000f000f, 0x43004300, 0xea;
-shr.u32 t, b, 8;
-lop3.b32 $6, t, 0x000f000f, 0x43004300, 0xea;
-shr.u32 t, b, 12;
-lop3.b32 $7, t, 0x000f000f, 0x43004300, 0xea;
-"""
-_LESS_136 = "".join(f"add.rn.bf16x2 ${field}, ${field}, m;\n" for field in range(8))
-_RAW_NIBBLES = tl.constexpr(_NIBBLES + "}")
-_SIGNED_NIBBLES = tl.constexpr(_NIBBLES + _LESS_136 + "}")
-_NIBBLE_OPERANDS = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 2))
-# The same for bytes: 128 + the low 7 bits, less 128 where the top bit is set and less 256 where it is not.
-_SIGNED_BYTES = tl.constexpr(
-    "{\n.reg .b32 t, s;\n"
-    + "".join(
-        f"prmt.b32 t, $4, $5, 0x{4 + byte}{4 + byte}{byte}{byte};\n"
-        f"lop3.b32 s, t, 0x00800080, 0x43804380, 0x6a;\n"
-        f"lop3.b32 t, t, 0x007f007f, 0x43004300, 0xea;\n"
-        f"sub.rn.bf16x2 ${byte}, t, s;\n"
-        for byte in range(4)
-    )
-    + "}"
-)
+MOST_TOKENS_OF_PARTS = 64  # of a tile where a step has several groups; larger ones are multiplied in pieces
 _B = tl.bfloat16
-_BYTE_OPERANDS = tl.constexpr(",".join(["=&r"] * 4 + ["r"] * 2))
+
+
+def instructions(plane: int, offset: int | None, step: int) -> str:
+    """What makes ``(field - offset) * step`` of the fields of two neighbouring words: a pair of BF16 numbers for each field.
+
+    Without an offset it is ``field + 128``.  plane: bits of a field, 2, 4 or 8; of 8 there is nothing but ``field - 128``.
+    """
+    count = 32 // plane
+    one, other = f"${count}", f"${count + 1}"
+    if plane == 8:  # 128 + the low 7 bits, less 128 where the top bit is set and less 256 where it is not
+        lines = [".reg .b32 t, s;"]
+        for field in range(count):
+            lines += [
+                f"prmt.b32 t, {one}, {other}, 0x{4 + field}{4 + field}{field}{field};",
+                "lop3.b32 s, t, 0x00800080, 0x43804380, 0x6a;",
+                "lop3.b32 t, t, 0x007f007f, 0x43004300, 0xea;",
+                f"sub.rn.bf16x2 ${field}, t, s;",
+            ]
+        return "{\n" + "\n".join(lines) + "\n}"
+    mask = (1 << plane) - 1
+    lines = [".reg .b32 a, b, t, m, f;", f"prmt.b32 a, {one}, {other}, 0x5410;", f"prmt.b32 b, {one}, {other}, 0x7632;"]
+    for field in range(count):
+        half, shift = "ab"[field * plane // 16], field * plane % 16
+        if shift:
+            lines.append(f"shr.u32 t, {half}, {shift};")
+        lines.append(f"lop3.b32 ${field}, {'t' if shift else half}, 0x{mask:04x}{mask:04x}, 0x43004300, 0xea;")
+    if offset is not None:
+        lines += [f"mov.b32 m, {_pair(-(128 + offset) * step)};", f"mov.b32 f, {_pair(step)};"]
+        how = "add.rn.bf16x2 ${0}, ${0}, m;" if step == 1 else "fma.rn.bf16x2 ${0}, ${0}, f, m;"
+        lines += [how.format(field) for field in range(count)]
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+def _pair(value: int) -> str:
+    """A whole number twice in BF16."""
+    code = int(torch.tensor(float(value), dtype=torch.bfloat16).view(torch.int16)) & 0xFFFF
+    assert float(torch.tensor(float(value), dtype=torch.bfloat16)) == value
+    return f"0x{code:04x}{code:04x}"
 
 
 @triton.jit
@@ -83,67 +81,63 @@ def _joined(one, other):
 
 
 @triton.jit
-def _side_by_side(parts):
-    """Tiles side by side, a power of two of them."""
-    if len(parts) == 1:
-        return parts[0]
-    elif len(parts) == 2:
-        return _joined(parts[0], parts[1])
-    elif len(parts) == 4:
-        return _joined(_joined(parts[0], parts[1]), _joined(parts[2], parts[3]))
+def _side_by_side(parts, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """``COUNT`` tiles side by side, a power of two, from ``FIRST`` on."""
+    if COUNT == 1:
+        return parts[FIRST]
     else:
-        return _joined(
-            _joined(_joined(parts[0], parts[1]), _joined(parts[2], parts[3])),
-            _joined(_joined(parts[4], parts[5]), _joined(parts[6], parts[7])),
+        HALF: tl.constexpr = COUNT // 2
+        return _joined(_side_by_side(parts, FIRST, HALF), _side_by_side(parts, FIRST + HALF, HALF))
+
+
+@triton.jit
+def _unpacked(words, PLANE: tl.constexpr, ASM: tl.constexpr):
+    """All fields of ``words [outputs, 4 * PLANE]`` as BF16 numbers by instructions; two neighbouring words at a time."""
+    if PLANE == 8:
+        return tl.inline_asm_elementwise(ASM, "=&r,=&r,=&r,=&r,r,r", [words], dtype=(_B, _B, _B, _B), is_pure=True, pack=2)
+    elif PLANE == 4:
+        return tl.inline_asm_elementwise(
+            ASM,
+            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r",
+            [words],
+            dtype=(_B, _B, _B, _B, _B, _B, _B, _B),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            ASM,
+            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r",
+            [words],
+            dtype=(_B, _B, _B, _B, _B, _B, _B, _B, _B, _B, _B, _B, _B, _B, _B, _B),
+            is_pure=True,
+            pack=2,
         )
 
 
 @triton.jit
-def _less(tile, subtrahend, ASM: tl.constexpr):
-    """BF16 ``tile [outputs, inputs]`` less whole BF16 numbers ``[outputs]``, exactly."""
-    other = tl.broadcast_to(subtrahend[:, None], tile.shape)
-    if ASM:
+def _plain(words, PLANE: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, OFFSET: tl.constexpr, STEP: tl.constexpr):
+    """(field - ``OFFSET``) * ``STEP`` for the fields of one of ``PARTS`` of a step, side by side, in plain arithmetic."""
+    COUNT: tl.constexpr = 32 // PLANE // PARTS
+    shifts = (tl.arange(0, COUNT) + PART * COUNT) * PLANE
+    fields = (words[:, None, :] >> shifts[None, :, None]) & ((1 << PLANE) - 1)
+    fields = tl.reshape(fields, (words.shape[0], COUNT * words.shape[1]))
+    if PLANE == 8:
+        return (fields - OFFSET).to(tl.float32).to(tl.bfloat16)
+    else:
+        return ((fields | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True) - (128.0 + OFFSET)) * STEP
+
+
+@triton.jit
+def _less(tile, subtrahend, ASSEMBLY: tl.constexpr):
+    """BF16 ``tile [outputs, inputs]`` less whole numbers ``[outputs]``, exactly."""
+    other = tl.broadcast_to(subtrahend.to(tl.bfloat16)[:, None], tile.shape)
+    if ASSEMBLY:
         return tl.inline_asm_elementwise(
             "sub.rn.bf16x2 $0, $1, $2;", "=r,r,r", [tile, other], dtype=tl.bfloat16, is_pure=True, pack=2
         )
     else:
         return tile - other
-
-
-@triton.jit
-def _nibbles(words, SIGNED: tl.constexpr):
-    """The eight fields of ``words [outputs, 16]`` as BF16 numbers: less 8, or with 128 to be taken away."""
-    asm: tl.constexpr = _SIGNED_NIBBLES if SIGNED else _RAW_NIBBLES
-    return tl.inline_asm_elementwise(
-        asm,
-        _NIBBLE_OPERANDS,
-        [words],
-        dtype=(_B, _B, _B, _B, _B, _B, _B, _B),
-        is_pure=True,
-        pack=2,
-    )
-
-
-@triton.jit
-def _bytes(words):
-    """The four fields of ``words [outputs, 32]`` as BF16 numbers, less 128."""
-    return tl.inline_asm_elementwise(_SIGNED_BYTES, _BYTE_OPERANDS, [words], dtype=(_B, _B, _B, _B), is_pure=True, pack=2)
-
-
-@triton.jit
-def _fields(words, PLANE: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr):
-    """The fields of one of ``PARTS`` of a step, one behind the other, ``[outputs, 128 / PARTS]`` int32, in plain arithmetic."""
-    COUNT: tl.constexpr = 32 // PLANE // PARTS
-    shifts = (tl.arange(0, COUNT) + PART * COUNT) * PLANE
-    fields = (words[:, None, :] >> shifts[None, :, None]) & ((1 << PLANE) - 1)
-    return tl.reshape(fields, (words.shape[0], COUNT * words.shape[1]))
-
-
-@triton.jit
-def _plain(words, PLANE: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, OFFSET: tl.constexpr, STEP: tl.constexpr):
-    """(field - ``OFFSET``) * ``STEP`` as BF16 numbers, exactly; ``PLANE`` of at most 7 bits."""
-    fields = (_fields(words, PLANE, PART, PARTS) | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    return (fields - (128.0 + OFFSET)) * STEP
 
 
 @triton.jit
@@ -169,86 +163,84 @@ def multiply(
     LOW: tl.constexpr,
     MIDDLE: tl.constexpr,
     TOP: tl.constexpr,
+    LOW_ASM: tl.constexpr,
+    MIDDLE_ASM: tl.constexpr,
     PARTS: tl.constexpr,
     GROUPED: tl.constexpr,
     ZERO_POINTS: tl.constexpr,
     ROW_SCALES: tl.constexpr,
     GATED: tl.constexpr,
     SPLITS: tl.constexpr,
+    PIECES: tl.constexpr,
     OUTPUTS: tl.constexpr,
     TOKENS: tl.constexpr,
     GROUP: tl.constexpr,
     STAGES: tl.constexpr,
-    ASM: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
 ):
-    """Descriptors of rows, planes, scales and zero points; pointers to the rest; see ``_launch``."""
+    """Descriptors of rows, planes, scales and zero points; pointers to the rest; see :func:`arguments_of`."""
     tiles = tl.load(count)
     blocks = tl.cdiv(weight_rows, OUTPUTS)
     WIDTH: tl.constexpr = 128 // PARTS  # inputs of a part
     WORDS: tl.constexpr = 4 * (LOW + MIDDLE + TOP)  # of a step
-    for number in range(tl.program_id(0), tiles * blocks * SPLITS, tl.num_programs(0)):
-        tile, block = place_of(number // SPLITS, tiles, blocks, GROUP)
+    share = tl.cdiv(steps, SPLITS)
+    for number in range(tl.program_id(0), tiles * blocks * SPLITS * PIECES, tl.num_programs(0)):
+        tile, block = place_of(number // (SPLITS * PIECES), tiles, blocks, GROUP)
+        split = number % SPLITS
         expert = tl.load(experts + tile)
-        first_row = tl.load(firsts + tile)
+        first_row = tl.load(firsts + tile) + number // SPLITS % PIECES * TOKENS
         last_row = tl.load(lasts + tile)
         weight_row = expert * weight_rows + block * OUTPUTS
-        share = tl.cdiv(steps, SPLITS)
-        split = number % SPLITS
+        last_step = tl.minimum(split * share + share, steps)
+        if PIECES > 1:
+            last_step = tl.where(first_row < last_row, last_step, 0)
         total = tl.zeros((OUTPUTS, TOKENS), dtype=tl.float32)
         if ZERO_POINTS and not GROUPED:
-            zero_point = tl.reshape(zero_points.load([expert, block * OUTPUTS]), (OUTPUTS,))
+            zero_point = tl.reshape(zero_points.load([expert, block * OUTPUTS]), (OUTPUTS,)).to(tl.float32)
         # told here, the number of stages holds for scales too, which do not go into the product itself
-        for step in tl.range(split * share, tl.minimum(split * share + share, steps), num_stages=STAGES):
+        for step in tl.range(split * share, last_step, num_stages=STAGES):
             words = low.load([weight_row, step * WORDS])
+            if LOW_ASM:
+                fields = _unpacked(words, LOW, LOW_ASM)
             if MIDDLE:
                 middle_words = middle.load([weight_row, step * WORDS + 4 * LOW])
+                if MIDDLE_ASM:
+                    middle_fields = _unpacked(middle_words, MIDDLE, MIDDLE_ASM)
             if TOP:
                 top_words = top.load([weight_row, step * WORDS + 4 * (LOW + MIDDLE)])
-            if ASM and LOW == 8:
-                fields = _bytes(words)
-            elif ASM and LOW == 4:
-                fields = _nibbles(words, not ZERO_POINTS and not MIDDLE)
             for part in tl.static_range(PARTS):
                 x = tl.trans(rows.load([first_row, step * 128 + part * WIDTH]))
                 if GROUPED:
-                    scale = tl.reshape(scales.load([expert * groups + step * PARTS + part, block * OUTPUTS]), (OUTPUTS,))
+                    group = expert * groups + step * PARTS + part
+                    scale = tl.reshape(scales.load([group, block * OUTPUTS]), (OUTPUTS,))
                     if ZERO_POINTS:
-                        zero_point = tl.reshape(
-                            zero_points.load([expert * groups + step * PARTS + part, block * OUTPUTS]), (OUTPUTS,)
-                        )
-                # the codes of the lowest plane, signed where it is the only one; what they are too large is in ``excess``
-                if LOW == 8:
-                    if ASM:
-                        weights = _side_by_side(fields[part * (4 // PARTS) : (part + 1) * (4 // PARTS)])
-                    else:
-                        weights = (_fields(words, 8, part, PARTS) - 128).to(tl.float32).to(tl.bfloat16)
-                    if ZERO_POINTS:
-                        weights = _less(weights, zero_point.to(tl.float32).to(tl.bfloat16), ASM)
-                elif ASM and LOW == 4:
-                    weights = _side_by_side(fields[part * (8 // PARTS) : (part + 1) * (8 // PARTS)])
-                    if MIDDLE:
-                        weights = _less(weights, tl.full((OUTPUTS,), 128.0, tl.bfloat16), ASM)
-                    elif ZERO_POINTS:
-                        weights = _less(weights, (zero_point.to(tl.float32) + 136.0).to(tl.bfloat16), ASM)
+                        zero_point = tl.reshape(zero_points.load([group, block * OUTPUTS]), (OUTPUTS,)).to(tl.float32)
+                # the highest plane has the sign and the zero point
+                if LOW_ASM:
+                    weights = _side_by_side(fields, part * (32 // LOW // PARTS), 32 // LOW // PARTS)
                 else:
-                    weights = _plain(words, LOW, part, PARTS, 0.0 if MIDDLE else 1 << (LOW - 1), 1.0)
-                    if ZERO_POINTS and not MIDDLE:
-                        weights = _less(weights, zero_point.to(tl.float32).to(tl.bfloat16), ASM)
+                    weights = _plain(words, LOW, part, PARTS, 0 if MIDDLE else 1 << (LOW - 1), 1.0)
+                if ZERO_POINTS and not MIDDLE:
+                    if LOW_ASM and LOW < 8:  # instructions left 128 and the offset in
+                        weights = _less(weights, zero_point + (128 + (1 << (LOW - 1))), ASSEMBLY)
+                    else:
+                        weights = _less(weights, zero_point, ASSEMBLY)
                 if GROUPED:
                     found = tl.dot(weights, x)
                 else:
                     found = tl.dot(weights, x, total)
-                if MIDDLE:  # the highest plane is signed
-                    weights = _plain(
-                        middle_words, MIDDLE, part, PARTS, 0.0 if TOP else 1 << (MIDDLE - 1), 1 << LOW
-                    )
+                if MIDDLE:
+                    if MIDDLE_ASM:
+                        weights = _side_by_side(middle_fields, part * (32 // MIDDLE // PARTS), 32 // MIDDLE // PARTS)
+                    else:
+                        weights = _plain(middle_words, MIDDLE, part, PARTS, 0 if TOP else 1 << (MIDDLE - 1), 1 << LOW)
                     if ZERO_POINTS and not TOP:
-                        weights = _less(weights, zero_point.to(tl.float32).to(tl.bfloat16), ASM)
+                        weights = _less(weights, zero_point, ASSEMBLY)
                     found = tl.dot(weights, x, found)
                 if TOP:
                     weights = _plain(top_words, TOP, part, PARTS, 1 << (TOP - 1), 1 << (LOW + MIDDLE))
                     if ZERO_POINTS:
-                        weights = _less(weights, zero_point.to(tl.float32).to(tl.bfloat16), ASM)
+                        weights = _less(weights, zero_point, ASSEMBLY)
                     found = tl.dot(weights, x, found)
                 if GROUPED:
                     total += found * scale.to(tl.float32)[:, None]
@@ -287,51 +279,45 @@ def round_rows(values: torch.Tensor, weight: DeviceWeight, expert_of_row: torch.
 
 
 def shape_of_tile(weight: DeviceWeight, tokens: int) -> Shape:
-    """The entry of the table."""
-    return moe_tiles.shape_of("integer", tokens)
+    """The entry of the table.  Groups of less than 128 inputs have sums of their own in registers, and smaller tiles."""
+    return moe_tiles.shape_of("integer" if _parts(weight) == 1 else "integer-parts", tokens)
 
 
-def settings(weight: DeviceWeight, shape: Shape, tokens: int, *, scaled_rows: bool, splits: int, asm: bool) -> dict[str, Any]:
-    """What the kernel is compiled for."""
+def _parts(weight: DeviceWeight) -> int:
+    """Groups in a step of 128 inputs."""
     assert weight.scheme is not None
-    low, middle, top = (*PLANES[weight.scheme.bits], 0, 0)[:3]
-    grouped = weight.scheme.granularity == "group"
-    return {
-        "LOW": low,
-        "MIDDLE": middle,
-        "TOP": top,
-        "PARTS": INPUTS // weight.scheme.group_size if grouped else 1,
-        "GROUPED": grouped,
-        "ZERO_POINTS": "zero_points" in weight.tables,
-        "ROW_SCALES": scaled_rows,
-        "GATED": weight.paired,
-        "SPLITS": splits,
-        "OUTPUTS": shape.outputs,
-        "TOKENS": tokens,
-        "GROUP": shape.group,
-        "STAGES": shape.stages,
-        "ASM": asm,
-    }
+    return INPUTS // weight.scheme.group_size if weight.scheme.granularity == "group" else 1
 
 
-def _launch(rows: Rows, weight: DeviceWeight, tiles: Tiles, out: torch.Tensor, asm: bool | None = None) -> None:
-    """out: ``[splits, rows, width]``, contiguous; one split where gate and up are multiplied."""
+def _launch(rows: Rows, weight: DeviceWeight, tiles: Tiles, out: torch.Tensor) -> None:
+    """out: ``[splits, rows, width]``; one split where gate and up are multiplied."""
+    shape, arguments, constants = arguments_of(rows, weight, tiles, out, assembly=out.is_cuda)
+    blocks = triton.cdiv(weight.rows, shape.outputs)
+    programs = tiles.most * blocks * len(out) * int(constants["PIECES"])  # type: ignore[call-overload]
+    programs = min(programs, moe_tiles.multiprocessors(out.device) * shape.residents)
+    multiply[(programs,)](*arguments, **constants, num_warps=shape.warps, enable_fp_fusion=True)
+
+
+def arguments_of(
+    rows: Rows, weight: DeviceWeight, tiles: Tiles, out: torch.Tensor, *, assembly: bool, shape: Shape | None = None
+) -> tuple[Shape, tuple[object, ...], dict[str, object]]:
+    """Tile, arguments and constants of a launch.  out: ``[splits, rows, width]``, contiguous."""
     assert weight.scheme is not None and out.is_contiguous() and rows.values.is_contiguous()
     assert rows.values.shape[1] == weight.padded_inputs and (not weight.paired or len(out) == 1)
-    shape = shape_of_tile(weight, tiles.tokens)
-    asm = weight.codes.is_cuda if asm is None else asm
-    chosen = settings(weight, shape, tiles.tokens, scaled_rows=rows.scales is not None, splits=len(out), asm=asm)
-    planes = [plane for plane in (chosen["LOW"], chosen["MIDDLE"], chosen["TOP"]) if plane]
+    shape = shape or shape_of_tile(weight, tiles.tokens)
+    bits, parts = weight.scheme.bits, _parts(weight)
+    planes, zero_points = PLANES[bits], "zero_points" in weight.tables
+    tokens = min(tiles.tokens, MOST_TOKENS_OF_PARTS) if parts > 1 else tiles.tokens
+    low, middle, top = (*planes, 0, 0)[:3]
+    raw = zero_points and not middle  # what is taken away comes with the zero point
     words = [_rectangles(weight.codes, shape.outputs, 4 * plane) for plane in planes]
-    blocks = triton.cdiv(weight.rows, shape.outputs)
-    programs = min(tiles.most * blocks * len(out), moe_tiles.multiprocessors(out.device) * shape.residents)
     scales = _rectangles(weight.tables["scales"], 1, shape.outputs)
-    multiply[(programs,)](
-        _rectangles(rows.values, tiles.tokens, INPUTS // chosen["PARTS"]),
+    arguments = (
+        _rectangles(rows.values, tokens, INPUTS // parts),
         *(words[min(place, len(words) - 1)] for place in range(3)),
         scales,
-        _rectangles(weight.tables["zero_points"], 1, shape.outputs) if chosen["ZERO_POINTS"] else scales,
-        out if rows.scales is None else rows.scales,
+        _rectangles(weight.tables["zero_points"], 1, shape.outputs) if zero_points else scales,
+        tiles.count if rows.scales is None else rows.scales,
         out,
         tiles.expert,
         tiles.first,
@@ -343,12 +329,30 @@ def _launch(rows: Rows, weight: DeviceWeight, tiles: Tiles, out: torch.Tensor, a
         weight.padded_inputs // INPUTS,
         len(weight.tables["scales"]) // weight.matrices,
         out.shape[2],
-        **chosen,
-        num_warps=shape.warps,
-        enable_fp_fusion=True,
     )
+    constants: dict[str, object] = {
+        "LOW": low,
+        "MIDDLE": middle,
+        "TOP": top,
+        "LOW_ASM": instructions(low, None if raw else 0 if middle else 1 << (low - 1), 1) if assembly else "",
+        "MIDDLE_ASM": instructions(2, 0 if top else 2, 1 << low) if assembly and middle == 2 else "",
+        "PARTS": parts,
+        "GROUPED": weight.scheme.granularity == "group",
+        "ZERO_POINTS": zero_points,
+        "ROW_SCALES": rows.scales is not None,
+        "GATED": weight.paired,
+        "SPLITS": len(out),
+        "PIECES": tiles.tokens // tokens,
+        "OUTPUTS": shape.outputs,
+        "TOKENS": tokens,
+        "GROUP": shape.group,
+        "STAGES": shape.stages,
+        "ASSEMBLY": assembly,
+    }
+    return shape, arguments, constants
 
 
 def _rectangles(tensor: torch.Tensor, height: int, width: int) -> TensorDescriptor:
     """The tensor as something that is read in rectangles; zeros beyond its edges."""
+    assert tensor.is_contiguous()
     return TensorDescriptor(tensor, list(tensor.shape), [tensor.shape[1], 1], [height, width])
