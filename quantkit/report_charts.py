@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from quantkit.evaluation import ArtifactEvaluation, Estimate, Evaluation, LedgerCell
+from quantkit.evaluation import Estimate, Evaluation, LedgerCell
 from quantkit.report_markup import (
     Markup,
     Scale,
@@ -26,6 +26,7 @@ from quantkit.report_markup import (
 from quantkit.report_words import interval, number, role
 
 _LINES_HEIGHT = 190
+MANY = 8  # with more artifacts than these, whiskers and dots would only hide each other
 _ROW_HEIGHT = 20
 
 Ticks = Sequence[tuple[float, str]]  # (share of the extent, text)
@@ -89,7 +90,9 @@ def error_panels(evaluation: Evaluation) -> list[tuple[str, Markup]]:
             found = sorted((cell.layer, cell) for cell in own.ledger if cell.role == name and cell.layer is not None)
             usable = [(layer, cell) for layer, cell in found if cell.relative_error > 0 and math.isfinite(cell.relative_error)]
             if usable:
-                lines.append(_error_line(place, own.name, usable, layers, scale))
+                lines.append(
+                    _error_line(place, own.name, usable, layers, scale, len(evaluation.artifacts) <= MANY and layers <= 64)
+                )
         area = element(
             "svg",
             element("title", f"Weight error by layer: {role(name)}"),
@@ -107,12 +110,12 @@ def _grid(ticks: Ticks) -> Markup:
     return element("path", class_="grid", d="".join(f"M0 {plain(100 * share)}H100" for share, _ in ticks))
 
 
-def _error_line(place: int, name: str, cells: Sequence[tuple[int, LedgerCell]], layers: int, scale: Scale) -> Markup:
+def _error_line(place: int, name: str, cells: Sequence[tuple[int, LedgerCell]], layers: int, scale: Scale, dotted: bool) -> Markup:
     points = [f"{plain(100 * (layer + 0.5) / layers)} {plain(scale.at(cell.relative_error))}" for layer, cell in cells]
     worst_layer, worst = max(cells, key=lambda item: item[1].worst)
     mean = sum(cell.relative_error for _, cell in cells) / len(cells)
     note = f"{name}: mean {number(mean)}; the worst matrix, in layer {worst_layer}, {number(worst.worst)}"
-    dots = element("path", class_="dots", d="".join(f"M{point}h0" for point in points)) if len(points) <= 64 else ""
+    dots = element("path", class_="dots", d="".join(f"M{point}h0" for point in points)) if dotted else ""
     line = element("path", class_="line", d="M" + "L".join(points), stroke_dasharray=dash(place))
     return element("g", element("title", note), line, dots, class_=series_class(place), data_series=str(place))
 
@@ -143,19 +146,19 @@ def dot_plot(evaluation: Evaluation, groups: Mapping[str, Sequence[Estimate | No
         for place, estimate in enumerate(row):
             if estimate is not None and math.isfinite(estimate.value):
                 y = middle + (place - (len(row) - 1) / 2) * spread
-                parts.append(_dot(place, evaluation.artifacts[place], label, estimate, scale, y))
+                parts.append(_dot(place, evaluation, label, estimate, scale, y))
     area = element("svg", *parts, role="img", width="100%", height=height, class_="dots-plot")
     rows = [((place + 0.5) / len(groups), label) for place, label in enumerate(groups)]
     marks = [(scale.at(value) / 100, tick_label(value)) for value in ticks]
     return element("div", frame(area, height, marks, rows, twice=len(groups) > 12), class_="labelled")
 
 
-def _dot(place: int, own: ArtifactEvaluation, label: str, estimate: Estimate, scale: Scale, y: float) -> Markup:
+def _dot(place: int, evaluation: Evaluation, label: str, estimate: Estimate, scale: Scale, y: float) -> Markup:
     whisker = []
-    if math.isfinite(estimate.low) and math.isfinite(estimate.high):
+    if len(evaluation.artifacts) <= MANY and math.isfinite(estimate.low) and math.isfinite(estimate.high):
         ends = [f"{plain(scale.at(end))}%" for end in (estimate.low, estimate.high)]
         whisker = [element("line", class_="whisker", x1=ends[0], x2=ends[1], y1=y, y2=y)]
-    note = f"{label}, {own.name}: {number(estimate.value)}, interval {interval(estimate)}"
+    note = f"{label}, {evaluation.artifacts[place].name}: {number(estimate.value)}, interval {interval(estimate)}"
     sign = element(
         "svg", marker(place, 0, 0, 3.6), x=f"{plain(scale.at(estimate.value))}%", y=y, overflow="visible", width=1, height=1
     )

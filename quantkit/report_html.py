@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Sequence
 
 from quantkit.evaluation import ArtifactEvaluation, Evaluation
-from quantkit.report_charts import by_label, dot_plot, error_panels, layerless_errors, legend
+from quantkit.report_charts import MANY, by_label, dot_plot, error_panels, layerless_errors, legend
 from quantkit.report_glossary import GLOSSARY
 from quantkit.report_heat_maps import coverage_groups, coverage_map, router_map
 from quantkit.report_markup import Markup, element, join, key, typeset
@@ -120,6 +120,8 @@ def _texts(evaluation: Evaluation) -> Markup:
             continue
         title = f"Mean KL divergence by {heading} of text"
         caption = f"{title}, nats, logarithmic. Most divergent first; bars are {PER_CENT} intervals."
+        if len(evaluation.artifacts) > MANY:
+            caption = f"{title}, nats, logarithmic. Most divergent first. Press a name above to single it out."
         parts.append(_figure(dot_plot(evaluation, groups, title), caption))
         parts.append(_details(f"The figures by {heading}", label_table(evaluation, attribute, f"{title}. Below: top-1 agreement.")))
     lead = "Quantization does not harm all text alike: what a model knows least firmly goes first."

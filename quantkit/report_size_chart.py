@@ -32,6 +32,7 @@ _DIRECTIONS = 16
 _LINE_HEIGHT = 15
 _CHARACTER = 7.5  # mean width of a character, on the safe side
 _LONGEST = 34  # characters of a name
+_UNPLACED = 400.0  # what a name without a place costs
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,9 @@ def size_chart(evaluation: Evaluation, width: int, height: int) -> Markup:
         element("desc", "; ".join(f"{own.name}: {size(own.bytes)}, {number(own.scores.divergence.value)}" for _, own in shown)),
         _axes(across, up, width, height, unit_name, 4 if narrow else 8),
         element("path", class_="frontier", d="M" + "L".join(f"{plain(x)} {plain(y)}" for x, y in line)),
+        *(_leader(label, points[place], place) for place, label in labels.items()),
         *(_point(place, own, points[place], bars[place]) for place, own in shown),
-        *(_text(label, points[place], place) for place, label in labels.items()),
+        *(_name(label, place) for place, label in labels.items()),
         role="img",
         class_="narrow" if narrow else "wide",
         viewBox=f"0 0 {width} {height}",
@@ -136,15 +138,18 @@ def _point(place: int, own: ArtifactEvaluation, point: tuple[float, float], bar:
     )
 
 
-def _text(label: _Label, point: tuple[float, float], place: int) -> Markup:
-    parts = []
-    if label.radius > _RADII[1]:
-        x, y = point
-        end_x = min(max(x, label.box.left), label.box.right)
-        end_y = min(max(y, label.box.top + 2), label.box.bottom - 2)
-        parts.append(element("line", class_="leader", x1=x, y1=y, x2=end_x, y2=end_y))
-    parts.append(element("text", label.text, class_="name", x=label.x, y=label.y, text_anchor=label.anchor))
-    return element("g", *parts, data_series=str(place))
+def _leader(label: _Label, point: tuple[float, float], place: int) -> Markup:
+    """The line from a sign to its name where they are far apart; drawn before the signs."""
+    if label.radius <= _RADII[1]:
+        return Markup("")
+    x, y = point
+    end_x = min(max(x, label.box.left), label.box.right)
+    end_y = min(max(y, label.box.top + 2), label.box.bottom - 2)
+    return element("line", class_="leader", x1=x, y1=y, x2=end_x, y2=end_y, data_series=str(place))
+
+
+def _name(label: _Label, place: int) -> Markup:
+    return element("text", label.text, class_="name", x=label.x, y=label.y, text_anchor=label.anchor, data_series=str(place))
 
 
 # ---------------------------------------------------------------------------------------------------------------- labels
@@ -165,25 +170,52 @@ def _place_labels(
         if bar is not None:
             signs.append(_Box(x - 5, bar[0] - 1, x + 5, bar[1] + 1))
     dots = [between for first, second in pairwise(line) for between in _between(first, second)]
+    choices = {
+        place: [
+            (label, label.radius + 4 * sum(_holds(label.box, dot) for dot in dots) + (0 if label.anchor == "start" else 1))
+            for label in _candidates(names[place], points[place], bounds)
+            if not any(label.box.meets(sign) for sign in signs)
+        ]
+        for place in points
+    }
+    crowded = sorted(points, key=lambda place: (-_neighbours(place, points), place))
+    across = sorted(points, key=lambda place: points[place][0])
+    down = sorted(points, key=lambda place: points[place][1])
+    orders = [order for first in (crowded, across, down) for order in (first, first[::-1])]
+    placed = [_greedy(order, choices, points, signs) for order in orders]
+    return min(placed, key=lambda one: one[0])[1]
+
+
+def _greedy(
+    order: list[int], choices: dict[int, list[tuple[_Label, float]]], points: dict[int, tuple[float, float]], signs: list[_Box]
+) -> tuple[float, dict[int, _Label]]:
+    """Cost and labels when each name in this order takes the best place that is left."""
     labels: dict[int, _Label] = {}
     leaders: list[tuple[float, float]] = []
-    for place in sorted(points, key=lambda place: (-_neighbours(place, points), place)):
-        taken = [*signs, *(label.box for label in labels.values())]
-        best, least = None, math.inf
-        for label in _candidates(names[place], points[place], bounds):
-            if any(label.box.meets(box) for box in taken):
+    total = 0.0
+    for place in order:
+        taken = [label.box for label in labels.values()]
+        best, least = None, _UNPLACED
+        for label, base in choices[place]:
+            if base >= least or any(label.box.meets(box) for box in taken):
                 continue
-            crossed = sum(_holds(label.box, dot) for dot in dots) + 2 * sum(_holds(label.box, dot) for dot in leaders)
-            lead = _between(points[place], _middle(label.box)) if label.radius > _RADII[1] else []
-            crossed += 3 * sum(any(_holds(box, dot) for box in taken[1:]) for dot in lead[6:])
-            cost = label.radius + 4 * crossed + (0 if label.anchor == "start" else 1)
-            if cost < least:
-                best, least = label, cost
+            lead = _lead(label, points[place])
+            crossed = 2 * sum(_holds(label.box, dot) for dot in leaders)
+            crossed += 3 * sum(_holds(box, dot) for dot in lead[8:-1] for box in (*taken, *signs))
+            if base + 4 * crossed < least:
+                best, least = label, base + 4 * crossed
+        total += least
         if best is not None:
             labels[place] = best
-            if best.radius > _RADII[1]:
-                leaders += _between(points[place], _middle(best.box))
-    return dict(sorted(labels.items()))
+            leaders += _lead(best, points[place])
+    return total, dict(sorted(labels.items()))
+
+
+def _lead(label: _Label, point: tuple[float, float]) -> list[tuple[float, float]]:
+    """Points along the line from a sign to its name, if the name is far enough off to need one."""
+    if label.radius <= _RADII[1]:
+        return []
+    return _between(point, (min(max(point[0], label.box.left), label.box.right), (label.box.top + label.box.bottom) / 2))
 
 
 def _neighbours(place: int, points: dict[int, tuple[float, float]]) -> int:
@@ -193,7 +225,7 @@ def _neighbours(place: int, points: dict[int, tuple[float, float]]) -> int:
 def _candidates(name: str, point: tuple[float, float], bounds: _Box) -> list[_Label]:
     """Places around a point within the bounds, near ones first."""
     text = name if len(name) <= _LONGEST else f"{name[: _LONGEST - 2]}…"
-    width = sum(2 if ord(character) > 0x2E7F else 1 for character in text) * _CHARACTER
+    width = sum(2 if ord(character) > 0x2E7F else 1 for character in text) * _CHARACTER + 6
     found = []
     for radius in _RADII:
         for step in range(_DIRECTIONS):
@@ -209,10 +241,6 @@ def _candidates(name: str, point: tuple[float, float], bounds: _Box) -> list[_La
 
 def _between(first: tuple[float, float], second: tuple[float, float]) -> list[tuple[float, float]]:
     return [(first[0] + (second[0] - first[0]) * step / 24, first[1] + (second[1] - first[1]) * step / 24) for step in range(25)]
-
-
-def _middle(box: _Box) -> tuple[float, float]:
-    return (box.left + box.right) / 2, (box.top + box.bottom) / 2
 
 
 def _holds(box: _Box, point: tuple[float, float]) -> bool:

@@ -8,6 +8,7 @@ what is not known is a dash, never a zero.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -104,8 +105,8 @@ def many(count: int, noun: str) -> str:
 
 
 def role(name: str) -> str:
-    """``routed expert``."""
-    return name.replace("_", " ")
+    """``routed expert``, ``dense MLP``."""
+    return " ".join({"mlp": "MLP", "lm": "LM"}.get(word, word) for word in name.split("_"))
 
 
 # --------------------------------------------------------------------------------------------------------------- findings
@@ -319,8 +320,15 @@ def text_facts(evaluation: Evaluation) -> list[tuple[str, str]]:
         ("Activations", f"{rounded}, where a scheme quantizes them"),
         ("Time", seconds(evaluation.seconds)),
     ]
-    facts += [(f"Text: {role(str(name))}", str(value)) for name, value in evaluation.text.items() if value is not None]
+    facts += [(f"Text: {role(str(name))}", _value(value)) for name, value in evaluation.text.items() if value is not None]
     return facts
+
+
+def _value(value: object) -> str:
+    """A value of the text's record."""
+    if isinstance(value, dict | list | tuple):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def default_command(evaluation: Evaluation) -> list[str]:
