@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from benchmarks.client_check import load, logits, token_ids, without_activations
 from quantkit.formats.compressed_tensors_config import quantization_config
 from quantkit.grid import QuantizedTensor, cover_peak, fit, snap
-from quantkit.kernels.activations import rounded_inputs, rounds_inputs, same_inputs
+from quantkit.kernels.activations import round_in_place, rounded_inputs, rounds_inputs, same_inputs
 from quantkit.llama4 import WeightMatrix
 from quantkit.recipe import FEED_FORWARD_ROLES, PRESETS, Recipe, Rule
 from quantkit.scheme import parse_scheme, scheme_names
@@ -72,6 +72,8 @@ def test_equals_the_library(name: str, kind: str) -> None:
     before = x.clone()
     assert same_bits(rounded_inputs(x, weight), library(x, weight))
     assert same_bits(x, before)
+    round_in_place(x, weight)
+    assert same_bits(x, library(before, weight))
 
 
 @settings(max_examples=60, deadline=None)
@@ -86,7 +88,20 @@ def test_equals_the_library(name: str, kind: str) -> None:
 def test_equals_the_library_for_any_size(name: str, tokens: int, blocks: int, seed: int, exponent: int, peak: float) -> None:
     x = torch.randn(tokens, 128 * blocks, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent
     weight = weight_of(name, 128 * blocks, peak)
-    assert same_bits(rounded_inputs(x, weight), library(x, weight))
+    wanted = library(x, weight)
+    assert same_bits(rounded_inputs(x, weight), wanted)
+    round_in_place(x, weight)
+    assert same_bits(x, wanted)
+
+
+@pytest.mark.parametrize("columns", [1, 15, 16, 37])
+@pytest.mark.parametrize("name", [*DYNAMIC[:2], STATIC])
+def test_rows_of_any_length(name: str, columns: int) -> None:
+    x, weight = inputs_of("heavy", 5, columns, 1), weight_of(name, columns)
+    wanted = library(x, weight)
+    assert same_bits(rounded_inputs(x, weight), wanted)
+    round_in_place(x, weight)
+    assert same_bits(x, wanted)
 
 
 def test_a_token_does_not_depend_on_others() -> None:

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from quantkit import forward
-from quantkit.kernels import reference
+from quantkit.kernels import moe_cpu, reference
 from quantkit.kernels.activations import rounded_inputs
 from quantkit.kernels.weights import Mlp, Weight
 from quantkit.team import Team
@@ -43,6 +43,8 @@ def dequant_matmul(
         from quantkit.kernels import moe_triton
 
         return moe_triton.dequant_matmul(x, weight, round_activations=round_activations)
+    if backend == "cpu":
+        return moe_cpu.dequant_matmul(x, weight, round_activations=round_activations, team=team, workspace=workspace)
     return reference.dequant_matmul(x, weight, rounded_inputs if round_activations else _unrounded)
 
 
@@ -71,6 +73,11 @@ def moe_forward(
             x, router, experts, shared_expert, experts_per_token=experts_per_token, round_activations=round_activations
         )
     routing = forward.route(x.to(torch.float32), router.to(torch.float32), experts_per_token)
+    if backend == "cpu":
+        result = moe_cpu.moe(
+            x, routing, experts, shared_expert, round_activations=round_activations, team=team, workspace=workspace
+        )
+        return result, routing
     return reference.moe(x, routing, experts, shared_expert, rounded_inputs if round_activations else _unrounded), routing
 
 

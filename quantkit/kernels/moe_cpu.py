@@ -1,0 +1,254 @@
+"""Products with stored weights on the CPU, in float32.
+
+A weight matrix is never expanded as a whole: a thread takes ``TILE`` rows of it, dequantizes them into its own buffer, which stays
+in the cache, and multiplies all tokens with them there.  That is as fast as a product with a float32 matrix in memory, from one
+token to thousands, and needs no memory for one.  Tiles have a fixed size and belong to one thread each, so results do not depend on
+the number of threads.
+
+A gated MLP takes its tokens in portions, so that what lies between its matrices stays within ``PORTION_BYTES``:
+
+    rows    tokens gathered, multiplied by the router's score, rounded if the client rounds them
+    inner   silu(gate) * up, tile by tile: a thread computes both for the same outputs and keeps only the product
+    down    tile by tile, added to the rows of the result that the tokens came from
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from quantkit import forward
+from quantkit.grid import QuantizedTensor
+from quantkit.kernels.activations import round_in_place, rounds_inputs, same_inputs
+from quantkit.kernels.dequantize import Prepared, prepare
+from quantkit.kernels.exponential import exponential
+from quantkit.kernels.jit import compiled, kernel
+from quantkit.kernels.memory import load_float32, store
+from quantkit.kernels.simd import floats
+from quantkit.kernels.weights import Mlp, Weight, shape_of
+from quantkit.team import Team, spans
+from quantkit.workspace import Workspace
+
+T = TypeVar("T")
+
+TILE = 256  # rows of a weight that are dequantized and multiplied at once
+SMALL_TILE, FEW = 64, 64  # the same for at most so many tokens
+PORTION_BYTES = 256 << 20  # rows, inner and the tiles' buffers
+ROWS = 64  # tokens that a thread gathers and rounds at a time
+
+Factor = Prepared | torch.Tensor  # a weight as tiles are made of it
+
+
+def dequant_matmul(
+    x: torch.Tensor, weight: Weight, *, round_activations: bool, team: Team | None, workspace: Workspace | None
+) -> torch.Tensor:
+    """x: float32 ``[tokens, in]``.  Returns float32 ``[tokens, out]``."""
+    workspace = workspace or Workspace()
+    x = x.to(torch.float32)
+    out = torch.empty(x.shape[0], shape_of(weight)[0])
+    with _working(team) as workers:
+        if round_activations and rounds_inputs(weight):
+            x = _gather(workers, workspace.tensor("rows", torch.float32, *x.shape), x, None, None, weight)
+        factor, tile = _factor(weight), _tile_of(len(x))
+
+        def work(rows: slice, buffers: list[torch.Tensor]) -> None:
+            _multiply(x, factor, rows, buffers[0], out[:, rows])
+
+        _on_slots(workers, workspace, work, spans(out.shape[1], tile), (tile * x.shape[1],))
+    return out
+
+
+def moe(
+    x: torch.Tensor,
+    routing: forward.Routing,
+    experts: Sequence[Mlp],
+    shared: Mlp,
+    *,
+    round_activations: bool,
+    team: Team | None,
+    workspace: Workspace | None,
+) -> torch.Tensor:
+    """x: float32 ``[tokens, hidden]``.  Returns float32 ``[tokens, hidden]``; each expert is asked for once, in order."""
+    workspace = workspace or Workspace()
+    x = x.to(torch.float32).contiguous()
+    result = torch.zeros_like(x)
+    with _working(team) as workers:
+        run = _Run(workers, workspace, round_activations)
+        run.add(x, shared, torch.arange(len(x)), None, result)
+        for expert in torch.unique(routing.experts).tolist():
+            tokens, slots = torch.eq(routing.experts, expert).nonzero(as_tuple=True)
+            run.add(x, experts[expert], tokens, routing.scores[tokens, slots], result)
+    return result
+
+
+class _Run:
+    """One mixture of experts: what all its MLPs share."""
+
+    def __init__(self, team: Team, workspace: Workspace, round_activations: bool) -> None:
+        self._team, self._workspace, self._round = team, workspace, round_activations
+
+    def add(self, x: torch.Tensor, weights: Mlp, tokens: torch.Tensor, scores: torch.Tensor | None, result: torch.Tensor) -> None:
+        """Add the MLP's outputs for ``x[tokens]``, times ``scores``, to ``result[tokens]``."""
+        width, hidden = shape_of(weights.gate)
+        factors = tuple(_factor(weight) for weight in (weights.gate, weights.up, weights.down))
+        two = self._round and not same_inputs(weights.gate, weights.up)
+        each = 4 * (hidden * (1 + two) + width + 2 * self._team.threads * TILE)
+        for part in spans(len(tokens), max(16, PORTION_BYTES // each)):
+            self._portion(x, weights, factors, tokens[part], None if scores is None else scores[part], two, result)
+
+    def _portion(
+        self,
+        x: torch.Tensor,
+        weights: Mlp,
+        factors: tuple[Factor, ...],
+        tokens: torch.Tensor,
+        scores: torch.Tensor | None,
+        two: bool,
+        result: torch.Tensor,
+    ) -> None:
+        (width, hidden), count = shape_of(weights.gate), len(tokens)
+        gate, up, down = factors
+        tile = _tile_of(count)
+        rows = self._rows("rows", x, tokens, scores, weights.gate)
+        others = self._rows("other rows", x, tokens, scores, weights.up) if two else rows
+        inner = self._workspace.tensor("inner", torch.float32, count, width)
+
+        def gate_up(at: slice, buffers: list[torch.Tensor]) -> None:
+            size = at.stop - at.start
+            one, other = (buffer[: count * size].view(count, size) for buffer in buffers[1:])
+            _multiply(rows, gate, at, buffers[0], one)
+            _multiply(others, up, at, buffers[0], other)
+            _gated(one.numpy(), other.numpy(), inner.numpy(), at.start)
+
+        def outputs(at: slice, buffers: list[torch.Tensor]) -> None:
+            size = at.stop - at.start
+            product = buffers[1][: count * size].view(count, size)
+            _multiply(inner, down, at, buffers[0], product)
+            _add(product.numpy(), tokens.numpy(), result.numpy(), at.start)
+
+        sizes = (tile * max(width, hidden), count * tile, count * tile)
+        _on_slots(self._team, self._workspace, gate_up, spans(width, tile), sizes)
+        if self._round:
+            self._team.run(lambda part: round_in_place(inner[part], weights.down), spans(count, ROWS))
+        _on_slots(self._team, self._workspace, outputs, spans(hidden, tile), sizes)
+
+    def _rows(self, name: str, x: torch.Tensor, tokens: torch.Tensor, scores: torch.Tensor | None, weight: Weight) -> torch.Tensor:
+        out = self._workspace.tensor(name, torch.float32, len(tokens), x.shape[1])
+        return _gather(self._team, out, x, tokens, scores, weight if self._round else None)
+
+
+def _working(team: Team | None) -> AbstractContextManager[Team]:
+    return Team(1) if team is None else nullcontext(team)
+
+
+def _tile_of(tokens: int) -> int:
+    return SMALL_TILE if tokens <= FEW else TILE
+
+
+def _on_slots(
+    team: Team,
+    workspace: Workspace,
+    work: Callable[[T, list[torch.Tensor]], None],
+    items: Iterable[T],
+    sizes: tuple[int, ...],
+) -> None:
+    """Call ``work`` for every item on the team's threads, each with float32 buffers of these sizes that no other call has."""
+    free: SimpleQueue[list[torch.Tensor]] = SimpleQueue()
+    for slot in range(team.threads):
+        free.put([workspace.tensor(f"tile {slot} {number}", torch.float32, size) for number, size in enumerate(sizes)])
+
+    def one(item: T) -> None:
+        buffers = free.get()
+        try:
+            work(item, buffers)
+        finally:
+            free.put(buffers)
+
+    team.run(one, items)
+
+
+def _gather(
+    team: Team, out: torch.Tensor, x: torch.Tensor, tokens: torch.Tensor | None, scores: torch.Tensor | None, weight: Weight | None
+) -> torch.Tensor:
+    """``out = x[tokens] * scores``, rounded as the client of ``weight`` does it; None: all of them, times 1, not rounded."""
+
+    def work(part: slice) -> None:
+        if tokens is None:
+            out[part].copy_(x[part])
+        else:
+            torch.index_select(x, 0, tokens[part], out=out[part])
+        if scores is not None:
+            out[part].mul_(scores[part, None])
+        if weight is not None:
+            round_in_place(out[part], weight)
+
+    team.run(work, spans(len(out), ROWS))
+    return out
+
+
+def _factor(weight: Weight) -> Factor:
+    """Floating weights, ggml's too, as tensors; others with their steps."""
+    if not isinstance(weight, QuantizedTensor):
+        return weight
+    return weight.codes if weight.scheme.number == "ggml" and weight.scheme.block_type.floating else prepare(weight)
+
+
+def _multiply(x: torch.Tensor, factor: Factor, rows: slice, buffer: torch.Tensor, out: torch.Tensor) -> None:
+    """``out [tokens, rows] = x @ weight[rows]^T``; ``buffer`` holds at least as many numbers as that part of the weight."""
+    torch.mm(x, _transposed(factor, rows, buffer), out=out)
+
+
+def _transposed(factor: Factor, rows: slice, buffer: torch.Tensor) -> torch.Tensor:
+    """Those rows of a weight, transposed, float32 ``[in, rows]``; in the buffer unless they are that already."""
+    count = rows.stop - rows.start
+    if isinstance(factor, Prepared):
+        out = buffer[: count * factor.columns].view(count, factor.columns)
+        factor.into(out, rows)
+        return out.t()
+    part = factor[rows]
+    if part.dtype == torch.float32:
+        return part.t()
+    columns = part.shape[1]
+    if part.stride(0) == 1:  # inputs are neighbours in the file of a fused expert: they stay so
+        return buffer[: count * columns].view(columns, count).copy_(part.t())
+    return buffer[: count * columns].view(count, columns).copy_(part).t()
+
+
+# ---------------------------------------------------------------------------------------------------------------- kernels
+
+
+@compiled
+def _silu_times(gate: Any, up: Any) -> Any:
+    return gate / (floats(1.0) + exponential(floats(0.0) - gate)) * up
+
+
+@kernel
+def _gated(gate: Any, up: Any, out: Any, first: int) -> None:
+    """``out[:, first:]`` = silu(gate) * up; gate, up: ``[tokens, outputs]``."""
+    width = gate.shape[1]
+    whole = width // 16 * 16
+    one, other = np.zeros(16, np.float32), np.zeros(16, np.float32)
+    for token in range(gate.shape[0]):
+        left, right, target = gate[token], up[token], out[token]
+        for index in range(0, whole, 16):
+            store(target, first + index, _silu_times(load_float32(left, index), load_float32(right, index)))
+        if whole < width:
+            for index in range(whole, width):
+                one[index - whole], other[index - whole] = left[index], right[index]
+            store(one, 0, _silu_times(load_float32(one, 0), load_float32(other, 0)))
+            for index in range(whole, width):
+                target[first + index] = one[index - whole]
+
+
+@kernel
+def _add(product: Any, tokens: Any, result: Any, first: int) -> None:
+    """Add ``product [tokens, outputs]`` to those rows of ``result``, from column ``first`` on."""
+    for row in range(tokens.size):
+        target = result[tokens[row]]
+        for index in range(product.shape[1]):
+            target[first + index] += product[row, index]
