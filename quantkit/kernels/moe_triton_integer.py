@@ -200,11 +200,11 @@ def multiply(
         # told here, the number of stages holds for scales too, which do not go into the product itself
         for step in tl.range(split * share, last_step, num_stages=STAGES):
             words = low.load([weight_row, step * WORDS])
-            if LOW_ASM:
+            if LOW_ASM != "":
                 fields = _unpacked(words, LOW, LOW_ASM)
             if MIDDLE:
                 middle_words = middle.load([weight_row, step * WORDS + 4 * LOW])
-                if MIDDLE_ASM:
+                if MIDDLE_ASM != "":
                     middle_fields = _unpacked(middle_words, MIDDLE, MIDDLE_ASM)
             if TOP:
                 top_words = top.load([weight_row, step * WORDS + 4 * (LOW + MIDDLE)])
@@ -216,12 +216,12 @@ def multiply(
                     if ZERO_POINTS:
                         zero_point = tl.reshape(zero_points.load([group, block * OUTPUTS]), (OUTPUTS,)).to(tl.float32)
                 # the highest plane has the sign and the zero point
-                if LOW_ASM:
+                if LOW_ASM != "":
                     weights = _side_by_side(fields, part * (32 // LOW // PARTS), 32 // LOW // PARTS)
                 else:
                     weights = _plain(words, LOW, part, PARTS, 0 if MIDDLE else 1 << (LOW - 1), 1.0)
                 if ZERO_POINTS and not MIDDLE:
-                    if LOW_ASM and LOW < 8:  # instructions left 128 and the offset in
+                    if LOW_ASM != "" and LOW < 8:  # instructions left 128 and the offset in
                         weights = _less(weights, zero_point + (128 + (1 << (LOW - 1))), ASSEMBLY)
                     else:
                         weights = _less(weights, zero_point, ASSEMBLY)
@@ -230,7 +230,7 @@ def multiply(
                 else:
                     found = tl.dot(weights, x, total)
                 if MIDDLE:
-                    if MIDDLE_ASM:
+                    if MIDDLE_ASM != "":
                         weights = _side_by_side(middle_fields, part * (32 // MIDDLE // PARTS), 32 // MIDDLE // PARTS)
                     else:
                         weights = _plain(middle_words, MIDDLE, part, PARTS, 0 if TOP else 1 << (MIDDLE - 1), 1 << LOW)
