@@ -19,7 +19,10 @@ from quantkit.scheme import Scheme, parse_scheme
 from quantkit.team import Team
 from quantkit.workspace import Workspace
 
-NAMES = ("int4-g128", "int4-g64", "int4-g32", "int4-g128-asym", "int4-g32-asym", "int8-g128", "int8-g32")
+NAMES = (
+    *("int4-g128", "int4-g64", "int4-g32", "int4-g128-asym", "int4-g32-asym", "int8-g128", "int8-g32"),
+    *("int2-g32", "int2-g64-asym", "int3-g128", "int3-g32-asym", "int5-g32", "int6-g64"),
+)
 SCHEMES = [scheme for name in NAMES if (scheme := parse_scheme(name))]
 INT4 = SCHEMES[0]
 
@@ -114,7 +117,7 @@ class Walk:
 
                     scale, zero = int(codes[row, group]), 0 if self.zero is None else int(self.zero[row, group])
                     best = judge(scale, zero)
-                    for offsets in awq.SEARCH:
+                    for offsets in awq.SEARCH_OF_FEW if self.scheme.bits < 4 else awq.SEARCH:
                         middle = scale
                         for offset in offsets:
                             cost = judge(middle + offset, zero)

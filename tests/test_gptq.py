@@ -32,6 +32,12 @@ SCHEMES = [
         "int8-g32",
         "int8-channel",
         "int8-channel-dynamic",
+        "int2-g32",
+        "int2-g64-asym",
+        "int3-g128",
+        "int3-channel-asym",
+        "int5-g64",
+        "int6-channel",
     )
     if (scheme := parse_scheme(name))
 ]
@@ -164,8 +170,9 @@ def test_outputs_are_nearer_than_rounded_ones(scheme: Scheme, make: object) -> N
     weight, rows = make(128, 256, 21), correlated(4096, 256, 22)  # type: ignore[operator]
     quantized, _ = one(weight, scheme, evidence_of(rows[:2048]), clip_search=True)
     plain = rounded(weight, scheme, clip_search=True)
+    share = 0.85 if scheme.number == "int2" else 0.75  # what so few codes cannot make up for
     for part in rows.split(2048):
-        assert output_error(weight, quantized, part) < 0.75 * output_error(weight, plain, part)
+        assert output_error(weight, quantized, part) < share * output_error(weight, plain, part)
 
 
 def test_what_is_reported_is_true() -> None:

@@ -33,6 +33,7 @@ CASES = {  # scheme, inputs, rows of the matrices, how much is missing
     "int4-channel, little missing": ("int4-channel", 64, (48,), 0.02),
     "int8-channel, too much missing": ("int8-channel", 100, (40,), 5.0),  # 100 inputs are padded
     "int8-g32": ("int8-g32", 64, (40, 24), 0.0),
+    "int2-g32-asym": ("int2-g32-asym", 64, (40, 24), 0.0),
     "Q4_K": ("Q4_K", 256, (40, 24), 0.0),
     "Q5_0, little missing": ("Q5_0", 64, (48,), 0.02),
     "Q5_1": ("Q5_1", 64, (40, 24), 0.0),
@@ -43,6 +44,7 @@ LATTICES = {  # range of codes, and what else a launch is told: zero points, min
     "int4": ((-8, 7), False, False, 0.0, None),
     "int4 asymmetric": ((-8, 7), True, False, 0.0, None),
     "int8": ((-128, 127), False, False, 0.0, None),
+    "int3 asymmetric": ((-4, 3), True, False, 0.0, None),
     "Q4_K": ((0, 15), False, True, 0.0, None),
     "Q6_K": ((0, 63), False, False, 32.0, None),
     "IQ4_XS": ((0, 15), False, False, 0.0, IQ4_LEVELS),
@@ -117,7 +119,9 @@ def compare_kernels() -> dict[str, Any]:
         factor = torch.randn(experts, inputs, inputs) * 0.1
         variances = torch.rand(experts, inputs) + 0.1
         scales = (torch.rand(experts, groups_of_row, rows) + 0.2) * (4.0 / max(map(abs, table or (highest - offset,))))
-        zero_points = torch.randint(-8, 8, scales.shape).to(torch.float32) if asymmetric else torch.full_like(scales, offset)
+        zero_points = torch.full_like(scales, offset)
+        if asymmetric:
+            zero_points = torch.randint(lowest, highest + 1, scales.shape).to(torch.float32)
         minimums = torch.rand(scales.shape) * 2 if lowered else None
         if offset or lowered or table:
             scales[:, :, ::7] = 0.0  # a scale of llama.cpp's types may be zero

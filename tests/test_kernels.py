@@ -67,7 +67,13 @@ def scales_of(numbers_: Any, largest: Any, global_scale: float, codes: Any, scal
 
 @pytest.mark.parametrize(
     ("name", "global_scale"),
-    [("int4-g32", 1.0), ("int8-g32", 1.0), ("fp8-channel-dynamic", 1.0), ("mxfp4", 1.0), ("nvfp4", 1.0), ("nvfp4", 2688 / 0.37)],
+    [
+        *((f"int{bits}-g32", 1.0) for bits in (2, 3, 4, 5, 6, 8)),
+        ("fp8-channel-dynamic", 1.0),
+        ("mxfp4", 1.0),
+        ("nvfp4", 1.0),
+        ("nvfp4", 2688 / 0.37),
+    ],
 )
 def test_every_bf16_magnitude_gets_the_oracles_scale(name: str, global_scale: float) -> None:
     scheme = parse_scheme(name)
