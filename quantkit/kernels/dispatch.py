@@ -10,13 +10,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from types import ModuleType
+from typing import Literal, cast
 
 import torch
 
 from quantkit import forward
+from quantkit.errors import RecipeError
 from quantkit.kernels import moe_cpu, reference
 from quantkit.kernels.activations import rounded_inputs
+from quantkit.kernels.device_mixture import Mixture
+from quantkit.kernels.device_weights import DeviceWeight
 from quantkit.kernels.weights import Mlp, Weight
 from quantkit.team import Team
 from quantkit.workspace import Workspace
@@ -26,7 +30,7 @@ Backend = Literal["reference", "cpu", "triton"]
 
 def dequant_matmul(
     x: torch.Tensor,
-    weight: Weight,
+    weight: Weight | DeviceWeight,
     *,
     backend: Backend | None = None,
     round_activations: bool = True,
@@ -40,9 +44,8 @@ def dequant_matmul(
     """
     backend = backend or backend_of(x)
     if backend == "triton":
-        from quantkit.kernels import moe_triton
-
-        return moe_triton.dequant_matmul(x, weight, round_activations=round_activations)
+        return cast("torch.Tensor", _triton().dequant_matmul(x, weight, round_activations=round_activations))
+    assert not isinstance(weight, DeviceWeight), "weights on a device are for triton"
     if backend == "cpu":
         return moe_cpu.dequant_matmul(x, weight, round_activations=round_activations, team=team, workspace=workspace)
     return reference.dequant_matmul(x, weight, rounded_inputs if round_activations else _unrounded)
@@ -51,8 +54,8 @@ def dequant_matmul(
 def moe_forward(
     x: torch.Tensor,
     router: torch.Tensor,
-    experts: Sequence[Mlp],
-    shared_expert: Mlp,
+    experts: Sequence[Mlp] | Mixture,
+    shared_expert: Mlp | None,
     *,
     experts_per_token: int = 1,
     backend: Backend | None = None,
@@ -63,15 +66,16 @@ def moe_forward(
     """The mixture of experts of one layer for ``x [tokens, hidden]``, and where each token went.
 
     router: ``[experts, hidden]``.  The sigmoid of the router's logit multiplies what goes into a routed expert; the shared expert
-    takes ``x`` itself, and the results are added.  Other arguments as of :func:`dequant_matmul`.
+    takes ``x`` itself, and the results are added.  experts: for triton also a mixture that was prepared on the device, the shared
+    expert in it; then ``shared_expert`` is None.  Other arguments as of :func:`dequant_matmul`.
     """
     backend = backend or backend_of(x)
     if backend == "triton":
-        from quantkit.kernels import moe_triton
-
-        return moe_triton.moe_forward(
+        result, routing = _triton().moe_forward(
             x, router, experts, shared_expert, experts_per_token=experts_per_token, round_activations=round_activations
         )
+        return result, routing
+    assert not isinstance(experts, Mixture) and shared_expert is not None, "experts on a device are for triton"
     routing = forward.route(x.to(torch.float32), router.to(torch.float32), experts_per_token)
     if backend == "cpu":
         result = moe_cpu.moe(
@@ -84,6 +88,15 @@ def moe_forward(
 def backend_of(x: torch.Tensor) -> Backend:
     """The implementation for inputs on that device."""
     return "triton" if x.is_cuda else "cpu"
+
+
+def _triton() -> ModuleType:
+    """The module with the Triton kernels.  Raises RecipeError without Triton."""
+    try:
+        from quantkit.kernels import moe_triton
+    except ImportError as error:
+        raise RecipeError(f"products on a GPU need Triton ({error}); install it with: pip install 'quantkit[cuda]'") from error
+    return moe_triton
 
 
 def _unrounded(x: torch.Tensor, weight: Weight) -> torch.Tensor:
