@@ -3,11 +3,11 @@
 Run as a script with an empty directory and the number of workers: prints one JSON line with what was tried and exits non-zero
 on the first violation.  It stands apart from the tests because it forks, which wants a process without threads.
 
-One artifact replaces a finished one (``force``), the other is new.  After each kill must hold: under each final name stands the
-former artifact, the new one, or, between two renames, nothing while the former one stands aside; no partial content anywhere
-under a final name.  After the repetitions: the bytes of an uninterrupted run, no leftovers, and no unit done again that the
-journal had claimed. Once the first journal is removed, the run is over: both artifacts are complete, and a repetition, which finds
-the first existing, completes the clean-up of the other.
+One artifact replaces a finished one (``force``), the other is new, with a file that holds checksums.  After each kill must hold:
+under each final name stands the former artifact, the new one, or, between two renames, nothing while the former one stands aside;
+no partial content anywhere under a final name.  After the repetitions: the bytes of an uninterrupted run, no leftovers, and no unit
+done again that the journal had claimed. Once the first journal is removed, the run is over: both artifacts are complete, and a
+repetition, which finds the first existing, completes the clean-up of the other.
 """
 
 from __future__ import annotations
@@ -126,7 +126,9 @@ def is_over(output: Path, artifacts: dict[str, Artifact]) -> bool:
 
 def main(directory: Path, workers: int) -> None:
     generator = random.Random(7)
-    artifacts = {name: make_artifact(directory, seed=seed, unit_count=3) for seed, name in enumerate(("old", "new"))}
+    artifacts = {
+        name: make_artifact(directory, seed=seed, unit_count=3, checksums=name == "new") for seed, name in enumerate(("old", "new"))
+    }
     kills = repeated = 0
     call = 1
     finished = False

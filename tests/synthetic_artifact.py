@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
+import xxhash
 
 from quantkit.engine import run_units
 from quantkit.formats.base import OutputFile, OutputTensor
@@ -47,8 +48,13 @@ class Artifact:
         return [{"name": name, "error": 0.1} for name in self.units[unit]]
 
 
-def make_artifact(carried_directory: Path, *, seed: int = 0, unit_count: int = 6, mean_bytes: int = 300) -> Artifact:
-    """Two files, three tensors to a unit (one may be empty), spread over both files."""
+def make_artifact(
+    carried_directory: Path, *, seed: int = 0, unit_count: int = 6, mean_bytes: int = 300, checksums: bool = False
+) -> Artifact:
+    """Two files, three tensors to a unit (one may be empty), spread over both files.
+
+    checksums: a third file with a fourth tensor of each unit, and behind all of them their checksums.
+    """
     generator = np.random.default_rng(seed)
     contents: list[dict[str, Any]] = [{}, {}]
     units: dict[str, tuple[str, ...]] = {}
@@ -70,6 +76,20 @@ def make_artifact(carried_directory: Path, *, seed: int = 0, unit_count: int = 6
         files.append(OutputFile(name, blob[:start], outputs, offsets, len(blob)))
         data |= {tensor: array.tobytes() for tensor, array in tensors.items()}
         expected[name] = blob
+    if checksums:
+        header, names = b"with checksums", [f"{number}.sum" for number in range(unit_count)]
+        data |= {name: generator.bytes(int(generator.integers(1, 100))) for name in names}
+        offsets = {name: 100 * (number + 1) for number, name in enumerate(names)}
+        places = {name: 100 * (unit_count + 1) + 8 * number for number, name in enumerate(reversed(names))}
+        blob = bytearray(100 * (unit_count + 1) + 8 * unit_count + 7)
+        blob[: len(header)] = header
+        for name in names:
+            blob[offsets[name] : offsets[name] + len(data[name])] = data[name]
+            blob[places[name] : places[name] + 8] = xxhash.xxh3_64(data[name]).digest()[::-1]
+            units[f"unit {name[:-4]}"] += (name,)
+        outputs = tuple(OutputTensor(name, "U8", (len(data[name]),)) for name in names)
+        files.append(OutputFile("sums.packed", header, outputs, offsets, len(blob), places))
+        expected["sums.packed"] = bytes(blob)
     carried = carried_directory / "tokenizer.json"
     carried.write_bytes(b"carried" * 100)
     expected |= SIDECARS | {carried.name: carried.read_bytes()}
