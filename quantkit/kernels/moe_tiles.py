@@ -33,7 +33,7 @@ class Shape:
     group: int = 8
 
 
-TABLE: dict[str, dict[int, Shape]] = {  # kind of weight -> rows of a tile -> the rest
+TABLE: dict[str, dict[int, Shape]] = {  # kind of weight, or type of llama.cpp -> rows of a tile -> the rest
     "integer": {
         16: Shape(64, 4, 6, 4),
         32: Shape(64, 4, 5, 3),
@@ -58,11 +58,17 @@ TABLE: dict[str, dict[int, Shape]] = {  # kind of weight -> rows of a tile -> th
         64: Shape(128, 4, 5, 1),
         128: Shape(256, 8, 4, 1),
     },
-    "blocks": {
+    "Q4_K": {
         16: Shape(64, 4, 4, 2),
         32: Shape(64, 4, 4, 2),
         64: Shape(128, 8, 3, 1),
         128: Shape(128, 8, 2, 1),
+    },
+    "Q6_K": {
+        16: Shape(64, 4, 4, 2),
+        32: Shape(64, 4, 4, 2),
+        64: Shape(128, 8, 3, 1),
+        128: Shape(64, 4, 2, 1),
     },
 }
 
