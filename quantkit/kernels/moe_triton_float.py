@@ -3,8 +3,8 @@
 A program multiplies the rows of a tile with some outputs of their expert.  Weights and rows are fetched by the tensor memory
 accelerator, 128 bytes of each row at a time, and multiplied where they arrive.
 
-Which of the two stands on the long side of the tensor core, where 64 is the least, is a choice.  With few rows it is the weights, so
-that rows count in eights; from ``MANY_ROWS`` on it is the rows, since a thread then meets few scales of activations.
+Which of the two stands on the long side of the tensor core, where 64 is the least, is a choice.  With few rows it is the weights,
+so that rows count in eights; from ``MANY_ROWS`` on it is the rows, since a thread then meets few scales of activations.
 
 FP8 times FP8.  Hopper adds such products up with about 14 bits.  So what the tensor core adds up is one step of 128 inputs, and
 steps are added in float32; there 128 x 128 blocks have their scales anyway, while those of rows and channels come at the end.
@@ -207,7 +207,7 @@ def _launch(rows: Rows, weight: DeviceWeight, tiles: Tiles, out: torch.Tensor) -
     """out: ``[splits, rows, width]``."""
     shape, arguments, constants = arguments_of(rows, weight, tiles, out, assembly=out.is_cuda)
     grid = (tiles.most * triton.cdiv(weight.rows, shape.outputs), out.shape[0])
-    products[grid](*arguments, **constants, num_warps=shape.warps, num_stages=shape.stages)
+    products[grid](*arguments, **constants, num_warps=shape.warps, num_stages=shape.stages, enable_fp_fusion=True)
 
 
 def arguments_of(
@@ -314,5 +314,6 @@ def round_rows(values: torch.Tensor, weight: DeviceWeight, expert_of_row: torch.
         GROUPS=by_group,
         MOST=triton.next_power_of_2(columns // BLOCK_SIZE),
         num_warps=ROUND_WARPS,
+        enable_fp_fusion=False,
     )
     return Rows(codes, scales)
