@@ -1,0 +1,225 @@
+"""Products with Q8_0, Q4_K and Q6_K in Triton's interpreter, against float64 on what the blocks stand for.
+
+Triton decides at its import whether it interprets, so kernels run in a process of their own: this file, run as a program.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from quantkit import grid
+from quantkit.ggml import TYPES
+from quantkit.grid import QuantizedTensor
+from quantkit.kernels import device_blocks, device_weights
+from quantkit.scheme import GGML
+
+NAMES = ("Q8_0", "Q4_K", "Q6_K")
+HIDDEN, WIDTH = 512, 256  # multiples of a block
+OUTPUTS = 72  # of a matrix that is not multiplied further: a multiple of no tile
+LOADS = {  # rows of each of three experts, rows of a tile
+    "empty experts": ((0, 5, 0), 16),
+    "one row": ((1, 0, 0), 16),
+    "all rows to one": ((0, 0, 37), 32),
+    "many rows": ((70, 1, 3), 64),
+}
+OUTPUT_ROUNDING = 2.0**-8  # of BF16, and a little for float32 sums
+SUM_ROUNDING = 1e-5  # of float32 sums, relative to the sum of magnitudes
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+def run_here(name: str, **environment: str) -> Any:
+    """Run one of ``PROGRAMS`` in a process of its own; what it printed."""
+    kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, __file__, name]
+    result = subprocess.run(command, env={**kept, **environment}, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def matrix(name: str, rows: int, columns: int) -> QuantizedTensor:
+    """Random numbers in all fields, the outermost ones among them: searched weights would not reach every code and scale."""
+    kind = TYPES[name]
+
+    def whole(low: int, high: int, width: int) -> torch.Tensor:
+        found = torch.randint(low, high + 1, (rows, width), dtype=torch.int8)
+        found[0, :2], found[-1, -2:] = low, high
+        return found
+
+    blocks, groups = columns // kind.block, columns // kind.group if kind.group else 0
+    scale = (torch.randn(rows, blocks) * 0.002).to(torch.float16)
+    scale[1 % rows] = 6e-8  # without a leading bit
+    scale[2 % rows] = 0.0
+    two_levels = kind.group > 0
+    return QuantizedTensor(
+        GGML[name],
+        whole(*kind.codes, columns),
+        scale,
+        group_scale=whole(*kind.group_scales, groups) if two_levels else None,
+        minimum=(torch.rand(rows, blocks) * 0.02).to(torch.float16) if kind.minimum else None,
+        group_minimum=whole(*kind.group_scales, groups) if kind.minimum else None,
+    )
+
+
+# ------------------------------------------------------------------------------------------------- in the other process
+
+
+def multiply() -> dict[str, Any]:
+    """By type and load: errors of gate_up and matmul in units of what rounding explains; what lies beyond the outputs."""
+    from quantkit.kernels import moe_tiles, moe_triton_blocks
+
+    device, found = torch.device("cpu"), {}
+    for name in NAMES:
+        torch.manual_seed(len(found))
+        gates, ups, downs = (
+            [matrix(name, *size) for _ in range(3)] for size in ((OUTPUTS, HIDDEN), (OUTPUTS, HIDDEN), (OUTPUTS, WIDTH))
+        )
+        pair = device_weights.stack([device_weights.build(gate, device, up) for gate, up in zip(gates, ups, strict=True)])
+        last = device_weights.stack([device_weights.build(down, device) for down in downs])
+        for load, (counts, tokens) in LOADS.items():
+            ends = torch.tensor(counts).cumsum(0)
+            first = ends - torch.tensor(counts)
+            total = int(ends[-1])
+            tiles = moe_tiles.cut(first, ends, tokens, total // tokens + 3)
+            outcome: dict[str, Any] = {}
+            for part, weight, matrices in (("gate_up", pair, gates), ("matmul", last, downs)):
+                rows = torch.randn(total, weight.inputs) * torch.logspace(-3, 0, total)[:, None] + 0.1 * torch.rand(total, 1)
+                rows = rows.to(torch.bfloat16)
+                rows[-1, :100] = 0.0
+                rows[0, 1] = 1e-20  # too small for FP16, too small to matter
+                if part == "gate_up":
+                    out = torch.full((total, 128), 7.0, dtype=torch.bfloat16)
+                    moe_triton_blocks.gate_up(moe_tiles.Rows(rows), weight, tiles, out)
+                    outcome["beyond"] = bool((out[:, OUTPUTS:] == 7.0).all())
+                    result = out[:, :OUTPUTS].to(torch.float64)
+                else:
+                    parts = torch.full((2 if load == "one row" else 1, total, OUTPUTS), float("nan"))
+                    moe_triton_blocks.matmul(moe_tiles.Rows(rows), weight, tiles, parts)
+                    result = parts.sum(0, dtype=torch.float64)
+                worst = 0.0
+                for expert in range(3):
+                    here = slice(int(first[expert]), int(ends[expert]))
+                    x = rows[here].to(torch.float64)
+                    product, slack = _product(x, matrices[expert])
+                    if part == "gate_up":
+                        other, other_slack = _product(x, ups[expert])
+                        inner = product * torch.sigmoid(product)
+                        slack = slack * other.abs() * 1.1 + other_slack * inner.abs()
+                        product = inner * other
+                        slack = slack + product.abs() * OUTPUT_ROUNDING
+                    if x.numel():
+                        worst = max(worst, float(((result[here] - product).abs() / (slack + 1e-30)).max()))
+                outcome[part] = worst
+            found[f"{name}: {load}"] = outcome
+    return found
+
+
+def _product(x: torch.Tensor, weight: QuantizedTensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """float64 product, and what float32 sums of its terms, minimums apart, may be off by."""
+    values = grid.dequantize(weight).to(torch.float64)
+    magnitude = values.abs()
+    if weight.minimum is not None:
+        _, minimum = grid.block_steps(weight)
+        assert minimum is not None
+        magnitude = magnitude + 2 * minimum.to(torch.float64).repeat_interleave(32, 1)
+    return x @ values.t(), SUM_ROUNDING * (x.abs() @ magnitude.t())
+
+
+def prepare() -> dict[str, Any]:
+    """What preparation loses of rows of many magnitudes, relative to their largest; the largest FP16 number; what sums lose."""
+    from quantkit.kernels import moe_triton_blocks
+
+    torch.manual_seed(5)
+    rows = torch.randn(10, 512) * torch.logspace(-37, 37, 10)[:, None]
+    rows[4] = torch.randn(512) * torch.logspace(-12, 0, 512)
+    rows[5] = 0.0
+    rows = rows.to(torch.bfloat16)
+    ready = moe_triton_blocks.prepared(rows)
+    exact = rows.to(torch.float64)
+    back = ready.values.to(torch.float64) * ready.factors[:, None]
+    peak = exact.abs().amax(1, keepdim=True).clamp(min=1e-45)
+    sums = ready.sums.to(torch.float64).view(10, 2, 2, 8).sum(2).view(10, 16) * ready.factors[:, None]
+    return {
+        "lost": float(((back - exact).abs() / peak).max()),
+        "changed": int((back != exact)[exact.abs() >= peak * 2.0**-27].sum()),
+        "largest": float(ready.values.abs().max()),
+        "sums": float(((sums - exact.view(10, 16, 32).sum(2)).abs() / (32 * peak)).max()),
+    }
+
+
+def interpret() -> dict[str, Any]:
+    """Everything that runs in the interpreter, in one process."""
+    import triton_arithmetic
+
+    torch.set_num_threads(1)
+    triton_arithmetic.make_exact()
+    return {"products": multiply(), "prepared": prepare()}
+
+
+# ----------------------------------------------------------------------------------------------------------------- tests
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, Any]:
+    return run_here("interpret", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")  # type: ignore[no-any-return]
+
+
+@needs_triton
+@pytest.mark.parametrize("name", NAMES)
+def test_products_are_those_of_float64(interpreted: dict[str, Any], name: str) -> None:
+    for load in LOADS:
+        found = interpreted["products"][f"{name}: {load}"]
+        assert found["gate_up"] <= 1 and found["matmul"] <= 1, load
+        assert found["beyond"], f"{load}: columns beyond the outputs are left alone"
+
+
+@needs_triton
+def test_rows_in_fp16_are_the_rows(interpreted: dict[str, Any]) -> None:
+    found = interpreted["prepared"]
+    assert found["changed"] == 0 and found["lost"] <= 2.0**-35
+    assert 512 <= found["largest"] <= 1024
+    assert found["sums"] <= 2.0**-20
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_blocks_on_a_device_hold_every_number(name: str) -> None:
+    """Taken out of the words again, by hand."""
+    torch.manual_seed(2)
+    weight = matrix(name, 24, 512)
+    parts = device_blocks.parts(weight, torch.device("cpu"))
+    words = parts.codes.to(torch.int64) & 0xFFFFFFFF
+    if name == "Q8_0":
+        assert torch.equal(parts.tables["scales"], weight.scale)
+        codes = (words.view(24, 4, 1, 32) >> (8 * torch.arange(4)).view(1, 1, 4, 1)) & 255
+        assert torch.equal(codes.reshape(24, 512) - 128, weight.codes.to(torch.int64))
+        return
+    each = device_blocks.CODE_WORDS[name]
+    low = (words.view(24, 2, each)[:, :, :32].reshape(24, 4, 1, 16) >> (4 * torch.arange(8)).view(1, 1, 8, 1)) & 15
+    codes = low.reshape(24, 512)
+    if name == "Q6_K":
+        top = (words.view(24, 2, 1, each)[..., 32:] >> (2 * torch.arange(16)).view(1, 1, 16, 1)) & 3
+        codes = codes + (top.reshape(24, 512) << 4)
+    assert torch.equal(codes, weight.codes.to(torch.int64))
+    numbers = parts.tables["numbers"].contiguous().view(torch.uint8).view(24, 2, 20)
+    assert torch.equal(numbers[..., :2].contiguous().view(torch.float16).view(24, 2), weight.scale)
+    assert weight.group_scale is not None
+    groups = weight.group_scale.shape[1] // 2
+    assert torch.equal(numbers[..., 4 : 4 + groups].contiguous().view(torch.int8).view(24, -1), weight.group_scale)
+    if name == "Q4_K":
+        assert weight.minimum is not None and weight.group_minimum is not None
+        assert torch.equal(numbers[..., 2:4].contiguous().view(torch.float16).view(24, 2), weight.minimum)
+        assert torch.equal(numbers[..., 12:].contiguous().view(torch.int8).view(24, -1), weight.group_minimum)
+
+
+PROGRAMS = {"interpret": interpret}
+
+if __name__ == "__main__":
+    print(json.dumps(PROGRAMS[sys.argv[1]]()))

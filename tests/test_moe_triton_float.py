@@ -1,0 +1,212 @@
+"""Products with FP8 and BF16 weights in Triton's interpreter, against float64, and what clients' rounding makes of rows.
+
+Triton decides at its import whether it interprets, so kernels run in a process of their own: this file, run as a program.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from quantkit import grid
+from quantkit.grid import QuantizedTensor
+from quantkit.kernels.weights import Weight
+from quantkit.scheme import parse_scheme
+
+HIDDEN, WIDTH = 256, 128  # multiples of 128, as blocks ask for it
+ODD_HIDDEN, ODD_WIDTH = 208, 72  # multiples of nothing
+LOADS = {  # rows of each of four experts, rows of a tile
+    "empty experts": ((0, 5, 0, 3), 16),
+    "one row": ((0, 0, 1, 0), 16),
+    "all rows to one": ((0, 37, 0, 0), 32),
+    "many rows": ((70, 1, 0, 65), 64),
+}
+CASES = {  # scheme or None for BF16, whether rows are rounded, sizes, splits, loads
+    "channel": ("fp8-channel-dynamic", True, (ODD_HIDDEN, ODD_WIDTH), 1, tuple(LOADS)),
+    "channel, rows as they are": ("fp8-channel-dynamic", False, (ODD_HIDDEN, ODD_WIDTH), 2, ("empty experts", "many rows")),
+    "block": ("fp8-block-dynamic", True, (HIDDEN, WIDTH), 2, ("empty experts", "all rows to one", "many rows")),
+    "block, rows as they are": ("fp8-block-dynamic", False, (HIDDEN, WIDTH), 1, ("one row", "many rows")),
+    "tensor": ("fp8-tensor-static", True, (ODD_HIDDEN, ODD_WIDTH), 1, ("empty experts", "many rows")),
+    "tensor, rows as they are": ("fp8-tensor-static", False, (ODD_HIDDEN, ODD_WIDTH), 1, ("one row",)),
+    "BF16": (None, True, (ODD_HIDDEN, ODD_WIDTH), 2, tuple(LOADS)),
+}
+OUTPUT_ROUNDING = 2.0**-8  # of BF16, and a little for float32 sums
+SUM_ROUNDING = 1e-5  # of float32 sums, relative to the sum of magnitudes
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+def run_here(name: str, **environment: str) -> Any:
+    """Run one of ``PROGRAMS`` in a process of its own; what it printed."""
+    kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, __file__, name]
+    result = subprocess.run(command, env={**kept, **environment}, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+# ------------------------------------------------------------------------------------------------- in the other process
+
+
+def matrix(scheme_name: str | None, rows: int, columns: int) -> Weight:
+    """A random weight as it is stored; some of its FP8 codes are numbers without a leading bit."""
+    weight = (torch.randn(rows, columns) ** 3 * 0.02).to(torch.bfloat16)
+    if scheme_name is None:
+        return weight
+    scheme = parse_scheme(scheme_name)
+    assert scheme is not None
+    scale, _ = grid.fit(weight, scheme)
+    quantized = grid.snap(weight, scheme, scale)
+    return replace(quantized, input_scale=torch.tensor([0.0078125 * 1.5])) if scheme.static_activations else quantized
+
+
+def exact(weight: Weight) -> torch.Tensor:
+    """The stored values, float64."""
+    return (grid.dequantize(weight) if isinstance(weight, QuantizedTensor) else weight).to(torch.float64)
+
+
+def rounded(rows: torch.Tensor, weight: Weight, wanted: bool) -> torch.Tensor:
+    """Rows as the kernel is to multiply them, float64."""
+    from quantkit.kernels.activations import rounded_inputs
+
+    return (rounded_inputs(rows.to(torch.float32), weight) if wanted else rows).to(torch.float64)
+
+
+def padded_rows(rows: torch.Tensor, columns: int) -> torch.Tensor:
+    return torch.nn.functional.pad(rows, (0, columns - rows.shape[1])).contiguous()
+
+
+def multiply() -> dict[str, Any]:
+    """By case and load: errors of gate_up and matmul in units of what rounding explains; the same twice; what lies beyond."""
+    from quantkit.kernels import device_weights, moe_tiles, moe_triton_float
+
+    device, found = torch.device("cpu"), {}
+    for name, (scheme_name, round_activations, (hidden, width), splits, loads) in CASES.items():
+        torch.manual_seed(len(name))
+        gates, ups, downs = (
+            [matrix(scheme_name, *size) for _ in range(4)] for size in ((width, hidden), (width, hidden), (hidden, width))
+        )
+        pair = device_weights.stack([device_weights.build(gate, device, up) for gate, up in zip(gates, ups, strict=True)])
+        last = device_weights.stack([device_weights.build(down, device) for down in downs])
+        for load in loads:
+            counts, tokens = LOADS[load]
+            ends = torch.tensor(counts).cumsum(0)
+            first = ends - torch.tensor(counts)
+            expert_of_row = torch.repeat_interleave(torch.arange(4), torch.tensor(counts))
+            total = int(ends[-1])
+            tiles = moe_tiles.cut(first, ends, tokens, total // tokens + 4)
+            outcome: dict[str, Any] = {}
+            for part, weight, matrices in (("gate_up", pair, gates), ("matmul", last, downs)):
+                rows = (torch.randn(total, weight.inputs) * torch.rand(total, 1)).to(torch.bfloat16)
+                rows[0, : weight.inputs // 2] = 0.0
+                given = padded_rows(rows, weight.padded_inputs)
+                ready = moe_tiles.Rows(given)
+                if round_activations and scheme_name is not None:
+                    ready = moe_triton_float.round_rows(given, weight, expert_of_row)
+                worst = 0.0
+                if part == "gate_up":
+                    out = torch.full((total, weight.padded_inputs), 7.0, dtype=torch.bfloat16)
+                    moe_triton_float.gate_up(ready, weight, tiles, out)
+                    outcome["beyond"] = bool((out[:, weight.outputs :] == 7.0).all())
+                    result = out[:, : weight.outputs].to(torch.float64)
+                else:
+                    parts = torch.full((splits, total, weight.outputs), float("nan"))
+                    moe_triton_float.matmul(ready, weight, tiles, parts)
+                    result = parts.sum(0, dtype=torch.float64)
+                for expert in range(4):
+                    here = slice(int(first[expert]), int(ends[expert]))
+                    x = rounded(rows[here], matrices[expert], round_activations)
+                    product = x @ exact(matrices[expert]).t()
+                    slack = SUM_ROUNDING * (x.abs() @ exact(matrices[expert]).abs().t())
+                    if part == "gate_up":
+                        other = x @ exact(ups[expert]).t()
+                        inner = product * torch.sigmoid(product)
+                        slack = slack * other.abs() * 1.1 + SUM_ROUNDING * (x.abs() @ exact(ups[expert]).abs().t()) * inner.abs()
+                        product = inner * other
+                        slack = slack + product.abs() * OUTPUT_ROUNDING
+                    if x.numel():
+                        worst = max(worst, float(((result[here] - product).abs() / (slack + 1e-30)).max()))
+                outcome[part] = worst
+            found[f"{name}: {load}"] = outcome
+    return found
+
+
+def round_rows() -> dict[str, Any]:
+    """By scheme: how many rounded numbers differ from what the library's rounding gives, and how many there are."""
+    from quantkit.kernels import device_weights, moe_triton_float
+    from quantkit.kernels.activations import rounded_inputs
+
+    found: dict[str, Any] = {}
+    for name in ("fp8-channel-dynamic", "fp8-block-dynamic", "fp8-tensor-static"):
+        torch.manual_seed(3)
+        weight = matrix(name, 128, 384)
+        rows = (torch.randn(12, 384) * torch.logspace(-6, 4, 12)[:, None]).to(torch.bfloat16)
+        rows[3], rows[4, :128] = 0.0, 0.0
+        there = device_weights.build(weight, torch.device("cpu"))
+        ready = moe_triton_float.round_rows(rows, there, torch.zeros(12, dtype=torch.int64))
+        assert ready.scales is not None
+        scales = ready.scales.t().repeat_interleave(128, 1) if ready.scales.ndim == 2 else ready.scales[:, None]
+        values = ready.values.to(torch.float32) * scales
+        found[name] = [int((values != rounded_inputs(rows.to(torch.float32), weight)).sum()), values.numel()]
+    return found
+
+
+def widen() -> list[int]:
+    """FP8 codes whose BF16 form differs, by the conversion of the instructions, written out in integers here."""
+    codes = torch.arange(256, dtype=torch.int32)
+    codes = codes[(codes & 127) != 127]  # no weight is NaN
+    bits = ((codes & 0x80) << 8) | ((codes & 0x7F) << 4)
+    moved = bits.to(torch.int16).view(torch.bfloat16).to(torch.float64) * 2.0**120
+    expected = codes.to(torch.uint8).view(torch.float8_e4m3fn).to(torch.float64)
+    return codes[moved != expected].tolist()  # type: ignore[no-any-return]
+
+
+def interpret() -> dict[str, Any]:
+    """Everything that runs in the interpreter, in one process."""
+    import triton_arithmetic
+
+    torch.set_num_threads(1)
+    triton_arithmetic.make_exact()
+    return {"products": multiply(), "rounding": round_rows(), "widened": widen()}
+
+
+# ----------------------------------------------------------------------------------------------------------------- tests
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, Any]:
+    return run_here("interpret", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")  # type: ignore[no-any-return]
+
+
+@needs_triton
+@pytest.mark.parametrize("name", CASES)
+def test_products_are_those_of_float64(interpreted: dict[str, Any], name: str) -> None:
+    for load in CASES[name][4]:
+        found = interpreted["products"][f"{name}: {load}"]
+        assert found["gate_up"] <= 1 and found["matmul"] <= 1, load
+        assert found["beyond"], f"{load}: columns beyond the outputs are left alone"
+
+
+@needs_triton
+def test_rows_are_rounded_as_clients_do(interpreted: dict[str, Any]) -> None:
+    for name, (different, count) in interpreted["rounding"].items():
+        assert different == 0 and count == 12 * 384, name
+
+
+@needs_triton
+def test_moved_bits_times_a_power_of_two_are_the_number(interpreted: dict[str, Any]) -> None:
+    assert interpreted["widened"] == []
+
+
+PROGRAMS = {"interpret": interpret}
+
+if __name__ == "__main__":
+    print(json.dumps(PROGRAMS[sys.argv[1]]()))
