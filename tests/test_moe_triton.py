@@ -1,0 +1,450 @@
+"""The mixture of experts in Triton's interpreter, against float64: products with integer codes, and all from router to output.
+
+Triton decides at its import whether it interprets, so kernels run in a process of their own: this file, run as a program.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quantkit.errors import RecipeError
+from quantkit.grid import QuantizedTensor, dequantize
+from quantkit.kernels import device_weights, moe_tiles, planes
+from quantkit.kernels.activations import rounded_inputs
+from quantkit.kernels.weights import Mlp, Weight
+from quantkit.scheme import parse_scheme
+
+CPU = torch.device("cpu")
+BITS = {"int2": 2, "int3": 3, "int4": 4, "int5": 5, "int6": 6, "int8": 8}
+LOADS = {  # rows of each of four experts, rows of a tile
+    "empty experts": ((0, 5, 0, 3), 16),
+    "one row": ((0, 0, 1, 0), 16),
+    "all rows to one": ((0, 37, 0, 0), 32),
+    "many rows": ((70, 1, 0, 65), 64),
+    "more than a piece": ((0, 130, 3, 0), 128),
+}
+PRODUCTS = {  # scheme, hidden and width, loads; sizes that no tile divides
+    "int4-g128": ((256, 128), tuple(LOADS)),
+    "int4-g128-asym": ((256, 128), ("empty experts", "many rows")),
+    "int4-g64": ((192, 64), ("empty experts", "more than a piece")),
+    "int4-g64-asym": ((192, 64), ("one row", "all rows to one")),
+    "int4-g32": ((160, 96), ("one row", "more than a piece")),
+    "int4-g32-asym": ((160, 96), ("empty experts", "many rows")),
+    "int4-channel": ((208, 72), tuple(LOADS)),
+    "int4-channel-asym": ((208, 72), ("empty experts", "more than a piece")),
+    "int8-g128": ((256, 128), ("empty experts", "many rows")),
+    "int8-g64": ((192, 64), ("one row", "all rows to one")),
+    "int8-g32": ((160, 96), ("empty experts", "more than a piece")),
+    "int8-channel": ((212, 76), ("empty experts", "all rows to one")),
+    "int8-channel-dynamic": ((212, 76), ("empty experts", "one row", "many rows")),
+    "int2-g32-asym": ((160, 96), ("empty experts",)),
+    "int2-channel": ((144, 72), ("all rows to one",)),
+    "int3-g64-asym": ((192, 64), ("empty experts",)),
+    "int3-g128": ((128, 128), ("all rows to one",)),
+    "int5-g128": ((128, 128), ("empty experts",)),
+    "int6-g32": ((160, 96), ("empty experts",)),
+    "int6-channel": ((144, 72), ("all rows to one",)),
+}
+MIXTURES = {  # schemes of (gate, up, down) in turn over experts, of the shared expert, tokens, slots, where tokens go
+    "one scheme": ((("int4-g32",) * 3,), ("int4-g32",) * 3, 13, 1, "anywhere"),
+    "two slots": ((("int4-g32",) * 3,), ("int4-g32",) * 3, 9, 2, "anywhere"),
+    "one token": ((("int4-g32-asym",) * 3,), ("int4-g32-asym",) * 3, 1, 1, "anywhere"),
+    "all on one": ((("int8-channel",) * 3,), ("int8-channel",) * 3, 40, 1, "one"),
+    "mixed": ((("int4-g32",) * 3, ("int2-g32", "int2-g32", "int6-g32"), (None,) * 3), ("int8-g32",) * 3, 11, 2, "anywhere"),
+    "gate and up differ": ((("int4-g32", "int6-g32", "int8-channel"),), ("int4-g32",) * 3, 7, 1, "anywhere"),
+    "rounded": ((("int8-channel-dynamic",) * 3, ("fp8-channel-dynamic",) * 3), ("int8-channel-dynamic",) * 3, 9, 1, "anywhere"),
+    "no token": ((("int4-g32",) * 3,), ("int4-g32",) * 3, 0, 1, "anywhere"),
+}
+EXPERTS, HIDDEN, WIDTH = 5, 160, 96
+OUTPUT_ROUNDING = 2.0**-8  # of BF16, and a little for float32 sums
+SUM_ROUNDING = 1e-5  # of float32 sums, relative to the sum of magnitudes
+INNER_ROUNDING = 2e-4  # the same where inputs were rounded to BF16 on the way, and some of them to the other side
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+def run_here(name: str, **environment: str) -> Any:
+    """Run one of ``PROGRAMS`` in a process of its own; what it printed."""
+    kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, __file__, name]
+    result = subprocess.run(command, env={**kept, **environment}, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def matrix(name: str | None, rows: int, columns: int) -> Weight:
+    """A random weight as it is stored: any code, any zero point; values about 0.05."""
+    if name is None:
+        return (torch.randn(rows, columns) * 0.05).to(torch.bfloat16)
+    scheme = parse_scheme(name)
+    assert scheme is not None
+    shape = scheme.scale_shape(rows, columns)
+    if scheme.number == "fp8":
+        codes = torch.randn(rows, columns).mul_(30).to(torch.float8_e4m3fn)
+        return QuantizedTensor(scheme, codes, (torch.rand(shape) + 0.5).mul_(0.0015).to(torch.bfloat16))
+    half = 1 << (BITS[scheme.number] - 1)
+    codes = torch.randint(-half, half, (rows, columns), dtype=torch.int8)
+    scale = (torch.rand(shape) + 0.5).mul_(0.1 / half).to(torch.bfloat16)
+    zero_point = None if scheme.symmetric else torch.randint(-half, half, shape, dtype=torch.int8)
+    return QuantizedTensor(scheme, codes, scale, zero_point)
+
+
+def exact(weight: Weight) -> torch.Tensor:
+    """The stored values, float64."""
+    return (dequantize(weight) if isinstance(weight, QuantizedTensor) else weight).to(torch.float64)
+
+
+# ------------------------------------------------------------------------------------------------- in the other process
+
+
+def products() -> dict[str, Any]:
+    """By scheme and load: errors of gate_up and matmul in units of what rounding explains, and whether nothing else is written."""
+    from quantkit.kernels import moe_triton_integer
+
+    found: dict[str, Any] = {}
+    for number, (name, ((hidden, width), loads)) in enumerate(PRODUCTS.items()):
+        torch.manual_seed(number)
+        sizes = ((width, hidden), (width, hidden), (hidden, width))
+        gates, ups, downs = ([matrix(name, *size) for _ in range(4)] for size in sizes)
+        pair = device_weights.stack([device_weights.build(gate, CPU, up) for gate, up in zip(gates, ups, strict=True)])
+        last = device_weights.stack([device_weights.build(down, CPU) for down in downs])
+        for load in loads:
+            counts, tokens = LOADS[load]
+            ends = torch.tensor(counts).cumsum(0)
+            first, total = ends - torch.tensor(counts), int(ends[-1])
+            tiles = moe_tiles.cut(first, ends, tokens, total // tokens + 4)
+            outcome: dict[str, Any] = {"kept": True}
+            for part, weight, matrices in (("gate_up", pair, gates), ("matmul", last, downs)):
+                x = torch.randn(total, weight.inputs).to(torch.bfloat16)
+                given_rows = torch.nn.functional.pad(x, (0, weight.padded_inputs - weight.inputs)).contiguous()
+                rows = moe_tiles.Rows(given_rows)
+                if name.endswith("dynamic"):
+                    rows = moe_triton_integer.round_rows(given_rows, weight, torch.zeros(total))
+                out = torch.full((total + 1, weight.outputs + 8), 7.0, dtype=torch.bfloat16)
+                if part == "gate_up":
+                    moe_triton_integer.gate_up(rows, weight, tiles, out)
+                    outcome["kept"] &= bool((out[:, weight.outputs :] == 7.0).all() and (out[total:] == 7.0).all())
+                    result = out[:total, : weight.outputs].to(torch.float64)
+                else:
+                    parts = torch.full((2, total, weight.outputs), float("nan"))
+                    moe_triton_integer.matmul(rows, weight, tiles, parts)
+                    result = parts.sum(0, dtype=torch.float64)
+                worst = 0.0
+                for expert in range(4):
+                    here = slice(int(first[expert]), int(ends[expert]))
+                    if counts[expert]:
+                        inputs = rounded_inputs(x[here].to(torch.float32), matrices[expert]).to(torch.float64)
+                        other = ups[expert] if part == "gate_up" else None
+                        worst = max(worst, deviation(result[here], inputs, matrices[expert], other))
+                outcome[part] = worst
+            found[f"{name}: {load}"] = outcome
+    return found
+
+
+def deviation(result: torch.Tensor, x: torch.Tensor, weight: Weight, up: Weight | None) -> float:
+    """The largest error, divided by what rounding of float32 sums, and for gated products of BF16 results, explains."""
+    product, slack = x @ exact(weight).t(), SUM_ROUNDING * (x.abs() @ exact(weight).abs().t())
+    if up is not None:
+        other, inner = x @ exact(up).t(), product * torch.sigmoid(product)
+        slack = slack * other.abs() * 1.1 + SUM_ROUNDING * (x.abs() @ exact(up).abs().t()) * inner.abs()
+        product = inner * other
+        slack = slack + product.abs() * OUTPUT_ROUNDING
+    return float(((result - product).abs() / (slack + 1e-30)).max())
+
+
+class Asked(Sequence[Mlp]):
+    """Experts that keep note of who is asked for."""
+
+    def __init__(self, experts: list[Mlp]) -> None:
+        self.experts, self.asked = experts, [-1]
+
+    def __len__(self) -> int:
+        return len(self.experts)
+
+    def __getitem__(self, number: Any) -> Any:
+        self.asked.append(number)
+        return self.experts[number]
+
+
+def mlp_of(names: Sequence[str | None]) -> Mlp:
+    sizes = ((WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH))
+    return Mlp(*(matrix(name, *size) for name, size in zip(names, sizes, strict=True)))
+
+
+def expected(x: torch.Tensor, mlp: Mlp) -> tuple[torch.Tensor, torch.Tensor]:
+    """What an expert gives for BF16 rows, float64, with its inner values in BF16; and what their rounding may do to it."""
+    here = rounded_inputs(x.to(torch.float32), mlp.gate).to(torch.float64)
+    gate, up = here @ exact(mlp.gate).t(), here @ exact(mlp.up).t()
+    inner = (gate * torch.sigmoid(gate) * up).to(torch.bfloat16)
+    # a number on the brink goes to the other side, and with it, where inputs are quantized, by a step
+    scheme = mlp.down.scheme if isinstance(mlp.down, QuantizedTensor) else None
+    share = 2e-3 if scheme is not None and scheme.dynamic_activations else INNER_ROUNDING
+    last = rounded_inputs(inner.to(torch.float32), mlp.down).to(torch.float64)
+    return last @ exact(mlp.down).t(), share * (last.abs() @ exact(mlp.down).abs().t())
+
+
+def mixtures() -> dict[str, Any]:
+    """By mixture: the error in units of what rounding explains; who was asked for; whether other ways give the same bits."""
+    from quantkit.kernels import device_mixture, dispatch
+
+    found: dict[str, Any] = {}
+    for number, (name, (kinds, shared_names, tokens, slots, where)) in enumerate(MIXTURES.items()):
+        torch.manual_seed(number)
+        experts = Asked([mlp_of(kinds[expert % len(kinds)]) for expert in range(EXPERTS)])
+        shared = mlp_of(shared_names)
+        router = torch.randn(EXPERTS, HIDDEN) * 0.1
+        x = torch.randn(tokens, HIDDEN).to(torch.bfloat16)
+        if where == "one":
+            router[2], x[:, 0] = 0.0, 1.0
+            router[2, 0] = 100.0
+        given_settings: dict[str, Any] = {"experts_per_token": slots, "backend": "triton"}
+        result, routing = dispatch.moe_forward(x, router, experts, shared, **given_settings)
+        ready = device_mixture.prepare(experts.experts, shared, CPU)
+        again, _ = dispatch.moe_forward(x, router, ready, None, **given_settings)
+        wide = x.to(torch.float64)
+        logits = wide @ router.to(torch.float64).t()
+        total, slack = expected(x, shared)
+        for token in range(tokens):
+            for expert in torch.topk(logits[token], slots).indices.tolist():
+                score = torch.sigmoid((x[token].to(torch.float32) @ router.t())[expert])
+                row = (x[token].to(torch.float32) * score).to(torch.bfloat16)
+                values, spread = expected(row[None], experts.experts[expert])
+                total[token] += values[0]
+                slack[token] += spread[0]
+        slack += total.abs() * OUTPUT_ROUNDING
+        found[name] = {
+            "deviation": float(((result.to(torch.float64) - total).abs() / slack).max()) if tokens else 0.0,
+            "asked": experts.asked[1:],
+            "wanted": sorted(set(torch.topk(logits, slots).indices.flatten().tolist())),
+            "routed": torch.equal(routing.experts, torch.topk(logits, slots).indices),
+            "same": torch.equal(result, again),
+            "shape": list(result.shape) == [tokens, HIDDEN] and result.dtype == torch.bfloat16,
+        }
+    return found
+
+
+def single() -> dict[str, Any]:
+    """A product by itself: deviation for several numbers of rows; a weight prepared before gives the same bits."""
+    from quantkit.kernels import dispatch
+
+    found = {}
+    weight = matrix("int4-g64-asym", 72, 192)
+    for rows in (0, 1, 33):
+        x = torch.randn(rows, 192).to(torch.bfloat16)
+        result = dispatch.dequant_matmul(x, weight, backend="triton")
+        again = dispatch.dequant_matmul(x, device_weights.build(weight, CPU), backend="triton")
+        product = x.to(torch.float64) @ exact(weight).t()
+        slack = product.abs() * OUTPUT_ROUNDING + SUM_ROUNDING * (x.abs().to(torch.float64) @ exact(weight).abs().t())
+        worst = float(((result.to(torch.float64) - product).abs() / slack).max()) if rows else 0.0
+        found[str(rows)] = [worst, torch.equal(result, again), list(result.shape)]
+    return found
+
+
+def assembly() -> dict[str, Any]:
+    """The instructions that unpack planes."""
+    from quantkit.kernels import moe_triton_integer
+
+    wanted = [(4, 8, 1), (4, None, 1), (2, 2, 1), (2, None, 1), (2, 2, 16), (4, 0, 1), (2, 0, 1), (8, 128, 1)]
+    return {f"{plane} {offset} {step}": moe_triton_integer.instructions(plane, offset, step) for plane, offset, step in wanted}
+
+
+def interpret() -> dict[str, Any]:
+    """Everything that runs in the interpreter, in one process."""
+    import triton_arithmetic
+
+    torch.set_num_threads(1)
+    triton_arithmetic.make_exact()
+    return {"products": products(), "mixtures": mixtures(), "single": single(), "assembly": assembly()}
+
+
+# ------------------------------------------------------------------------------------------------------------- products
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, Any]:
+    return run_here("interpret", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")  # type: ignore[no-any-return]
+
+
+@needs_triton
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_are_those_of_float64(interpreted: dict[str, Any], name: str) -> None:
+    for load in PRODUCTS[name][1]:
+        found = interpreted["products"][f"{name}: {load}"]
+        assert found["gate_up"] <= 1 and found["matmul"] <= 1, load
+        assert found["kept"], f"{load}: what lies beyond rows and outputs is left alone"
+
+
+@needs_triton
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_mixture_is_what_its_experts_give(interpreted: dict[str, Any], name: str) -> None:
+    found = interpreted["mixtures"][name]
+    assert found["deviation"] <= 1
+    assert found["routed"] and found["shape"]
+    assert found["same"], "prepared experts give the same bits"
+    assert found["asked"] == found["wanted"], "only experts with tokens are asked for, in order, once each"
+
+
+@needs_triton
+def test_a_product_by_itself(interpreted: dict[str, Any]) -> None:
+    for rows, (worst, same, shape) in interpreted["single"].items():
+        assert worst <= 1 and same and shape == [int(rows), 72], rows
+
+
+# --------------------------------------------------------------------------------------------------------- instructions
+
+
+def run_assembly(text: str, inputs: Sequence[int]) -> list[int]:
+    """The results of a piece of PTX, written for the few instructions that occur; words are Python's integers."""
+    lines = [line.strip().rstrip(";") for line in text.splitlines()]
+    registers: dict[str, int] = {}
+    outputs = text.count(".rn.bf16x2") or sum("lop3" in line for line in lines)
+    registers.update({f"${outputs + place}": word & 0xFFFFFFFF for place, word in enumerate(inputs)})
+
+    def value(name: str) -> int:
+        return registers[name] if name in registers else int(name, 0)
+
+    def floats(word: int) -> torch.Tensor:
+        pair = torch.tensor([word & 0xFFFF, word >> 16], dtype=torch.int32).to(torch.int16)
+        return pair.view(torch.bfloat16).to(torch.float64)
+
+    def word_of(pair: torch.Tensor) -> int:
+        rounded = pair.to(torch.bfloat16)
+        assert torch.equal(rounded.to(torch.float64), pair), "nothing is rounded"
+        low, high = (int(code) & 0xFFFF for code in rounded.view(torch.int16))
+        return high << 16 | low
+
+    for line in lines:
+        if not line or line[0] in "{}.":
+            continue
+        operation, rest = line.split(" ", 1)
+        target, *sources = [name.strip() for name in rest.split(",")]
+        given_values = [value(name) for name in sources]
+        if operation == "mov.b32":
+            registers[target] = given_values[0]
+        elif operation == "shr.u32":
+            registers[target] = given_values[0] >> given_values[1]
+        elif operation == "prmt.b32":
+            both = given_values[1] << 32 | given_values[0]
+            picked = [both >> 8 * (given_values[2] >> 4 * place & 7) & 0xFF for place in range(4)]
+            registers[target] = sum(byte << 8 * place for place, byte in enumerate(picked))
+        elif operation == "lop3.b32":
+            one, other, third, table = given_values
+            bits = [table >> ((one >> b & 1) << 2 | (other >> b & 1) << 1 | (third >> b & 1)) & 1 for b in range(32)]
+            registers[target] = sum(bit << place for place, bit in enumerate(bits))
+        elif operation == "fma.rn.bf16x2":
+            registers[target] = word_of(floats(given_values[0]) * floats(given_values[1]) + floats(given_values[2]))
+        elif operation in ("add.rn.bf16x2", "sub.rn.bf16x2"):
+            sign = 1 if operation.startswith("add") else -1
+            registers[target] = word_of(floats(given_values[0]) + sign * floats(given_values[1]))
+        else:
+            raise AssertionError(f"unknown instruction: {line}")
+    return [registers[f"${place}"] for place in range(outputs)]
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["4 8 1", "4 None 1", "2 2 1", "2 None 1", "2 2 16", "4 0 1", "2 0 1", "8 128 1"])
+def test_instructions_unpack_what_arithmetic_says(interpreted: dict[str, Any], name: str) -> None:
+    plane, step = int(name.split()[0]), int(name.split()[2])
+    offset = -128 if "None" in name else int(name.split()[1])
+    generator = torch.Generator().manual_seed(plane)
+    mask = (1 << plane) - 1
+    every = torch.arange(mask + 1)
+    for fields in (every.repeat(64), torch.randint(0, mask + 1, (256,), generator=generator)):
+        for words in fields[: len(fields) // (64 // plane) * (64 // plane)].view(-1, 2, 32 // plane)[:16]:
+            packed = [sum(int(field) << plane * place for place, field in enumerate(word)) for word in words]
+            pairs = run_assembly(interpreted["assembly"][name], packed)
+            found = [
+                float(torch.tensor(code if code < 1 << 15 else code - (1 << 16), dtype=torch.int16).view(torch.bfloat16))
+                for pair in pairs
+                for code in (pair & 0xFFFF, pair >> 16)
+            ]
+            assert found == ((words.t().flatten() - offset) * step).tolist()
+
+
+# ----------------------------------------------------------------------------------------------- weights, tiles, rounding
+
+
+@pytest.mark.parametrize("bits", planes.PLANES)
+def test_codes_are_packed_on_a_device_as_on_the_cpu(bits: int) -> None:
+    half = 1 << (bits - 1)
+    codes = torch.randint(-half, half, (9, 300), dtype=torch.int8)
+    assert torch.equal(device_weights.pack(codes, bits), torch.from_numpy(planes.pack_planes(codes.numpy(), bits)))
+
+
+def test_rows_of_gate_and_up_alternate() -> None:
+    gate, up = torch.randn(20, 130).to(torch.bfloat16), torch.randn(20, 130).to(torch.bfloat16)
+    pair = device_weights.build(gate, CPU, up)
+    assert (pair.rows, pair.padded_inputs, pair.outputs, pair.paired) == (48, 256, 20, True)
+    for row in range(24):
+        for place, source in ((16 * (row // 8) + row % 8, gate), (16 * (row // 8) + 8 + row % 8, up)):
+            wanted = source[row] if row < 20 else torch.zeros(130, dtype=torch.bfloat16)
+            assert torch.equal(pair.codes[place, :130], wanted) and not pair.codes[place, 130:].any()
+
+
+def test_a_scheme_without_a_kernel_is_named() -> None:
+    scheme = parse_scheme("nvfp4")
+    assert scheme is not None
+    weight = QuantizedTensor(scheme, torch.zeros(16, 32, dtype=torch.uint8), torch.ones(16, 2), global_scale=torch.ones(1))
+    with pytest.raises(RecipeError, match="nvfp4"):
+        device_weights.build(weight, CPU)
+
+
+@given(
+    counts=st.lists(st.integers(0, 70), min_size=1, max_size=9),
+    tokens=st.sampled_from(moe_tiles.TOKENS),
+    spare=st.integers(0, 3),
+)
+def test_every_row_is_in_one_tile_of_its_expert(counts: list[int], tokens: int, spare: int) -> None:
+    ends = torch.tensor(counts).cumsum(0)
+    first = ends - torch.tensor(counts)
+    most = max(1, sum(-(-count // tokens) for count in counts) + spare)
+    tiles = moe_tiles.cut(first, ends, tokens, most)
+    rows = []
+    for number in range(int(tiles.count)):
+        begin, end, expert = (int(part[number]) for part in (tiles.first, tiles.last, tiles.expert))
+        assert 0 < end - begin <= tokens
+        rows += [(row, expert) for row in range(begin, end)]
+    assert rows == [(row, expert) for expert, _ in enumerate(counts) for row in range(int(first[expert]), int(ends[expert]))]
+
+
+@pytest.mark.parametrize(
+    ("rows", "experts", "tokens"), [(1, 16, 16), (0, 16, 16), (400, 16, 32), (1024, 16, 64), (16384, 16, 128), (7, 0, 16)]
+)
+def test_tiles_are_as_large_as_experts_fill(rows: int, experts: int, tokens: int) -> None:
+    assert moe_tiles.tokens_of_tile(rows, experts) == tokens
+
+
+@given(blocks=st.integers(1, 5000), steps=st.integers(1, 128), programs=st.integers(1, 600))
+def test_inputs_are_cut_only_where_there_is_room(blocks: int, steps: int, programs: int) -> None:
+    parts = moe_tiles.splits(blocks, steps, programs)
+    assert 1 <= parts <= moe_tiles.MOST_SPLITS
+    assert parts == 1 or (blocks * parts < 2 * programs and steps // parts >= moe_tiles.LEAST_STEPS)
+
+
+def test_the_library_does_without_triton() -> None:
+    code = (
+        "import sys, torch, quantkit.kernels.dispatch as dispatch\n"
+        "assert 'triton' not in sys.modules; sys.modules['triton'] = None\n"
+        "from quantkit.errors import RecipeError\n"
+        "try: dispatch.dequant_matmul(torch.zeros(1, 8), torch.zeros(8, 8), backend='triton')\n"
+        "except RecipeError as error: print(error)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "quantkit[cuda]" in result.stdout
+
+
+PROGRAMS = {"interpret": interpret}
+
+if __name__ == "__main__":
+    print(json.dumps(PROGRAMS[sys.argv[1]]()))
