@@ -16,6 +16,7 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from quantkit.errors import GateError
 from quantkit.evaluation import ArtifactEvaluation, Estimate, Evaluation
@@ -114,35 +115,45 @@ def _limit(text: str, metric: str, number: float, unit: str) -> float:
     raise GateError(f"{text!r}: {metric} takes {takes}, not {unit!r}")
 
 
-def check_gates(gates: Iterable[Gate], names: Sequence[str], golden: bool) -> None:
-    """Refuse gates on artifacts that are not among ``names``, and on the golden set where there is none.  Raises GateError."""
+def check_gates(gates: Iterable[Gate], paths: Iterable[str | Path], golden: bool) -> None:
+    """Refuse gates that no artifact at these paths can meet: on others, or on a golden set that is not there.  Raises GateError."""
+    paths = list(paths)
+    names = [_path_names(path) for path in paths]
     for gate in gates:
-        if gate.artifact is not None and gate.artifact not in names:
-            raise GateError(f"{gate.text!r}: no artifact here is called {gate.artifact!r}; their names are {', '.join(names)}")
+        if gate.artifact is not None and not any(gate.artifact in one for one in names):
+            known = ", ".join(Path(path).name for path in paths)
+            raise GateError(f"{gate.text!r}: no artifact here is called {gate.artifact!r}; there are {known}")
         if gate.metric == "golden" and not golden:
             raise GateError(f"{gate.text!r}: without a golden set there is no such figure; name one with --golden FILE")
 
 
+def _path_names(path: str | Path) -> set[str]:
+    """What a gate may call the artifact at a path: its path, the last part of it, and of a file that without the ending."""
+    resolved = Path(path).expanduser().resolve().name
+    names = {str(path), Path(path).name, resolved}
+    return names | {name.removesuffix(".gguf") for name in names}
+
+
 def failed_gates(evaluation: Evaluation, gates: Iterable[Gate]) -> list[FailedGate]:
     """The gates that artifacts cross, gate by gate.  Raises GateError for a gate on an artifact that was not evaluated."""
-    gates = list(gates)
-    check_gates(gates, [artifact.name for artifact in evaluation.artifacts], golden=True)
     failed = []
     for gate in gates:
-        for artifact in evaluation.artifacts:
-            if gate.artifact in (None, artifact.name):
-                value = figure(evaluation, artifact, gate.metric, gate.end)
-                if math.isnan(value) or _OPERATORS[gate.comparison](value, gate.limit):
-                    failed.append(FailedGate(gate, artifact.name, value))
+        meant = [own for own in evaluation.artifacts if gate.artifact in (None, own.name)]
+        meant = meant or [own for own in evaluation.artifacts if gate.artifact in _path_names(own.path)]
+        if not meant:
+            known = ", ".join(own.name for own in evaluation.artifacts)
+            raise GateError(f"{gate.text!r}: no artifact here is called {gate.artifact!r}; there are {known}")
+        for own in meant:
+            value = figure(evaluation, own, gate.metric, gate.end)
+            if math.isnan(value) or _OPERATORS[gate.comparison](value, gate.limit):
+                failed.append(FailedGate(gate, own.name, value))
     return failed
 
 
-def raise_on_failure(evaluation: Evaluation, gates: Iterable[Gate]) -> None:
-    """Raises GateError that says which artifacts cross which gates, and by how much."""
-    failed = failed_gates(evaluation, gates)
-    if failed:
-        count = "a gate is crossed" if len(failed) == 1 else f"{len(failed)} gates are crossed"
-        raise GateError("\n  ".join([f"{count}:", *(one.message for one in failed)]))
+def failure(failed: Sequence[FailedGate]) -> GateError:
+    """The error that says which artifacts cross which gates, and by how much."""
+    count = "A gate is crossed" if len(failed) == 1 else f"{len(failed)} gates are crossed"
+    return GateError("\n  ".join([f"{count}:", *(one.message for one in failed)]))
 
 
 def figure(evaluation: Evaluation, artifact: ArtifactEvaluation, metric: str, end: str = "") -> float:

@@ -87,8 +87,9 @@ def error_panels(evaluation: Evaluation) -> list[tuple[str, Markup]]:
     for name in roles:
         lines = [_grid(ticks)]
         for place, own in enumerate(evaluation.artifacts):
-            found = sorted((cell.layer, cell) for cell in own.ledger if cell.role == name and cell.layer is not None)
-            usable = [(layer, cell) for layer, cell in found if cell.relative_error > 0 and math.isfinite(cell.relative_error)]
+            found = [(cell.layer, cell) for cell in own.ledger if cell.role == name and cell.layer is not None]
+            usable = [item for item in found if item[1].relative_error > 0 and math.isfinite(item[1].relative_error)]
+            usable.sort(key=lambda item: item[0])
             if usable:
                 lines.append(
                     _error_line(place, own.name, usable, layers, scale, len(evaluation.artifacts) <= MANY and layers <= 64)

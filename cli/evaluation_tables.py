@@ -1,0 +1,100 @@
+"""An evaluation as rich tables that fit 80 columns."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from . import text
+from .tables import make_table, many, print_heading
+
+if TYPE_CHECKING:
+    from quantkit.evaluation import ArtifactEvaluation, Evaluation, Scores
+
+MOST_PAIRS = 15
+WORST = 5  # kinds of text that are named
+
+
+def print_evaluation(console: Console, evaluation: Evaluation) -> None:
+    """All figures of one artifact, or of several side by side, and what they amount to."""
+    from quantkit.report_words import summary
+
+    if len(evaluation.artifacts) == 1:
+        _print_one(console, evaluation, evaluation.artifacts[0])
+    else:
+        _print_several(console, evaluation)
+    if evaluation.golden:
+        print_heading(console, "Golden set")
+        console.print(_golden_table(evaluation))
+    for own in evaluation.artifacts:
+        for line in own.fallbacks:
+            console.print(Text(f"Note: {own.name}: {line}", style="yellow"), soft_wrap=True)
+    if len(evaluation.artifacts) > 1:
+        print_heading(console, "Findings")
+        for line in summary(evaluation):
+            console.print(Text(f"- {line}"))
+    console.print()
+    of = f"{many(evaluation.windows, 'window')} of {evaluation.window:,} tokens, convention {evaluation.convention}"
+    console.print(Text(f"{of}; {text.duration(evaluation.seconds)}. Brackets: 95 % intervals.", style="dim"), soft_wrap=True)
+
+
+def _print_one(console: Console, evaluation: Evaluation, own: ArtifactEvaluation) -> None:
+    from quantkit.report_words import interval, main_columns, number, percent
+
+    print_heading(console, f"{own.name} beside {evaluation.reference}")
+    table = make_table(("figure",), ("value", "interval"))
+    for name, figure, ends in main_columns():
+        table.add_row(name, figure(own), ends(own))
+    scores = own.scores
+    table.add_row("Reference's perplexity", number(scores.reference_perplexity, 4), "")
+    table.add_row("Standard error of perplexity", number(scores.perplexity_error), "")
+    shift = scores.probability_shift
+    table.add_row("Shift of the right token", number(shift.value), interval(shift))
+    known = [(share, layer) for layer, share in enumerate(own.router_agreement) if share is not None]
+    if known:
+        table.add_row("Router agreement, mean", percent(sum(share for share, _ in known) / len(known)), "")
+        lowest, layer = min(known)
+        table.add_row("Router agreement, lowest", percent(lowest), f"layer {layer}")
+    console.print(table)
+    if len(own.kinds) > 1:
+        worst = sorted(own.kinds.items(), key=_divergence, reverse=True)[:WORST]
+        parts = (f"{kind} {number(scores.divergence.value)}" for kind, scores in worst)
+        console.print(Text(f"Most divergent kinds of text: {', '.join(parts)}"), soft_wrap=True)
+
+
+def _divergence(item: tuple[str, Scores]) -> float:
+    value = item[1].divergence.value
+    return -math.inf if math.isnan(value) else value
+
+
+def _print_several(console: Console, evaluation: Evaluation) -> None:
+    from quantkit.report_words import interval, number, percent, signed, size, verdict
+
+    print_heading(console, f"Compared with {evaluation.reference}, {size(evaluation.reference_bytes)}")
+    table = make_table(("artifact",), ("size", "bits", "perplexity", "KLD", "interval", "99 %", "top-1"), wrap="artifact")
+    for own in evaluation.artifacts:
+        scores = own.scores
+        tail = number(scores.divergence_percentiles.get("99", math.nan))
+        figures = (number(scores.perplexity.value, 4), number(scores.divergence.value), interval(scores.divergence), tail)
+        table.add_row(Text(own.name), size(own.bytes), f"{own.bits_per_weight:.2f}", *figures, percent(scores.agreement.value, 1))
+    console.print(table)
+    if 0 < len(evaluation.differences) <= MOST_PAIRS:
+        table = make_table(("artifact", "minus"), ("mean KLD", "interval", "verdict"))
+        for pair in evaluation.differences:
+            apart = pair.divergence
+            table.add_row(Text(pair.first), Text(pair.second), signed(apart.value), interval(apart), verdict(apart))
+        console.print(table)
+
+
+def _golden_table(evaluation: Evaluation) -> Table:
+    from quantkit.report_words import number, percent, percent_interval, seconds, size
+
+    table = make_table(("model",), ("size", "right", "interval", "time", "tokens/s"), wrap="model")
+    for one in evaluation.golden:
+        right = (percent(one.accuracy.value, 1), percent_interval(one.accuracy, 1))
+        table.add_row(Text(one.name), size(one.bytes), *right, seconds(one.latency), number(one.tokens_per_second))
+    return table

@@ -1,0 +1,269 @@
+"""``quantkit eval`` and ``quantkit compare``: what reaches the library, what is shown and written, and how they end."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from rich.console import Console
+from typer.testing import CliRunner
+
+import quantkit.evaluate
+from quantkit.errors import CheckpointError, Interrupted
+from quantkit.evaluate import EvaluationProgress
+from quantkit.evaluation import Evaluation
+from quantkit_cli.evaluation import compare_command, evaluate_command
+from quantkit_cli.evaluation_progress import EvaluationDisplay
+from quantkit_cli.evaluation_tables import print_evaluation
+from tests.sample_evaluations import sample, with_golden, without_anything
+
+app = typer.Typer()
+app.command("eval")(evaluate_command)
+app.command("compare")(compare_command)
+
+
+class Stub:
+    """Stands for ``evaluate``: keeps what it was called with."""
+
+    def __init__(self, answer: Evaluation | Exception) -> None:
+        self.answer = answer
+        self.calls: list[tuple[list[str], str, dict[str, Any]]] = []
+
+    def __call__(self, artifacts: list[str], reference: str, **options: Any) -> Evaluation:
+        self.calls.append((artifacts, reference, options))
+        if options["progress"] is not None:
+            options["progress"](EvaluationProgress("artifact", "w4a16-rtn", 3, 48, 400, 1000, 2.0))
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch) -> Stub:
+    made = Stub(sample(1))
+    monkeypatch.setattr(quantkit.evaluate, "evaluate", made)
+    return made
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_options_reach_the_library(stub: Stub, tmp_path: Path) -> None:
+    options = [
+        "--text",
+        "t.jsonl",
+        "--revision",
+        "r",
+        "--window",
+        64,
+        "--windows",
+        7,
+        "--convention",
+        "llama.cpp",
+        "--golden",
+        "g.jsonl",
+    ]
+    options += ["--device", "cuda", "--workers", 3, "--cache", "c", "--batch-tokens", 99, "--seed", 5, "--resamples", 11]
+    result = run("eval", "out/a", "--reference", "model", *options, "--float-activations")
+    assert result.exit_code == 0, result.output
+    ((artifacts, reference, given),) = stub.calls
+    assert (artifacts, reference) == (["out/a"], "model")
+    given = {name: value for name, value in given.items() if name not in ("progress", "stop")}
+    assert given == {
+        "text": "t.jsonl",
+        "revision": "r",
+        "window": 64,
+        "windows": 7,
+        "convention": "llama.cpp",
+        "seed": 5,
+        "device": "cuda",
+        "workers": 3,
+        "batch_tokens": 99,
+        "cache": Path("c"),
+        "resamples": 11,
+        "round_activations": False,
+        "golden": Path("g.jsonl"),
+    }
+
+
+def test_defaults(stub: Stub) -> None:
+    assert run("eval", "~/a", "--reference", "~/m").exit_code == 0
+    artifacts, reference, given = stub.calls[0]
+    assert artifacts == [str(Path.home() / "a")]
+    assert reference == str(Path.home() / "m")
+    assert (given["window"], given["windows"], given["convention"], given["resamples"]) == (512, None, "full", 1000)
+    assert (given["round_activations"], given["cache"], given["golden"], given["text"]) == (True, None, None, None)
+    assert isinstance(given["stop"], threading.Event)
+
+
+def test_one_artifact_is_shown(stub: Stub, tmp_path: Path) -> None:
+    result = run("eval", "out/fp8-dynamic", "--reference", "model", "--save", tmp_path / "saved.json")
+    assert result.exit_code == 0, result.output
+    for piece in ("fp8-dynamic beside Llama-4-Scout", "0.00184", "98.46 %", "Router agreement, lowest", "Most divergent kinds"):
+        assert piece in result.stdout
+    saved = json.loads((tmp_path / "saved.json").read_text())
+    assert saved["artifacts"][0]["name"] == "fp8-dynamic"
+    again = run("eval", "out/fp8-dynamic", "--reference", "model", "--save", tmp_path / "saved.json")
+    assert again.exit_code == 5
+    assert "exists already" in again.output
+    assert len(stub.calls) == 1, "the place is checked before anything is measured"
+    assert run("eval", "out/fp8-dynamic", "--reference", "model", "--save", tmp_path / "saved.json", "--force").exit_code == 0
+
+
+def test_several_are_compared_and_reported(stub: Stub, tmp_path: Path) -> None:
+    stub.answer = with_golden(sample())
+    result = run("compare", *(f"out/{own.name}" for own in stub.answer.artifacts), "--reference", "m", "-o", tmp_path / "r")
+    assert result.exit_code == 0, result.output
+    for own in stub.answer.artifacts:
+        assert own.name in result.stdout
+    assert "Golden set" in result.stdout
+    assert "Findings" in result.stdout
+    assert "Q5_0 instead of Q4_K" in result.stdout
+    assert sorted(path.name for path in (tmp_path / "r").iterdir()) == ["report.html", "report.json", "report.md"]
+    assert len(stub.calls[0][0]) == 5
+    assert run("compare", "a", "b", "--reference", "m", "-o", tmp_path / "r").exit_code == 5
+    assert len(stub.calls) == 1
+    quiet = run("compare", "a", "b", "--reference", "m", "-o", tmp_path / "r", "--force", "--quiet", "--title", "My <title>")
+    assert quiet.stdout.split() == [str(tmp_path / "r" / name) for name in ("report.html", "report.md", "report.json")]
+    assert "<title>My &lt;title&gt;</title>" in (tmp_path / "r" / "report.html").read_text()
+
+
+def test_json_is_one_object(stub: Stub) -> None:
+    stub.answer = without_anything(sample(1))
+    result = run("eval", "out/a", "--reference", "m", "--json")
+    assert result.exit_code == 0
+    content = json.loads(result.stdout)
+    assert content["artifacts"][0]["scores"]["divergence"]["low"] is None
+    assert "failed_gates" not in content
+    stub.answer = CheckpointError("bad shard")
+    failed = run("eval", "out/a", "--reference", "m", "--json")
+    assert failed.exit_code == 3
+    assert json.loads(failed.stdout) == {"error": {"type": "CheckpointError", "message": "bad shard", "exit_code": 3}}
+
+
+def test_a_crossed_gate_ends_with_its_own_code_after_the_report(stub: Stub, tmp_path: Path) -> None:
+    stub.answer = sample(2)
+    gates = ["--fail-if", "kld > 0.002", "--fail-if", "Q6_K: size > 1TB"]
+    result = run("compare", "o/fp8-dynamic", "o/Q6_K", "--reference", "m", "-o", tmp_path, *gates)
+    assert result.exit_code == 10
+    assert "Q6_K: kld is 0.00271, and the gate says > 0.002: beyond it by 0.00071 (35.5 % of the limit)" in result.output
+    assert (tmp_path / "report.html").exists()
+    as_json = run("compare", "o/fp8-dynamic", "o/Q6_K", "--reference", "m", "-o", tmp_path / "again", *gates, "--json")
+    assert as_json.exit_code == 10
+    content = json.loads(as_json.stdout)
+    assert [one["artifact"] for one in content["failed_gates"]] == ["Q6_K"]
+    assert content["error"]["exit_code"] == 10
+    assert len(content["artifacts"]) == 2
+    passed = run(
+        "compare", "o/fp8-dynamic", "o/Q6_K", "--reference", "m", "-o", tmp_path, "--force", "--fail-if", "kld > 1", "--json"
+    )
+    assert passed.exit_code == 0
+    assert json.loads(passed.stdout)["failed_gates"] == []
+
+
+@pytest.mark.parametrize(
+    ("gate", "says"),
+    [("klx > 1", "no metric"), ("kld", "not a gate"), ("zzz: kld > 1", "called 'zzz'"), ("golden < 1", "--golden")],
+)
+def test_a_wrong_gate_is_wrong_usage(stub: Stub, gate: str, says: str) -> None:
+    result = run("eval", "out/a", "--reference", "m", "--fail-if", gate)
+    assert result.exit_code == 2
+    assert says in " ".join(result.output.replace("│", " ").split())
+    assert not stub.calls
+
+
+def test_an_interruption_says_how_to_go_on(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["quantkit", "eval", "out/a", "--reference", "my model"])
+    for error in (Interrupted("stopped"), KeyboardInterrupt()):
+        stub.answer = error  # type: ignore[assignment]
+        monkeypatch.setattr(quantkit.evaluate, "evaluate", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
+        result = run("eval", "out/a", "--reference", "my model")
+        assert result.exit_code == 130
+        assert "quantkit eval out/a --reference 'my model'" in result.output
+        assert "resumes" in result.output
+
+
+def test_wrong_options_are_wrong_usage(stub: Stub) -> None:
+    assert run("eval", "a").exit_code == 2
+    assert run("compare", "--reference", "m").exit_code == 2
+    assert run("eval", "a", "--reference", "m", "--convention", "half").exit_code == 2
+    assert run("eval", "a", "--reference", "m", "--window", "1").exit_code == 2
+    assert not stub.calls
+
+
+def test_the_commands_start_without_the_library() -> None:
+    wanted = "('quantkit', 'torch', 'numba', 'numpy')"
+    code = f"import quantkit_cli.evaluation, sys; print([name for name in {wanted} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+# --------------------------------------------------------------------------------------------------------- tables, progress
+
+
+def shown(evaluation: Evaluation, width: int = 80) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    print_evaluation(console, evaluation)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 20])
+def test_tables_fit_a_terminal(count: int) -> None:
+    text = shown(sample(count, 4, 4))
+    table = [line for line in text.splitlines() if not line.startswith(("Note:", "Most divergent", "Compared", "512 windows"))]
+    assert max(map(len, table)) <= 80
+    for own in sample(count, 4, 4).artifacts:
+        assert own.name in text
+
+
+def test_tables_of_what_is_not_known() -> None:
+    text = shown(without_anything(sample(2)))
+    assert "no interval" in text
+    assert "nan" not in text.replace("dynamic", "")
+    assert "router" not in shown(without_anything(sample(1))).lower()
+    odd = sample(2, 4, 4)
+    named = replace(odd, artifacts=tuple(replace(own, name=f"[bold]{own.name}[/]") for own in odd.artifacts))
+    assert "[bold]" in shown(named, 160)
+
+
+def test_progress_without_a_terminal_is_plain_lines() -> None:
+    console = Console(file=io.StringIO(), force_terminal=False)
+    with EvaluationDisplay(console, threading.Event()) as display:
+        for step in range(40):
+            display.update(EvaluationProgress("artifact", "w4a16", step // 10, 4, 100 * step, 4000, float(step)))
+        display.update(EvaluationProgress("scores", "w4a16", 0, 0, 100, 400, 41.0))
+    assert isinstance(console.file, io.StringIO)
+    lines = console.file.getvalue().splitlines()
+    assert lines[0] == "Artifact: w4a16, layer 1 of 4, 0 %"
+    assert lines[1].startswith("Artifact: w4a16, layer 2 of 4, 25 %, 100 token-layers/s, ")
+    assert lines[1].endswith(" left")
+    assert lines[-1] == "Scoring: w4a16, 25 %"
+    assert len(lines) == 5
+
+
+def test_progress_on_a_terminal_is_live() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    stop = threading.Event()
+    with EvaluationDisplay(console, stop) as display:
+        for step in range(8):
+            display.update(EvaluationProgress("check", "w4a16", 0, 0, 10**9 * step, 2 * 10**10, float(step)))
+        first = Console(file=io.StringIO(), width=100)
+        first.print(display)
+        stop.set()
+        second = Console(file=io.StringIO(), width=100)
+        second.print(display)
+    assert isinstance(first.file, io.StringIO) and isinstance(second.file, io.StringIO)
+    assert "Checking" in first.file.getvalue()
+    assert "1.0 GB/s" in first.file.getvalue()
+    assert "w4a16" in first.file.getvalue()
+    assert "Stopping" in second.file.getvalue()

@@ -1,0 +1,382 @@
+"""Reports: the page is sound HTML that asks for nothing, names everything, and escapes everything."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import math
+import os
+import re
+import stat
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quantkit.errors import OutputError
+from quantkit.evaluation import Estimate, Evaluation
+from quantkit.report import NAMES, write_report
+from quantkit.report_markup import Markup, Scale, element, escape, logarithmic_scale
+from quantkit.report_size_chart import size_chart
+from quantkit.report_words import difference, frontier, headline, interval, number, percent, signed, significant, size, summary
+from tests.sample_evaluations import sample, scores, with_golden, without_anything
+
+HOSTILE = "<script>alert('x')</script> & \"q\" | `b` *s* \x00\x1b[31m ￿ 深い"
+
+
+class Page(html.parser.HTMLParser):
+    """Checks nesting, and keeps elements with their attributes, and text."""
+
+    VOID = ("meta", "link", "br")
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        names = [name for name, _ in attrs]
+        assert len(names) == len(set(names)), (tag, names)
+        self.elements.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+    def count(self, tag: str, **attributes: str) -> int:
+        return sum(
+            one == tag and all(found.get(name) == value for name, value in attributes.items()) for one, found in self.elements
+        )
+
+
+def written(evaluation: Evaluation, directory: Path, **options: Any) -> tuple[Page, str, dict[str, Any]]:
+    """The page, the Markdown and the JSON of a report."""
+    paths = write_report(evaluation, directory, force=True, **options)
+    assert [path.name for path in paths] == list(NAMES)
+    page, markdown, content = (path.read_text(encoding="utf-8") for path in paths)
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    return Page(page), markdown, json.loads(content, parse_constant=refuse)
+
+
+EVALUATIONS = {
+    "scout": lambda: with_golden(sample()),
+    "maverick": lambda: sample(3, 48, 128, 2),
+    "one": lambda: sample(1),
+    "two": lambda: sample(2),
+    "twenty": lambda: sample(20, 6, 4),
+    "bare": lambda: without_anything(sample(2)),
+    "bare, one": lambda: without_anything(sample(1)),
+    "one layer": lambda: sample(2, 1, 1),
+}
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_every_kind_of_evaluation_renders(name: str, tmp_path: Path) -> None:
+    evaluation = EVALUATIONS[name]()
+    page, markdown, content = written(evaluation, tmp_path)
+    text = "".join(page.text)
+    for own in evaluation.artifacts:
+        assert own.name in text
+        assert own.name.replace("_", "\\_") in markdown
+    assert content["artifacts"][0]["name"] == evaluation.artifacts[0].name
+    assert headline(evaluation) in text.replace("\N{NO-BREAK SPACE}", " ")
+    assert "nan" not in re.sub(r"[a-z]nan|nan[a-z]", "", text.lower())
+    assert page.count("h1") == 1
+    assert page.count("main") == 1
+    assert page.elements[0] == ("html", {"lang": "en"})
+
+
+def test_the_page_asks_for_nothing(tmp_path: Path) -> None:
+    page, _, _ = written(with_golden(sample()), tmp_path)
+    source = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for tag, attributes in page.elements:
+        assert tag not in ("img", "iframe", "object", "embed", "video", "audio", "source", "base", "form", "a", "use", "image")
+        for name in ("src", "srcset", "href", "action", "xlink:href", "data", "poster"):
+            assert attributes.get(name) in (None, "data:,"), (tag, name)
+    assert not re.search(r"https?:|url\(|@import|@font-face|fetch\(|XMLHttp|WebSocket|import\(", source)
+    policy = next(found["content"] for tag, found in page.elements if found.get("http-equiv") == "Content-Security-Policy")
+    assert policy is not None and policy.startswith("default-src 'none'")
+
+
+def test_charts_and_tables_are_there_and_named(tmp_path: Path) -> None:
+    evaluation = with_golden(sample())
+    page, markdown, _ = written(evaluation, tmp_path)
+    assert page.count("svg", role="img", **{"class": "wide"}) == 1
+    assert page.count("svg", role="img", **{"class": "narrow"}) == 1
+    heats = page.count("svg", **{"class": "stretch heat"})
+    assert heats == 2  # routers, and one calibration that two artifacts share
+    cells = sum(tag == "rect" and (found.get("width") == ".94") for tag, found in page.elements)
+    assert cells == 5 * 48 + 48 * 16
+    assert page.count("rect", **{"class": "none"}) == 1  # the one expert without tokens
+    assert page.count("svg", **{"class": "stretch"}) == 3  # roles in the ledger
+    assert page.count("svg", **{"class": "dots-plot"}) == 2
+    source = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for drawing in re.findall(r"<svg[^>]*role=\"img\".*?</svg>", source, re.DOTALL):
+        assert re.match(r"<svg[^>]*><title>[^<]+</title>", drawing)
+    assert page.count("table") == page.count("caption") == page.count("thead") == page.count("tbody")
+    assert all(found.get("scope") in ("row", "col") for tag, found in page.elements if tag == "th")
+    for heading in ("Differences", "Router agreement", "Golden set", "by language", "by kind", "fallen back", "Weight error"):
+        assert heading in markdown
+    assert "Q5\\_0 instead of Q4\\_K" in markdown
+    assert "Q5_0 instead of Q4_K" in "".join(page.text)
+
+
+def test_everything_is_escaped(tmp_path: Path) -> None:
+    evaluation = with_golden(sample(2, 4, 4))
+    own = evaluation.artifacts[1]
+    hostile = replace(
+        own,
+        name=HOSTILE,
+        path=HOSTILE,
+        format=HOSTILE,
+        kinds={HOSTILE: own.scores},
+        languages={HOSTILE: own.scores},
+        roles=tuple(replace(part, role=HOSTILE, schemes=(HOSTILE,)) for part in own.roles),
+        ledger=tuple(replace(cell, role=HOSTILE) for cell in own.ledger),
+        coverage={0: (0, 1)},
+        fallbacks=(HOSTILE,),
+        recipe={HOSTILE: HOSTILE},
+        fingerprint={HOSTILE: HOSTILE},
+    )
+    broken = replace(
+        evaluation,
+        reference=HOSTILE,
+        reference_path=HOSTILE,
+        text={HOSTILE: HOSTILE, "nested": {HOSTILE: [HOSTILE]}},
+        convention=HOSTILE,
+        environment={HOSTILE: HOSTILE},
+        artifacts=(hostile,),
+        differences=tuple(replace(pair, second=HOSTILE) for pair in evaluation.differences),
+        golden=tuple(replace(one, name=HOSTILE, by_kind={HOSTILE: 1.0}) for one in evaluation.golden),
+    )
+    page, markdown, content = written(broken, tmp_path, title=HOSTILE, command=["quantkit", HOSTILE])
+    tags = Counter(tag for tag, _ in page.elements)
+    assert tags["script"] == 1
+    assert "b" in tags and "i" in tags  # ours; none from the name
+    source = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "alert(&#x27;x&#x27;)" in source
+    assert "<script>alert" not in source
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", source)
+    assert "<script>" not in markdown.replace(markdown[markdown.index("```") :], "")
+    assert content["reference"] == HOSTILE
+    rows = [line for line in markdown.splitlines() if line.startswith("|") and "alert" in line]
+    assert rows
+    assert all(len(re.findall(r"(?<!\\)\|", line)) >= 3 for line in rows)
+
+
+def test_the_same_evaluation_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        write_report(with_golden(sample()), tmp_path / name)
+    for name in NAMES:
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+
+
+def test_json_holds_everything_and_no_nan(tmp_path: Path) -> None:
+    evaluation = without_anything(sample(2))
+    _, _, content = written(evaluation, tmp_path)
+    divergence = content["artifacts"][0]["scores"]["divergence"]
+    assert divergence == {"value": evaluation.artifacts[0].scores.divergence.value, "low": None, "high": None}
+    _, _, full = written(sample(4), tmp_path)
+    assert full["artifacts"][2]["coverage"]["1"] == list(sample(4).artifacts[2].coverage[1])
+    assert full["artifacts"][0]["bits_per_weight"] == pytest.approx(8.04)
+
+
+def test_an_existing_report_stays(tmp_path: Path) -> None:
+    (tmp_path / "report.md").write_text("mine")
+    with pytest.raises(OutputError, match=r"report\.md exists already.*--force"):
+        write_report(sample(1), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.md"]
+    assert (tmp_path / "report.md").read_text() == "mine"
+    write_report(sample(1), tmp_path, force=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(NAMES)
+
+
+def test_places_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="is a file"):
+        write_report(sample(1), tmp_path / "file")
+    with pytest.raises(OutputError, match="cannot make"):
+        write_report(sample(1), tmp_path / "file" / "inner")
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(OutputError, match="is a directory"):
+        write_report(sample(1), tmp_path, force=True)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_report(sample(1), tmp_path)
+    before = {name: (tmp_path / name).read_bytes() for name in NAMES}
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OutputError, match="disk is full"):
+        write_report(sample(2), tmp_path, force=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert stat.S_IMODE((tmp_path / "report.md").stat().st_mode) & 0o444
+
+
+# --------------------------------------------------------------------------------------------------------------- findings
+
+
+def test_the_headline_says_which_artifact_at_which_size() -> None:
+    assert headline(sample()) == (
+        "fp8-dynamic is closest to the reference; for less memory, Q6_K at 88.5 GB, Q4_K_M at 65.3 GB and w4a16-gptq at 61.0 GB"
+    )
+    assert "same next token" in headline(sample(1))
+    evaluation = sample(2)
+    best = replace(evaluation.artifacts[0], bytes=1000)
+    assert "both the smallest and the closest" in headline(replace(evaluation, artifacts=(best, evaluation.artifacts[1])))
+
+
+def test_the_frontier_holds_what_no_other_beats() -> None:
+    evaluation = sample(20)
+    best = {own.name for own in frontier(evaluation)}
+    for own in evaluation.artifacts:
+        beaten = any(
+            other.bytes <= own.bytes
+            and other.scores.divergence.value <= own.scores.divergence.value
+            and (other.bytes, other.scores.divergence.value) != (own.bytes, own.scores.divergence.value)
+            for other in evaluation.artifacts
+        )
+        assert (own.name not in best) == beaten
+
+
+def test_whether_differences_are_noise_is_said() -> None:
+    certain = sample()
+    assert any("All differences named here are more than noise" in line for line in summary(certain))
+    wide = tuple(replace(pair, divergence=Estimate(pair.divergence.value, -1, 1)) for pair in certain.differences)
+    text = " ".join(summary(replace(certain, differences=wide)))
+    assert "more than noise" not in text
+    assert text.count("may be noise") == 4
+    assert any("cannot be said" in line for line in summary(without_anything(sample(2))))
+    assert len(summary(sample(1))) == 1
+    worse = replace(certain.artifacts[1], bytes=certain.artifacts[0].bytes + 1)
+    two = replace(certain, artifacts=(certain.artifacts[0], worse), differences=wide)
+    assert any("cannot be told from Q6_K" in line for line in summary(two))
+
+
+def test_a_difference_may_be_stored_either_way_round() -> None:
+    evaluation = sample(2)
+    first, second = evaluation.artifacts
+    forward, backward = difference(evaluation, first, second), difference(evaluation, second, first)
+    assert forward is not None and backward is not None
+    assert backward.divergence == Estimate(-forward.divergence.value, -forward.divergence.high, -forward.divergence.low)
+    assert difference(replace(evaluation, differences=()), first, second) is None
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "known"), [(0.1, 0.2, True), (-2, -1, True), (-1, 1, False), (0, 1, False), (math.nan, 1, None)]
+)
+def test_significance(low: float, high: float, known: bool | None) -> None:
+    assert significant(Estimate(0.5, low, high)) is known
+
+
+def test_extreme_figures_render(tmp_path: Path) -> None:
+    evaluation = sample(4, 2, 2)
+    values = (0.0, 1e-12, math.nan, math.inf)
+    artifacts = []
+    for own, value in zip(evaluation.artifacts, values, strict=True):
+        changed = replace(
+            scores(0.01), divergence=Estimate(value, value, value), divergence_percentiles={}, perplexity=Estimate(*[value] * 3)
+        )
+        artifacts.append(replace(own, scores=changed, kinds={"a.b": changed}, router_agreement=(1.0, 1.0)))
+    page, _, _ = written(replace(evaluation, artifacts=tuple(artifacts)), tmp_path)
+    assert page.count("svg", **{"class": "wide"}) == 1
+    alone = replace(evaluation, artifacts=(artifacts[2],), differences=())
+    assert "No divergence" in headline(alone)
+    written(alone, tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------------- labels
+
+
+@pytest.mark.parametrize(("count", "width"), [(5, 1072), (5, 358), (12, 358), (20, 1072), (20, 358)])
+def test_names_in_the_chart_do_not_overlap(count: int, width: int) -> None:
+    chart = size_chart(sample(count), width, 470)
+    names = re.findall(r'<text class="name" x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)"[^>]*>([^<]*)<', chart)
+    assert len(names) == count
+    boxes = []
+    for x, y, anchor, text in names:
+        length = 7 * len(text)
+        left = float(x) - {"start": 0, "middle": length / 2, "end": length}[anchor]
+        boxes.append((left, float(y) - 10, left + length, float(y) + 3))
+        assert left >= 0 and left + length <= width
+    for place, first in enumerate(boxes):
+        for second in boxes[:place]:
+            assert first[0] >= second[2] or second[0] >= first[2] or first[1] >= second[3] or second[1] >= first[3]
+
+
+def test_points_on_one_spot_still_get_names() -> None:
+    evaluation = sample(5)
+    same = tuple(replace(own, bytes=10**9, scores=evaluation.artifacts[0].scores) for own in evaluation.artifacts)
+    chart = size_chart(replace(evaluation, artifacts=same), 358, 380)
+    assert all(f">{own.name}</text>" in chart for own in same)
+
+
+# ---------------------------------------------------------------------------------------------------------- numbers, markup
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.01868, "0.0187"),
+        (0, "0"),
+        (12.345, "12.3"),
+        (1042.4, "1,042"),
+        (0.99996, "1.00"),
+        (2.14e-6, "2.14e\N{MINUS SIGN}06"),
+        (-0.5, "\N{MINUS SIGN}0.500"),
+    ],
+)
+def test_numbers(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+def test_what_is_unknown_is_a_dash() -> None:
+    assert number(math.nan) == percent(math.nan) == interval(Estimate(1, math.nan, math.nan)) == "\N{EN DASH}"
+    assert number(math.inf) == "∞"
+    assert signed(0.5) == "+0.500"
+    assert percent(0.99999) == "> 99.99 %"
+    assert percent(1.0) == "100.00 %"
+    assert interval(Estimate(0.0187, 0.01811, 0.01934)) == "0.0181 to 0.0193"
+    assert size(65_331_000_000) == "65.3 GB"
+
+
+@given(st.text())
+def test_any_text_stays_text(text: str) -> None:
+    page = Page(element("p", text, title=text))
+    assert [tag for tag, _ in page.elements] == ["p"]
+    assert isinstance(escape(text), Markup)
+    plain = [character for character in text if character not in "\r\ufffd" and escape(character) != "\ufffd"]
+    assert [character for character in "".join(page.text) if character not in "\r\ufffd"] == plain
+
+
+@given(st.lists(st.floats(1e-9, 1e6), min_size=1), st.booleans())
+def test_scales_keep_order_and_bounds(values: list[float], reverse: bool) -> None:
+    scale = logarithmic_scale(values, *((100, 0) if reverse else (0, 100)))
+    places = [scale.at(value) for value in sorted(values)]
+    assert all(0 <= place <= 100 for place in places)
+    assert places == sorted(places, reverse=reverse)
+    assert 1 <= len(scale.ticks(5)) <= 12
+    assert all(scale.low <= tick <= scale.high * (1 + 1e-9) for tick in scale.ticks(5))
+
+
+def test_scales_of_one_value() -> None:
+    assert Scale(5, 5, 0, 100).at(5) == 50
+    assert Scale(5, 5, 0, 100).ticks() == [5]
