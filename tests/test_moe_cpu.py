@@ -29,7 +29,8 @@ def weight_of(name: str, rows: int = WIDTH, columns: int = HIDDEN, seed: int = 0
     if name in FLOATING:
         dtype: torch.dtype = getattr(torch, name.split()[-1])
         values = values.to(dtype)
-        return values.t().contiguous().t() if name.startswith("input-major") else values
+        turned: torch.Tensor = values.t().contiguous().t()
+        return turned if name.startswith("input-major") else values
     scheme = parse_scheme(name)
     assert scheme is not None
     if scheme.number == "ggml":
@@ -213,6 +214,8 @@ def test_memory_is_that_of_a_portion(monkeypatch: pytest.MonkeyPatch) -> None:
         assert workspace.nbytes == held
 
 
-def test_a_failing_weight_is_an_error(team: Team) -> None:
-    with pytest.raises(RuntimeError):
-        dequant_matmul(inputs(3, 128), weight_of("bfloat16"), team=team)
+@pytest.mark.parametrize("name", ["bfloat16", "int4-g128", "float32"])
+@pytest.mark.parametrize("tokens", [3, 30])
+def test_inputs_of_another_size_are_an_error(name: str, tokens: int, team: Team) -> None:
+    with pytest.raises(ValueError, match="inputs of 128 columns for a weight with 256 inputs"):
+        dequant_matmul(inputs(tokens, 128), weight_of(name), team=team)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from quantkit.codebooks import CODEBOOKS
 from quantkit.grid import E8M0_BIAS, FP4_VALUES, QuantizedTensor
 from quantkit.kernels.jit import compiled, kernel
-from quantkit.kernels.memory import load_float16, load_float32, load_int8, load_uint8, store
+from quantkit.kernels.memory import load_float16, load_float32, load_int8, load_int32, load_uint8, store
 from quantkit.kernels.simd import bits, floats, from_bits, ints, lookup, select
 from quantkit.scheme import BLOCK_SIZE
 from quantkit.team import Team, spans
@@ -113,7 +113,7 @@ def prepare(quantized: QuantizedTensor) -> Prepared:
 def _prepare_blocks(quantized: QuantizedTensor, codes: NDArray[np.uint8]) -> Prepared:
     kind, (rows, columns) = quantized.scheme.block_type, quantized.codes.shape
     groups = kind.block // kind.group if kind.group else 1
-    fraction, odd = (CODEBOOKS[kind.name].fraction, 1) if kind.codebook else (1.0, 0)
+    fraction, odd = (CODEBOOKS[kind.name].fraction, True) if kind.codebook else (1.0, False)
     if quantized.scheme.scale_number == "e8m0":
         steps, minimums = _power_table(-1)[_flat(quantized.scale)], np.empty(0, np.float32)
     else:
@@ -123,7 +123,7 @@ def _prepare_blocks(quantized: QuantizedTensor, codes: NDArray[np.uint8]) -> Pre
         minimums = np.empty(0 if quantized.minimum is None else steps.size, np.float32)
         if quantized.minimum is not None:  # types without groups add it
             sign = -1.0 if quantized.group_minimum is None else 1.0
-            _block_steps(_flat(quantized.minimum.view(torch.int16)), _maybe(quantized.group_minimum), groups, 0, sign, minimums)
+            _block_steps(_flat(quantized.minimum.view(torch.int16)), _maybe(quantized.group_minimum), groups, False, sign, minimums)
     table = _NO_TABLE if kind.levels is None else np.array(kind.levels, np.float32)
     centres = np.array([kind.offset], np.int8)
     width = kind.group or kind.block
@@ -165,28 +165,39 @@ def _maybe(tensor: torch.Tensor | None) -> NDArray[np.int8]:
 # ---------------------------------------------------------------------------------------------------------------- kernels
 
 
+@compiled
+def _integer(value: Any, odd: bool) -> Any:
+    """An integer that stands for 2 i + 1 where ``odd``."""
+    return floats(2.0) * floats(value) + floats(1.0) if odd else floats(value)
+
+
 @kernel
-def _block_steps(scales: Any, integers: Any, groups: int, odd: int, factor: float, out: Any) -> None:
-    """out: scales (FP16 bits, one per block) times the group's integer times ``factor``; odd: an integer i stands for 2 i + 1."""
-    part, last, times = np.empty(16, np.float32), np.zeros(16, np.int16), np.float32(factor)
-    for first in range(0, scales.size, 16):
-        count = min(16, scales.size - first)
-        if count == 16:
-            store(part, 0, load_float16(scales, first))
-        else:
-            for lane in range(count):
-                last[lane] = scales[first + lane]
-            store(part, 0, load_float16(last, 0))
-        for lane in range(count):
-            at = (first + lane) * groups
-            if integers.size == 0:
-                out[at] = part[lane] * times
-                continue
-            for group in range(at, at + groups):
-                integer = np.float32(integers[group])
-                if odd:
-                    integer = np.float32(2.0) * integer + np.float32(1.0)
-                out[group] = part[lane] * integer * times
+def _block_steps(scales: Any, integers: Any, groups: int, odd: bool, factor: float, out: Any) -> None:
+    """out: scales (FP16 bits, one per block) times the group's integer times ``factor``.  groups: of a block, a power of two."""
+    lanes, shift, times = np.arange(16).astype(np.int32), 0, floats(factor)
+    while 1 << shift < groups:
+        shift += 1
+    whole = scales.size // 16 * 16
+    for first in range(0, whole, 16):
+        part = load_float16(scales, first)
+        for vector in range(groups):
+            at = first * groups + 16 * vector
+            if integers.size:
+                block = (ints(16 * vector) + load_int32(lanes, 0)) >> ints(shift)
+                store(out, at, lookup(part, block) * _integer(load_int8(integers, at), odd) * times)
+            else:
+                store(out, at, part * times)
+    last, integer, found = np.zeros(16, np.int16), np.zeros(16, np.int8), np.empty(16, np.float32)
+    for block in range(whole, scales.size):
+        last[0] = scales[block]
+        scale = load_float16(last, 0)  # in lane 0
+        for group in range(block * groups, (block + 1) * groups):
+            if integers.size:
+                integer[0] = integers[group]
+                store(found, 0, scale * _integer(load_int8(integer, 0), odd) * times)
+            else:
+                store(found, 0, scale * times)
+            out[group] = found[0]
 
 
 @compiled

@@ -2,8 +2,8 @@
 
 A weight matrix is never expanded as a whole: a thread takes ``TILE`` rows of it, dequantizes them into its own buffer, which stays
 in the cache, and multiplies all tokens with them there.  That is as fast as a product with a float32 matrix in memory, from one
-token to thousands, and needs no memory for one.  Tiles have a fixed size and belong to one thread each, so results do not depend on
-the number of threads.
+token to thousands, and needs no memory for one.  Up to ``dot_cpu.MOST`` tokens do without the buffer.  Tiles have a fixed size and
+belong to one thread each, so results do not depend on the number of threads.
 
 A gated MLP takes its tokens in portions, so that what lies between its matrices stays within ``PORTION_BYTES``:
 
@@ -26,6 +26,7 @@ from quantkit import forward
 from quantkit.grid import QuantizedTensor
 from quantkit.kernels.activations import round_in_place, rounds_inputs, same_inputs
 from quantkit.kernels.dequantize import Prepared, prepare
+from quantkit.kernels.dot_cpu import MOST, dots, fits, prepare_floating
 from quantkit.kernels.exponential import exponential
 from quantkit.kernels.jit import compiled, kernel
 from quantkit.kernels.memory import load_float32, store
@@ -49,12 +50,12 @@ def dequant_matmul(
 ) -> torch.Tensor:
     """x: float32 ``[tokens, in]``.  Returns float32 ``[tokens, out]``."""
     workspace = workspace or Workspace()
-    x = x.to(torch.float32)
+    x = x.to(torch.float32).contiguous()
     out = torch.empty(x.shape[0], shape_of(weight)[0])
     with _working(team) as workers:
         if round_activations and rounds_inputs(weight):
             x = _gather(workers, workspace.tensor("rows", torch.float32, *x.shape), x, None, None, weight)
-        factor, tile = _factor(weight), _tile_of(len(x))
+        factor, tile = _factor(weight, len(x)), _tile_of(len(x))
 
         def work(rows: slice, buffers: list[torch.Tensor]) -> None:
             _multiply(x, factor, rows, buffers[0], out[:, rows])
@@ -95,7 +96,7 @@ class _Run:
     def add(self, x: torch.Tensor, weights: Mlp, tokens: torch.Tensor, scores: torch.Tensor | None, result: torch.Tensor) -> None:
         """Add the MLP's outputs for ``x[tokens]``, times ``scores``, to ``result[tokens]``."""
         width, hidden = shape_of(weights.gate)
-        factors = tuple(_factor(weight) for weight in (weights.gate, weights.up, weights.down))
+        factors = tuple(_factor(weight, len(tokens)) for weight in (weights.gate, weights.up, weights.down))
         two = self._round and not same_inputs(weights.gate, weights.up)
         each = 4 * (hidden * (1 + two) + width + 2 * self._team.threads * TILE)
         for part in spans(len(tokens), max(16, PORTION_BYTES // each)):
@@ -191,16 +192,25 @@ def _gather(
     return out
 
 
-def _factor(weight: Weight) -> Factor:
-    """Floating weights, ggml's too, as tensors; others with their steps."""
-    if not isinstance(weight, QuantizedTensor):
-        return weight
-    return weight.codes if weight.scheme.number == "ggml" and weight.scheme.block_type.floating else prepare(weight)
+def _factor(weight: Weight, tokens: int) -> Factor:
+    """How so many tokens are multiplied with a weight: floating ones, ggml's too, as tensors, others with their steps."""
+    if isinstance(weight, QuantizedTensor):
+        if weight.scheme.number != "ggml" or not weight.scheme.block_type.floating:
+            return prepare(weight)
+        weight = weight.codes
+    few = prepare_floating(weight) if tokens <= MOST else None
+    return weight if few is None or not fits(few, tokens) else few
 
 
 def _multiply(x: torch.Tensor, factor: Factor, rows: slice, buffer: torch.Tensor, out: torch.Tensor) -> None:
     """``out [tokens, rows] = x @ weight[rows]^T``; ``buffer`` holds at least as many numbers as that part of the weight."""
-    torch.mm(x, _transposed(factor, rows, buffer), out=out)
+    columns = factor.columns if isinstance(factor, Prepared) else factor.shape[1]
+    if x.shape[1] != columns:
+        raise ValueError(f"inputs of {x.shape[1]} columns for a weight with {columns} inputs")
+    if isinstance(factor, Prepared) and fits(factor, len(x)):
+        dots(x, factor, rows, out)
+    else:
+        torch.mm(x, _transposed(factor, rows, buffer), out=out)
 
 
 def _transposed(factor: Factor, rows: slice, buffer: torch.Tensor) -> torch.Tensor:
