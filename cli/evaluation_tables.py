@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from quantkit.evaluation import ArtifactEvaluation, Evaluation, Scores
 
 MOST_PAIRS = 15
+WIDE = 104  # columns of a terminal that has room for more figures
 WORST = 5  # kinds of text that are named
 
 
@@ -35,8 +36,10 @@ def print_evaluation(console: Console, evaluation: Evaluation) -> None:
             console.print(Text(f"Note: {own.name}: {line}", style="yellow"), soft_wrap=True)
     if len(evaluation.artifacts) > 1:
         print_heading(console, "Findings")
+        findings = Table.grid(padding=(0, 1))
         for line in summary(evaluation):
-            console.print(Text(f"- {line}"))
+            findings.add_row("-", Text(line))
+        console.print(findings)
     console.print()
     of = f"{many(evaluation.windows, 'window')} of {evaluation.window:,} tokens, convention {evaluation.convention}"
     console.print(Text(f"{of}; {text.duration(evaluation.seconds)}. Brackets: 95 % intervals.", style="dim"), soft_wrap=True)
@@ -72,15 +75,18 @@ def _divergence(item: tuple[str, Scores]) -> float:
 
 
 def _print_several(console: Console, evaluation: Evaluation) -> None:
-    from quantkit.report_words import interval, number, percent, signed, size, verdict
+    from quantkit.report_words import interval, number, percent, ratio, signed, size, verdict
 
     print_heading(console, f"Compared with {evaluation.reference}, {size(evaluation.reference_bytes)}")
-    table = make_table(("artifact",), ("size", "bits", "perplexity", "KLD", "interval", "99 %", "top-1"), wrap="artifact")
+    wide = console.width >= WIDE
+    more = ("perplexity", "99 %") if wide else ()
+    table = make_table(("artifact",), ("size", "bits", "ratio", "mean KLD", "interval", "top-1", *more), wrap="artifact")
     for own in evaluation.artifacts:
         scores = own.scores
-        tail = number(scores.divergence_percentiles.get("99", math.nan))
-        figures = (number(scores.perplexity.value, 4), number(scores.divergence.value), interval(scores.divergence), tail)
-        table.add_row(Text(own.name), size(own.bytes), f"{own.bits_per_weight:.2f}", *figures, percent(scores.agreement.value, 1))
+        figures = (ratio(scores.ratio.value), number(scores.divergence.value), interval(scores.divergence))
+        tail = (number(scores.perplexity.value, 4), number(scores.divergence_percentiles.get("99", math.nan))) if wide else ()
+        same = percent(scores.agreement.value, 1)
+        table.add_row(Text(own.name), size(own.bytes), f"{own.bits_per_weight:.2f}", *figures, same, *tail)
     console.print(table)
     if 0 < len(evaluation.differences) <= MOST_PAIRS:
         table = make_table(("artifact", "minus"), ("mean KLD", "interval", "verdict"))

@@ -78,8 +78,9 @@ class FailedGate:
         apart = abs(self.value - self.gate.limit)
         if apart == 0:
             return f"{crossed}: exactly at the limit"
-        share = f" ({100 * apart / abs(self.gate.limit):.3g} % of the limit)" if self.gate.limit else ""
-        return f"{crossed}: beyond it by {_figure(self.gate.metric, apart)}{share}"
+        share = 100 * apart / abs(self.gate.limit) if self.gate.limit else math.inf
+        part = "" if math.isinf(share) else f" ({share:,.0f} % of the limit)" if share >= 100 else f" ({share:.3g} % of the limit)"
+        return f"{crossed}: beyond it by {_figure(self.gate.metric, apart)}{part}"
 
 
 def parse_gate(text: str) -> Gate:

@@ -53,6 +53,18 @@ def interval(estimate: Estimate, digits: int = 3) -> str:
     return f"{estimate.low:,.{decimals}f} to {estimate.high:,.{decimals}f}".replace("-", MINUS)
 
 
+def ratio(value: float) -> str:
+    """A ratio near 1: ``1.0079``."""
+    return f"{value:,.4f}" if math.isfinite(value) else number(value)
+
+
+def ratio_interval(estimate: Estimate) -> str:
+    """``1.0070 to 1.0089``."""
+    if math.isnan(estimate.low) or math.isnan(estimate.high):
+        return UNKNOWN
+    return f"{ratio(estimate.low)} to {ratio(estimate.high)}"
+
+
 def signed(value: float, digits: int = 3) -> str:
     """A difference, with its sign."""
     return f"+{number(value, digits)}" if value > 0 else number(value, digits)
@@ -193,7 +205,7 @@ def summary(evaluation: Evaluation) -> list[str]:
     )
     figures = f"a mean divergence from the reference of {_with_interval(scores.divergence)} nats and a perplexity"
     same = f"finds the same token most likely at {percent(scores.agreement.value)} of {scores.positions:,} positions"
-    lines = [f"{closest.name} takes {of}. It has {figures} {number(scores.ratio.value, 5)} times the reference's, and {same}."]
+    lines = [f"{closest.name} takes {of}. It has {figures} {ratio(scores.ratio.value)} times the reference's, and {same}."]
     others = [artifact for artifact in ranked(evaluation) if artifact is not closest]
     if others and (len(best) == 1 or others[0] is not best[1]):
         lines.append(_lead(evaluation, closest, others[0]))
@@ -295,7 +307,7 @@ def main_columns() -> list[Column]:
         ("Size", lambda own: size(own.bytes), none),
         ("Bits per weight", lambda own: f"{own.bits_per_weight:.2f}", none),
         ("Perplexity", lambda own: number(own.scores.perplexity.value, 4), lambda own: interval(own.scores.perplexity, 4)),
-        ("Ratio", lambda own: number(own.scores.ratio.value, 5), lambda own: interval(own.scores.ratio, 5)),
+        ("Ratio", lambda own: ratio(own.scores.ratio.value), lambda own: ratio_interval(own.scores.ratio)),
         ("KLD mean", lambda own: number(own.scores.divergence.value), lambda own: interval(own.scores.divergence)),
         ("KLD median", percentile("50"), none),
         ("KLD 99 %", percentile("99"), none),
