@@ -194,7 +194,7 @@ def test_wrong_arguments(artifact: Path, tmp_path: Path, arguments: dict[str, An
 
 
 def test_gguf_and_sources_are_refused(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="manifest.json cannot be read"):
+    with pytest.raises(ArtifactError, match=r"manifest\.json cannot be read"):
         repack(source, tmp_path / "out")
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     with pytest.raises(RecipeError, match="is in GGUF"):
