@@ -2,7 +2,7 @@
 
 A tile is float32 ``[lane vectors, TILE_INPUTS, 16]``: 16 neighbouring output rows side by side, input after input.  The functions
 here look at ``count`` consecutive inputs of one lane vector, starting at element ``start`` of the tile, so every lane holds one
-row's group.  Two families cover all schemes: whole numbers with a zero point (int4, int8), and small floats (fp8 E4M3, fp4 E2M1),
+row's group.  Two families cover all schemes: whole numbers with a zero point (int2 to int8), and small floats (fp8 E4M3, fp4 E2M1),
 both described by ``Numbers``.
 
 Final codes come from a true division, as in ``grid.snap``, and equal it bit for bit.  The search, which only ranks candidates,
