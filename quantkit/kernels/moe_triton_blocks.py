@@ -12,7 +12,7 @@ Sums of 32 (or 16) that were scaled one by one would cost an operation for each 
 where tiles are large; multiplying the scale into the weights costs none for Q4_K, where it takes the place of a subtraction.
 
 For this rows are FP16 too: BF16 numbers times a power of two, one for each row, so that its largest is between 512 and 1024.  That
-is exact for what is at least 2^-27 of the largest, and off by 2^-35 of it otherwise, far below the rounding of the row itself.
+is exact for what is at least 2^-26 of the largest, and off by 2^-34 of it otherwise, far below the rounding of the row itself.
 
 ``ASSEMBLY`` chooses between instructions for two numbers at once and plain arithmetic, which gives the same bits.  This module
 imports triton, so nothing imports it before there is work for a GPU.
