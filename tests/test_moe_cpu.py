@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import pytest
 import torch
@@ -109,12 +111,15 @@ def test_products(name: str, team: Team) -> None:
             assert_close(found, dequant_matmul(x, weight, backend="reference", round_activations=rounding).double())
 
 
-@pytest.mark.parametrize("name", ["int4-channel", "fp8-channel-dynamic", "int8-channel-dynamic", "bfloat16"])
+@pytest.mark.parametrize(
+    "name", ["int4-channel", "fp8-channel-dynamic", "int8-channel-dynamic", "bfloat16", "input-major bfloat16"]
+)
 def test_sizes_that_fill_no_vector_or_tile(name: str) -> None:
-    for rows, columns in ((8, 8), (264, 40), (72, 24)):
-        weight, x = weight_of(name, rows, columns), inputs(3, columns)
-        assert_close(dequant_matmul(x, weight), product(x, weight, True))
-        assert torch.equal(x, inputs(3, columns))
+    for rows, columns in ((8, 8), (264, 40), (72, 24), (300, 16)):
+        for tokens in (3, 30):
+            weight, x = weight_of(name, rows, columns), inputs(tokens, columns)
+            assert_close(dequant_matmul(x, weight), product(x, weight, True))
+            assert torch.equal(x, inputs(tokens, columns))
 
 
 MIXED = {
@@ -161,27 +166,32 @@ def test_all_tokens_on_one_expert(team: Team) -> None:
 
 
 class Lazy(Sequence[Mlp]):
-    """Experts that are read when they are asked for."""
+    """Experts that are read when they are asked for; the one before must be gone by then."""
 
     def __init__(self) -> None:
         self.asked: list[int] = []
+        self.last: weakref.ref[Mlp] | None = None
 
     def __len__(self) -> int:
         return 5
 
     def __getitem__(self, index):  # type: ignore[no-untyped-def]
         self.asked.append(index)
-        return MIXED["int4"][index]
+        assert self.last is None or self.last() is None
+        mlp = dataclasses.replace(MIXED["int4"][index])
+        self.last = weakref.ref(mlp)
+        return mlp
 
 
-def test_experts_are_asked_for_once_in_order(team: Team) -> None:
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_experts_are_asked_for_once_in_order(backend: Literal["cpu", "reference"], team: Team) -> None:
     router = inputs(5, seed=3)
     router[2] = 0
     x, experts = inputs(60), Lazy()
-    routing = moe_forward(x, router, experts, mlp_of("float32"), team=team)[1]
+    routing = moe_forward(x, router, experts, mlp_of("float32"), backend=backend, team=team)[1]
     assert experts.asked == sorted(set(routing.experts.flatten().tolist()))
     experts.asked.clear()
-    moe_forward(x[:0], router, experts, mlp_of("float32"), team=team)
+    moe_forward(x[:0], router, experts, mlp_of("float32"), backend=backend, team=team)
     assert experts.asked == []
 
 

@@ -29,7 +29,7 @@ from quantkit.kernels.dequantize import Prepared, prepare
 from quantkit.kernels.dot_cpu import MOST, dots, fits, prepare_floating
 from quantkit.kernels.exponential import exponential
 from quantkit.kernels.jit import compiled, kernel
-from quantkit.kernels.memory import load_float32, store
+from quantkit.kernels.memory import load_bfloat16, load_float32, store
 from quantkit.kernels.simd import floats
 from quantkit.kernels.weights import Mlp, Weight, shape_of
 from quantkit.team import Team, spans
@@ -55,7 +55,8 @@ def dequant_matmul(
     with _working(team) as workers:
         if round_activations and rounds_inputs(weight):
             x = _gather(workers, workspace.tensor("rows", torch.float32, *x.shape), x, None, None, weight)
-        factor, tile = _factor(weight, len(x)), _tile_of(len(x))
+        factor = _factor(weight, len(x))
+        tile = _tile_of(len(x), factor)
 
         def work(rows: slice, buffers: list[torch.Tensor]) -> None:
             _multiply(x, factor, rows, buffers[0], out[:, rows])
@@ -114,7 +115,7 @@ class _Run:
     ) -> None:
         (width, hidden), count = shape_of(weights.gate), len(tokens)
         gate, up, down = factors
-        tile = _tile_of(count)
+        tile = _tile_of(count, *factors)
         rows = self._rows("rows", x, tokens, scores, weights.gate)
         others = self._rows("other rows", x, tokens, scores, weights.up) if two else rows
         inner = self._workspace.tensor("inner", torch.float32, count, width)
@@ -147,8 +148,10 @@ def _working(team: Team | None) -> AbstractContextManager[Team]:
     return Team(1) if team is None else nullcontext(team)
 
 
-def _tile_of(tokens: int) -> int:
-    return SMALL_TILE if tokens <= FEW else TILE
+def _tile_of(tokens: int, *factors: Factor) -> int:
+    """Rows of a weight at once: few for few tokens, unless what is taken is a short run of each of its columns."""
+    turned = any(not isinstance(factor, Prepared) and factor.stride(0) == 1 for factor in factors)
+    return SMALL_TILE if tokens <= FEW and not turned else TILE
 
 
 def _on_slots(
@@ -224,12 +227,35 @@ def _transposed(factor: Factor, rows: slice, buffer: torch.Tensor) -> torch.Tens
     if part.dtype == torch.float32:
         return part.t()
     columns = part.shape[1]
-    if part.stride(0) == 1:  # inputs are neighbours in the file of a fused expert: they stay so
-        return buffer[: count * columns].view(columns, count).copy_(part.t())
+    if part.stride(0) == 1:  # in the file of a fused expert the outputs of an input are neighbours: they stay so
+        out = buffer[: count * columns].view(columns, count)
+        if part.dtype == torch.bfloat16:
+            _widen(part.t().view(torch.int16).numpy(), out.numpy())
+        else:
+            out.copy_(part.t())
+        return out
     return buffer[: count * columns].view(count, columns).copy_(part).t()
 
 
 # ---------------------------------------------------------------------------------------------------------------- kernels
+
+
+@kernel
+def _widen(values: Any, out: Any) -> None:
+    """BF16 bits ``[inputs, outputs]``, outputs contiguous, to float32; torch is slow where rows are not one behind the other."""
+    whole = values.shape[1] // 16 * 16
+    for row in range(values.shape[0]):
+        source, target = values[row], out[row]
+        for index in range(0, whole, 16):
+            store(target, index, load_bfloat16(source, index))
+        if whole < values.shape[1]:
+            tail = np.zeros(16, np.int16)
+            wide = np.empty(16, np.float32)
+            for index in range(whole, values.shape[1]):
+                tail[index - whole] = source[index]
+            store(wide, 0, load_bfloat16(tail, 0))
+            for index in range(whole, values.shape[1]):
+                target[index] = wide[index - whole]
 
 
 @compiled
