@@ -68,7 +68,7 @@ TABLE: dict[str, dict[int, Shape]] = {  # kind of weight, or type of llama.cpp -
         16: Shape(64, 4, 4, 2),
         32: Shape(64, 4, 4, 2),
         64: Shape(128, 8, 3, 1),
-        128: Shape(64, 4, 2, 1),
+        128: Shape(64, 8, 2, 1),
     },
 }
 
