@@ -32,7 +32,7 @@ def router_map(evaluation: Evaluation) -> Markup | None:
         for layer, share in enumerate(shares):
             if share is not None and math.isfinite(share):
                 color = palette_color(min(1.0, max(0.0, (share - low) / (1 - low))))
-                cells.append(_cell(layer, number, color, f"{own.name}, layer {layer}: {percent(share)}"))
+                cells.append(_cell(layer, number, layers, color, f"{own.name}, layer {layer}: {percent(share)}"))
     area = _area(cells, layers, len(rows), "Router agreement by artifact and layer")
     names = [((number + 0.5) / len(rows), own.name) for number, (own, _) in enumerate(rows)]
     chart = frame(area, _AGREEMENT_ROW * len(rows), layer_ticks(layers), names, "layer")
@@ -78,7 +78,7 @@ def coverage_map(names: list[str], coverage: dict[int, tuple[int, ...]]) -> Mark
     for column, layer in enumerate(layers):
         for expert, tokens in enumerate(coverage[layer]):
             color = scale.color(tokens) if tokens else None
-            cells.append(_cell(column, expert, color, f"layer {layer}, expert {expert}: {tokens:,}"))
+            cells.append(_cell(column, expert, len(layers), color, f"layer {layer}, expert {expert}: {tokens:,}"))
     area = _area(cells, len(layers), experts, f"Tokens by layer and expert in the calibration of {listing(names)}")
     step = next(step for step in (1, 2, 4, 8, 16, 32, 64, 1 << 30) if experts / step <= 17)
     row = 13 if experts <= 32 else 6 if experts <= 64 else 4
@@ -91,9 +91,10 @@ def coverage_map(names: list[str], coverage: dict[int, tuple[int, ...]]) -> Mark
     return join([frame(area, row * experts, across, up, "layer"), scale_bar(_PALETTE, marks, note)])
 
 
-def _cell(column: int, row: int, color: str | None, note: str) -> Markup:
+def _cell(column: int, row: int, columns: int, color: str | None, note: str) -> Markup:
     """One cell with its note; without a colour it is hollow.  Written without ``element``: there may be many thousands."""
-    place = f'x="{plain(column + 0.03)}" y="{plain(row + 0.03)}" width=".94" height=".94"'
+    gap = 0.06 * min(1.0, columns / 48)
+    place = f'x="{plain(column + gap / 2)}" y="{row + 0.03:.2f}" width="{plain(1 - gap)}" height=".94"'
     look = f'fill="{color}"' if color else 'class="none"'
     return Markup(f"<rect {place} {look}><title>{escape(note)}</title></rect>")
 

@@ -124,7 +124,7 @@ def _texts(evaluation: Evaluation) -> Markup:
             caption = f"{title}, nats, logarithmic. Most divergent first. Press a name above to single it out."
         parts.append(_figure(dot_plot(evaluation, groups, title), caption))
         parts.append(_details(f"The figures by {heading}", label_table(evaluation, attribute, f"{title}. Below: top-1 agreement.")))
-    lead = "Quantization does not harm all text alike: what a model knows least firmly goes first."
+    lead = "Quantization does not harm all text alike. The average above may hide a language or a kind that suffers."
     return _section("On which text it differs", legend(evaluation) if parts else "", *parts, lead=lead)
 
 
@@ -194,6 +194,8 @@ def _method(evaluation: Evaluation, command: Sequence[str] | None, content: dict
     rows = (element(tag, text) for name, value in facts for tag, text in (("dt", name), ("dd", value)))
     words = shlex.join(command if command is not None else default_command(evaluation))
     parts = [element("dl", *rows, class_="facts")]
+    if evaluation.text:
+        parts.append(_details("The whole record of the text", _json(content["text"])))
     if evaluation.reference_fingerprint:
         parts.append(_details("Fingerprint of the reference", _json(content["reference_fingerprint"])))
     again = join([element("h3", "To measure it again", style="margin-top:22px"), element("pre", words, tabindex="0")])

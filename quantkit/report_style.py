@@ -53,6 +53,7 @@ white-space:normal;min-width:4.6em}
 th:first-child,td:first-child{padding-left:0}
 tbody th,th.left,td.left{text-align:left;font-weight:400}
 tbody th{font-weight:600;position:sticky;left:0;background:var(--page);max-width:260px;white-space:normal;overflow-wrap:break-word}
+table.full tbody th{min-width:9.5em}
 td.wrap{white-space:normal;overflow-wrap:anywhere;min-width:14em}
 td small,th small{display:block;font-size:11.5px;font-weight:400;color:var(--soft);white-space:nowrap}
 tr.reference th,tr.reference td{color:var(--soft)}
@@ -190,7 +191,7 @@ head.setAttribute("aria-sort",up?"ascending":"descending");
 var rows=Array.from(body.rows).filter(function(row){return!row.classList.contains("reference")});
 function value(row){var text=row.cells[column].dataset.value;return text===undefined?row.cells[column].textContent:text}
 rows.sort(function(first,second){
-var a=value(first),b=value(second),x=parseFloat(a),y=parseFloat(b);
+var a=value(first),b=value(second),x=Number(a),y=Number(b);
 if(a===""||b==="")return(a==="")-(b==="");
 var order=isNaN(x)||isNaN(y)?a.localeCompare(b):x-y;
 return up?order:-order});

@@ -8,7 +8,6 @@ what is not known is a dash, never a zero.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -318,7 +317,7 @@ def main_columns() -> list[Column]:
 
 
 def text_facts(evaluation: Evaluation) -> list[tuple[str, str]]:
-    """How it was measured, as label and value."""
+    """How it was measured, as label and value; lists in the text's record are left out."""
     conventions = {
         "full": "full: every token of a window is predicted but its first",
         "llama.cpp": "llama.cpp: each window begins with the start token, and only its second half counts",
@@ -332,14 +331,13 @@ def text_facts(evaluation: Evaluation) -> list[tuple[str, str]]:
         ("Activations", f"{rounded}, where a scheme quantizes them"),
         ("Time", seconds(evaluation.seconds)),
     ]
-    facts += [(f"Text: {role(str(name))}", _value(value)) for name, value in evaluation.text.items() if value is not None]
+    simple = {name: value for name, value in evaluation.text.items() if isinstance(value, str | int | float)}
+    facts += [(f"Text: {role(str(name))}", _value(value)) for name, value in simple.items() if name != "convention"]
     return facts
 
 
-def _value(value: object) -> str:
+def _value(value: str | float) -> str:
     """A value of the text's record."""
-    if isinstance(value, dict | list | tuple):
-        return json.dumps(value, ensure_ascii=False, default=str)
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 

@@ -120,7 +120,7 @@ def test_charts_and_tables_are_there_and_named(tmp_path: Path) -> None:
     assert page.count("svg", role="img", **{"class": "narrow"}) == 1
     heats = page.count("svg", **{"class": "stretch heat"})
     assert heats == 2  # routers, and one calibration that two artifacts share
-    cells = sum(tag == "rect" and (found.get("width") == ".94") for tag, found in page.elements)
+    cells = sum(tag == "rect" and (found.get("height") == ".94") for tag, found in page.elements)
     assert cells == 5 * 48 + 48 * 16
     assert page.count("rect", **{"class": "none"}) == 1  # the one expert without tokens
     assert page.count("svg", **{"class": "stretch"}) == 3  # roles in the ledger
