@@ -17,11 +17,16 @@ import numpy as np
 
 from quantkit.codebooks import CODEBOOKS, grid_digits
 from quantkit.kernels.jit import compiled, kernel
+from quantkit.kernels.memory import load_word, store_word
 
 BLOCK = 256
 IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S, IQ1_S, IQ1_M = range(7)
 _KINDS = {"IQ2_XXS": IQ2_XXS, "IQ2_XS": IQ2_XS, "IQ2_S": IQ2_S, "IQ3_XXS": IQ3_XXS, "IQ3_S": IQ3_S, "IQ1_S": IQ1_S, "IQ1_M": IQ1_M}
 _NONE = 255
+
+_ONES, _SEVENS = np.uint64(0x0101010101010101), np.uint64(0x7F7F7F7F7F7F7F7F)
+_TOPS, _LADDER = np.uint64(0x8080808080808080), np.uint64(0x8040201008040201)
+_LOWER = np.uint64(0xFFFFFFFF)
 
 
 class Tables(NamedTuple):
@@ -30,7 +35,7 @@ class Tables(NamedTuple):
     kind: one of the constants above.  length: weights of a point.  digit_bits: bits of a digit.  group: weights of a scale.
     highest: largest group scale.  even: whether signs come in sevens.  digits: uint8 ``[256]``, the digit of a code (as unsigned
     byte), 255 for none.  indices: int16, the index of a point by its digits side by side, -1 for none.  levels: int8 ``[points *
-    length]``.
+    length]``, and eight more, so that eight can be read anywhere.
     """
 
     kind: int
@@ -63,7 +68,7 @@ def packing_tables(name: str) -> Tables:
         even=int(book.signs == "even"),
         digits=digits,
         indices=indices,
-        levels=np.array(book.levels, np.int8)[points].reshape(-1),
+        levels=np.append(np.array(book.levels, np.int8)[points].reshape(-1), np.zeros(8, np.int8)),
     )
 
 
@@ -251,7 +256,16 @@ def unpack_blocks(tables: Tables, data: Any, nbytes: int, codes: Any, scales: An
     for block in range(first, last):
         at = block * (BLOCK // tables.group)
         scales[block] = _read_block(tables.kind, data, block * nbytes, indices, signs, groups, at)
-        for k in range(BLOCK):
-            level = np.int64(tables.levels[indices[k // tables.length] * tables.length + k % tables.length])
-            negative = (signs[k // 8] >> (k % 8)) & 1
-            codes[block * BLOCK + k] = level + 1 - 2 * negative if shifted else level - 2 * level * negative
+        for run in range(BLOCK // 8):
+            if tables.length == 8:
+                word = load_word(tables.levels, indices[run] * 8)
+            else:
+                word = load_word(tables.levels, indices[2 * run] * 4) & _LOWER
+                word |= load_word(tables.levels, indices[2 * run + 1] * 4) << np.uint64(32)
+            single = (np.uint64(signs[run]) * _ONES) & _LADDER  # in byte i only bit i
+            negative = ((single + _SEVENS) >> np.uint64(7)) & _ONES  # 1 where it is set
+            if shifted:  # one more or one less; with the top bits turned nothing is borrowed between bytes
+                word = ((word ^ _TOPS) + _ONES - negative - negative) ^ _TOPS
+            else:  # no level is 0, so nothing is carried between bytes
+                word = (word ^ (negative * np.uint64(255))) + negative
+            store_word(codes, block * BLOCK + 8 * run, word)
