@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .evaluation import compare_command, evaluate_command
 from .options import (
     CALIBRATION_TOKENS,
     DEFAULT_CONTEXT,
@@ -37,6 +38,7 @@ from .options import (
     shard_bytes,
 )
 from .presets import GGUF_ROWS, preset_rows
+from .repack import repack_command
 from .run import print_json, reporting, what_calibration_left, what_is_left
 from .signals import stopping_on_signals
 
@@ -466,3 +468,27 @@ def presets(as_json: AsJson = False) -> None:
 
             print_presets(Console(), rows)
             print_gguf_presets(Console(), GGUF_ROWS)
+
+
+app.command(
+    "eval",
+    epilog=_examples(
+        "quantkit eval out/w4a16-gptq --reference ./scout",
+        "quantkit eval scout-Q4_K_M.gguf --reference ./scout --text wiki.test.raw --convention llama.cpp",
+        "quantkit eval out/w4a16-gptq --reference ./scout --golden questions.jsonl --fail-if 'kld > 0.02' --json",
+    ),
+)(evaluate_command)
+app.command(
+    "compare",
+    epilog=_examples(
+        "quantkit compare out/fp8-dynamic out/w4a16-gptq out/Q4_K_M --reference ./scout -o report",
+        "quantkit compare out/* --reference ./scout --windows 64 --fail-if 'w4a16-gptq: agreement < 95%'",
+    ),
+)(compare_command)
+app.command(
+    "repack",
+    epilog=_examples(
+        "quantkit repack out/w4a16-gptq -o packed",
+        "quantkit repack packed/w4a16-gptq --to compressed-tensors -o back",
+    ),
+)(repack_command)

@@ -22,6 +22,7 @@ from quantkit.errors import (
     CalibrationError,
     CheckpointError,
     CorpusError,
+    GateError,
     Interrupted,
     LedgerError,
     OutputError,
@@ -32,9 +33,14 @@ from quantkit.errors import (
     WeightError,
 )
 from quantkit.estimate import CostEstimate, GpuFit, estimate_cost, gpu_fits
+from quantkit.evaluate import EvaluationProgress, evaluate
+from quantkit.evaluation import ArtifactEvaluation, Difference, Estimate, Evaluation, GoldenAnswers, Scores
+from quantkit.gates import Gate, failed_gates, parse_gate
 from quantkit.inspection import Inspection, inspect
 from quantkit.plan import ArtifactPlan, Plan, RoleSummary, summarize_roles
 from quantkit.recipe import GGUF_PRESETS, PRESETS, Recipe, Rule, load_recipe, parse_recipe
+from quantkit.repack import RepackResult, repack
+from quantkit.report import write_report
 from quantkit.targets import resolve_targets
 from quantkit.verify import VerifyResult, verify
 from quantkit.version import __version__
@@ -44,6 +50,7 @@ __all__ = [
     "PRESETS",
     "AlreadyQuantizedError",
     "ArtifactError",
+    "ArtifactEvaluation",
     "ArtifactPlan",
     "ArtifactResult",
     "CalibrateResult",
@@ -53,6 +60,13 @@ __all__ = [
     "ConvertResult",
     "CorpusError",
     "CostEstimate",
+    "Difference",
+    "Estimate",
+    "Evaluation",
+    "EvaluationProgress",
+    "Gate",
+    "GateError",
+    "GoldenAnswers",
     "GpuFit",
     "Inspection",
     "Interrupted",
@@ -63,9 +77,11 @@ __all__ = [
     "QuantkitError",
     "Recipe",
     "RecipeError",
+    "RepackResult",
     "ResumeError",
     "RoleSummary",
     "Rule",
+    "Scores",
     "UnsupportedModelError",
     "VerifyResult",
     "WeightError",
@@ -73,12 +89,17 @@ __all__ = [
     "calibrate",
     "convert",
     "estimate_cost",
+    "evaluate",
+    "failed_gates",
     "gpu_fits",
     "inspect",
     "load_recipe",
+    "parse_gate",
     "parse_recipe",
     "plan",
+    "repack",
     "resolve_targets",
     "summarize_roles",
     "verify",
+    "write_report",
 ]

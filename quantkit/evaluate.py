@@ -17,6 +17,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import torch
 import xxhash
 
 from quantkit import metrics
-from quantkit.errors import ArtifactError, CorpusError, Interrupted
+from quantkit.errors import ArtifactError, Interrupted
 from quantkit.estimate import available_cores
 from quantkit.evaluation import ArtifactEvaluation, Difference, Evaluation, Scores
 from quantkit.evaluation_cache import EvaluationCache
@@ -33,6 +34,8 @@ from quantkit.evaluation_checks import check_files, check_same_model, check_same
 from quantkit.evaluation_pass import STOPPED, EvaluationProgress, ModelPass, Sweep, Watch, cut_sweeps
 from quantkit.evaluation_provenance import Provenance, read_provenance
 from quantkit.evaluation_scores import Scorer, SweepScores
+from quantkit.golden import answer_golden
+from quantkit.golden_set import read_questions
 from quantkit.stored_model import StoredModel, open_model
 from quantkit.team import Team
 from quantkit.version import __version__
@@ -59,7 +62,7 @@ def evaluate(
     cache: Path | None = None,
     resamples: int = 1000,
     round_activations: bool = True,
-    golden: Path | None = None,
+    golden: str | Path | None = None,
     progress: Progress | None = None,
     stop: threading.Event | None = None,
 ) -> Evaluation:
@@ -68,15 +71,15 @@ def evaluate(
     text, revision, window, windows, convention, seed: see :func:`quantkit.windows.load_windows`.  workers: threads, None for one a
     core.  batch_tokens: tokens held in memory at once, None for what suits the width of the model.  cache: a directory for what can
     be used again, None for ``~/.cache/quantkit/evaluation``.  resamples: of the bootstrap; 0 for figures without intervals.
-    round_activations: round the inputs of matrices as clients do where a scheme asks for it.
+    round_activations: round the inputs of matrices as clients do where a scheme asks for it.  golden: questions that reference and
+    artifacts answer besides, a file as :func:`quantkit.golden_set.read_questions` takes, or "bundled".
 
     Raises ArtifactError, CheckpointError, CorpusError, OutputError (the cache cannot be written), and Interrupted when ``stop`` was
     set or Ctrl-C pressed; then the same call goes on from there.
     """
     if not artifacts:
         raise ArtifactError("No artifact was given. Give the directory or the GGUF file of at least one.")
-    if golden is not None:
-        raise CorpusError("Golden sets cannot be evaluated yet. Leave `golden` out.")
+    questions = () if golden is None else read_questions(golden)  # what is wrong with them is said before the work
     watch = Watch(progress, stop)
     with ExitStack() as opened:
         try:
@@ -107,6 +110,19 @@ def evaluate(
                 for model, name, key in zip((base, *models), (base.name, *names), keys, strict=True)
             ]
             scores = _measure(passes[0], passes[1:], cut, sweeps, team, store, watch)
+            answers = []
+            for one in passes if questions else ():
+                given = answer_golden(
+                    one.model,
+                    questions,
+                    directory,
+                    team=team,
+                    device=where,
+                    round_activations=round_activations,
+                    progress=lambda name, done, total: watch.tell("golden", name, done, total),
+                    stop=stop,
+                )
+                answers.append(replace(given, name=one.name))
         except KeyboardInterrupt as error:
             raise Interrupted(STOPPED) from error
         summaries = _Summaries(list(zip(names, (_joined(found) for found in scores), strict=True)), cut, resamples, seed)
@@ -127,6 +143,7 @@ def evaluate(
             environment=_environment(device),
             artifacts=tuple(found),
             differences=summaries.differences,
+            golden=tuple(answers),
             seconds=watch.seconds,
         )
 

@@ -24,12 +24,18 @@ PUBLIC = {
     # what one calls
     "calibrate",
     "convert",
+    "evaluate",
     "plan",
+    "repack",
     "estimate_cost",
     "gpu_fits",
     "summarize_roles",
     "inspect",
     "verify",
+    # evaluations
+    "failed_gates",
+    "parse_gate",
+    "write_report",
     # recipes
     "GGUF_PRESETS",
     "PRESETS",
@@ -39,17 +45,26 @@ PUBLIC = {
     "parse_recipe",
     "resolve_targets",
     # what comes back
+    "ArtifactEvaluation",
     "ArtifactPlan",
     "ArtifactResult",
     "CalibrateResult",
     "CalibrationOptions",
     "ConvertResult",
     "CostEstimate",
+    "Difference",
+    "Estimate",
+    "Evaluation",
+    "EvaluationProgress",
+    "Gate",
+    "GoldenAnswers",
     "GpuFit",
     "Inspection",
     "Plan",
     "Progress",
+    "RepackResult",
     "RoleSummary",
+    "Scores",
     "VerifyResult",
     # what is raised
     "QuantkitError",
@@ -64,6 +79,7 @@ PUBLIC = {
     "LedgerError",
     "ArtifactError",
     "CalibrationError",
+    "GateError",
     "Interrupted",
 }
 
@@ -160,7 +176,7 @@ def test_public_names() -> None:
     assert len(quantkit.__all__) == len(PUBLIC)
     for name in PUBLIC:
         assert getattr(quantkit, name) is not None
-    for name in ("convert", "plan", "inspect", "verify"):
+    for name in ("convert", "evaluate", "plan", "inspect", "repack", "verify"):
         assert callable(getattr(quantkit, name)), f"quantkit.{name} must be the function, not the module of that name"
 
 
