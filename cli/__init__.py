@@ -7,6 +7,7 @@
     progress.py  the live display of a conversion, or plain lines where there is no terminal
     tables.py    results as rich tables
     coverage.py  what calibration saw, as tables and a heat map
+    evaluation.py, evaluation_tables.py, evaluation_progress.py  the commands eval and compare, their tables and their display
     data.py      results as JSON-able dictionaries
     presets.py   the presets, each with a line for people who choose
     text.py      sizes, durations and counts as text, and back

@@ -102,7 +102,7 @@ FailIf = Annotated[
         "--fail-if",
         metavar="GATE",
         help="Exit with code 10 when this holds of an artifact: 'kld > 0.02', 'kld.high > 0.02' for the end of the interval, "
-        "'NAME: agreement < 95 %', 'size > 70GB'. Repeatable.",
+        "'size > 70GB', 'NAME: agreement < 0.95' for one of them. Repeatable.",
         rich_help_panel=_OUTPUT,
     ),
 ]
@@ -111,7 +111,9 @@ Save = Annotated[
     typer.Option(metavar="FILE.json", callback=expand, help="Also keep everything measured as JSON.", rich_help_panel=_OUTPUT),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace files of an earlier run.", rich_help_panel=_OUTPUT)]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.", rich_help_panel=_OUTPUT)]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="No progress; of a report, print the files only.", rich_help_panel=_OUTPUT)
+]
 
 
 @dataclass(frozen=True)

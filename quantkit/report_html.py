@@ -91,13 +91,12 @@ def _header(evaluation: Evaluation, title: str) -> Markup:
 
 
 def _comparison(evaluation: Evaluation) -> Markup:
-    chart = join(
-        [size_chart(evaluation, 1072, 460), size_chart(evaluation, 358, 380 + 9 * max(0, len(evaluation.artifacts) - 8))], "\n"
-    )
-    several = len(evaluation.artifacts) > 1
-    caption = "Divergence against size. Lower and further left is better."
-    caption += " The dotted line joins the artifacts that no other beats in both." if several else ""
-    caption += f" Bars are {PER_CENT} intervals; where none is seen, it is smaller than the sign."
+    if len(evaluation.artifacts) < 2:
+        return Markup("")  # one point shows nothing
+    height = 380 + 9 * max(0, len(evaluation.artifacts) - 8)
+    chart = join([size_chart(evaluation, 1072, 460), size_chart(evaluation, 358, height)], "\n")
+    caption = "Divergence against size. Lower and further left is better. The dotted line joins the artifacts that no other beats "
+    caption += f"in both. Bars are {PER_CENT} intervals; where none is seen, it is smaller than the sign."
     return _section("Size and closeness to the reference", legend(evaluation), _figure(chart, caption))
 
 

@@ -13,6 +13,7 @@ from quantkit.report_charts import by_label
 from quantkit.report_heat_maps import router_rows
 from quantkit.report_markup import Markup, element, join, key, typeset
 from quantkit.report_words import (
+    PER_CENT,
     UNKNOWN,
     frontier,
     interval,
@@ -102,10 +103,13 @@ def main_table(evaluation: Evaluation) -> Markup:
             kind = "best" if winners[column] is not None and value == winners[column] else None
             cells.append(cell(figure(own), below if below != UNKNOWN else "no interval", value=value, kind=kind))
         rows.append((heading, cells))
-    caption = (
-        "Figures of all artifacts. Below a figure stands its 95 % interval; bold is best in its column. An artifact is best at its "
-        "size when no smaller one, and none of the same size, is closer to the reference."
-    )
+    caption = f"All figures. Below a figure stands its {PER_CENT} interval"
+    if len(evaluation.artifacts) > 1:
+        caption += (
+            "; bold is best in its column. An artifact is best at its size when no smaller one, and none of the same size, is "
+        )
+        caption += "closer to the reference"
+    caption += "."
     return table(caption, ["Artifact", *(name for name, _, _ in columns)], rows, kind="full sortable")
 
 
@@ -160,7 +164,8 @@ def difference_table(evaluation: Evaluation) -> Markup:
     headings = ["Artifact", "minus", "Mean KLD", "Verdict", "Log perplexity", "Verdict"]
     caption = (
         "Differences between artifacts. On the same windows; below zero the first is closer to the reference. A difference is "
-        "significant when its 95 % interval leaves out zero."
+        "significant when its "
+        f"{PER_CENT} interval leaves out zero."
     )
     return table(caption, headings, rows, left=2, kind="sortable")
 

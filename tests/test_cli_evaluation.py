@@ -16,14 +16,15 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-import quantkit.evaluate
 from quantkit.errors import CheckpointError, Interrupted
-from quantkit.evaluate import EvaluationProgress
+from quantkit.evaluate import EvaluationProgress, evaluate
 from quantkit.evaluation import Evaluation
 from quantkit_cli.evaluation import compare_command, evaluate_command
 from quantkit_cli.evaluation_progress import EvaluationDisplay
 from quantkit_cli.evaluation_tables import print_evaluation
 from tests.sample_evaluations import sample, with_golden, without_anything
+
+MODULE = sys.modules[evaluate.__module__]  # as an attribute of the package, the name is the function
 
 app = typer.Typer()
 app.command("eval")(evaluate_command)
@@ -49,7 +50,7 @@ class Stub:
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> Stub:
     made = Stub(sample(1))
-    monkeypatch.setattr(quantkit.evaluate, "evaluate", made)
+    monkeypatch.setattr(MODULE, "evaluate", made)
     return made
 
 
@@ -185,7 +186,7 @@ def test_an_interruption_says_how_to_go_on(stub: Stub, monkeypatch: pytest.Monke
     monkeypatch.setattr(sys, "argv", ["quantkit", "eval", "out/a", "--reference", "my model"])
     for error in (Interrupted("stopped"), KeyboardInterrupt()):
         stub.answer = error  # type: ignore[assignment]
-        monkeypatch.setattr(quantkit.evaluate, "evaluate", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(MODULE, "evaluate", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
         result = run("eval", "out/a", "--reference", "my model")
         assert result.exit_code == 130
         assert "quantkit eval out/a --reference 'my model'" in result.output
