@@ -69,9 +69,12 @@ class Watch:
         return self._stop is not None and self._stop.is_set()
 
     def tell(self, phase: str, model: str, tokens: int, tokens_total: int, layer: int = 0, layers: int = 0) -> None:
-        """Raises Interrupted when the run shall end."""
+        """Tell; see :class:`EvaluationProgress`."""
         if self._progress is not None:
             self._progress(EvaluationProgress(phase, model, layer, layers, tokens, tokens_total, self.seconds))
+
+    def check(self) -> None:
+        """Raises Interrupted when the run shall end."""
         if self.stopping:
             raise Interrupted(STOPPED)
 
@@ -184,15 +187,16 @@ class ModelPass:
         self._told(begin, begun, samples)
         saved = time.monotonic()
         for layer in range(begin, layers):
+            self._watch.check()
             routing = inference.layer(layer, hidden, samples)
             if routing is not None:
                 routes = torch.cat([routes, routing.experts.to("cpu", torch.int16)[:, None]], 1)
             self._check_finite(hidden, f"hidden states after layer {layer}", sweep)
+            self._told(layer + 1, begun, samples)
             if layer + 1 < layers and (self._watch.stopping or time.monotonic() - saved > SAVE_SECONDS):
                 arrays = {"layer": torch.tensor([layer + 1]), "hidden": hidden.cpu(), "routes": routes}
                 self._cache.save(self._unfinished(sweep), arrays)
                 saved = time.monotonic()
-            self._told(layer + 1, begun, samples)
         rows, _ = self._windows.predictions(sweep.part)
         parts = [encode_rows(hidden[rows[part].to(hidden.device)].cpu()) for part in spans(len(rows), PORTION)]
         halves, exponents = (torch.cat(list(kind)) for kind in zip(*parts, strict=True)) if parts else encode_rows(hidden[:0])

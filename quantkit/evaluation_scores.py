@@ -83,6 +83,7 @@ class Scorer:
                 raise self._failure(self._reference, reference_logits, rows[part], sweep) from None
             for artifact in artifacts:
                 self._watch.tell("scores", artifact.name, part.start, len(rows))
+                self._watch.check()
                 logits = artifact.logits(states[artifact], part, right[:count])
                 try:
                     compared = compare_rows(reference_logits, reference, logits, targets[part], self._team)

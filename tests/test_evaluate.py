@@ -1,0 +1,409 @@
+"""Evaluations against what clients compute: transformers and llama.cpp run the same windows, and loops turn logits into figures."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Llama4ForConditionalGeneration
+
+from quantkit import evaluation_cache
+from quantkit.convert import convert
+from quantkit.errors import ArtifactError, CheckpointError, CorpusError, Interrupted, OutputError
+from quantkit.evaluate import EvaluationProgress, evaluate
+from quantkit.evaluation import ArtifactEvaluation, Evaluation
+from quantkit.windows import Convention, Windows, load_windows
+from tests.gguf_models import DEMO, text_file, write_source
+from tests.llama_cpp import Llama
+from tests.reference_model import reference_logits
+
+Logits = Callable[[list[int]], torch.Tensor]  # of one window, float32 [length, vocabulary]
+WINDOW, COUNT = 96, 8
+COMPRESSED = ("w4a16-rtn", "fp8-dynamic", "w8a8-rtn")
+GGUF = ("F32", "Q8_0", "Q4_K_M")
+
+
+@dataclass(frozen=True)
+class Made:
+    """A source and its artifacts, one directory for each target."""
+
+    source: Path
+    output: Path
+
+    def artifact(self, name: str) -> Path:
+        return self.output / name
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Made]]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the weights are tiny
+    found = {}
+    for name, experts, targets in (
+        ("scout", 16, (*COMPRESSED, *GGUF)),
+        ("maverick", 8, COMPRESSED),
+        ("maverick of llama.cpp", 128, GGUF[:2]),  # which tells by the number of experts that queries are not normalized
+    ):
+        output = tmp_path_factory.mktemp(name.partition(" ")[0])
+        source = DEMO
+        if name != "scout":
+            source = write_source(output / "source", "maverick", 3, num_local_experts=experts, use_qk_norm=False)
+        convert(source, targets, output)
+        found[name] = Made(source, output)
+    yield found
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+def small(made: Made, artifacts: Sequence[str | Path], cache: Path, **options: Any) -> Evaluation:
+    settings = {"window": WINDOW, "windows": COUNT, "workers": 1, "resamples": 20}
+    paths = [made.artifact(one) if isinstance(one, str) else one for one in artifacts]
+    return evaluate(paths, made.source, cache=cache, **(settings | options))
+
+
+# ------------------------------------------------------------------------------------------------------------- the oracle
+
+
+@dataclass(frozen=True)
+class Figures:
+    perplexity: float
+    ratio: float
+    divergence: float
+    agreement: float
+    shift: float
+
+
+def figures(windows: Windows, reference: Logits, artifact: Logits) -> Figures:
+    """Position by position, from logits in float64."""
+    losses, apart, divergences, agreements, shifts = [], [], [], [], []
+    for tokens, length in zip(windows.tokens.tolist(), windows.lengths, strict=True):
+        ours, theirs = (run(tokens[:length]).double().log_softmax(-1) for run in (reference, artifact))
+        for position in range(windows.first, length - 1):
+            right = tokens[position + 1]
+            p, q = ours[position], theirs[position]
+            losses.append(-float(q[right]))
+            apart.append(float(p[right] - q[right]))
+            divergences.append(float((p.exp() * (p - q)).sum()))
+            agreements.append(float(p.argmax() == q.argmax()))
+            shifts.append(float(q[right].exp() - p[right].exp()))
+    count = len(losses)
+    mean = [math.fsum(values) / count for values in (losses, apart, divergences, agreements, shifts)]
+    return Figures(math.exp(mean[0]), math.exp(mean[1]), *mean[2:])
+
+
+def load(path: Path) -> Any:
+    """The whole model: of quantized ones it is that which expands the weights when it first runs."""
+    model: Any = Llama4ForConditionalGeneration.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    return model.eval()
+
+
+def by_transformers(path: Path) -> Logits:
+    """Inside a mixture of experts inputs have two dimensions, and there compressed-tensors rounds all tokens with one scale, so
+    that a token's result depends on its neighbours.  Serving engines have a scale for each token, as the scheme says; so has the
+    library where inputs have three dimensions, which they are given here."""
+    model = load(path)
+
+    def deepen(module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        module.flat = inputs[0].dim() == 2
+        return (inputs[0][None] if module.flat else inputs[0], *inputs[1:])
+
+    def flatten(module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output[0] if module.flat else output
+
+    for module in model.modules():
+        if hasattr(module, "quantization_scheme"):
+            module.register_forward_pre_hook(deepen)
+            module.register_forward_hook(flatten)
+    return lambda tokens: reference_logits(model, torch.tensor([tokens]))[0]
+
+
+@pytest.mark.parametrize("model", ["scout", "maverick"])
+def test_compressed_tensors_artifacts_are_what_transformers_makes_of_them(model: str, made: dict[str, Made], cache: Path) -> None:
+    windows = load_windows(None, DEMO, window=WINDOW, windows=COUNT)
+    found = small(made[model], COMPRESSED, cache)
+    assert found.windows == COUNT and found.text["digest"] == windows.digest
+    reference = by_transformers(made[model].source)
+    for name, artifact in zip(COMPRESSED, found.artifacts, strict=True):
+        expected = figures(windows, reference, by_transformers(made[model].artifact(name)))
+        scores = artifact.scores
+        assert scores.positions == COUNT * (WINDOW - 1)
+        assert scores.perplexity.value == pytest.approx(expected.perplexity, rel=1e-3), name
+        assert scores.ratio.value == pytest.approx(expected.ratio, rel=1e-3), name
+        assert scores.divergence.value == pytest.approx(expected.divergence, rel=2e-2, abs=1e-5), name
+        assert scores.agreement.value == pytest.approx(expected.agreement, abs=1e-2), name
+        assert scores.probability_shift.value == pytest.approx(expected.shift, abs=1e-4), name
+        assert artifact.format == "compressed-tensors" and len(artifact.fallbacks) == 0
+
+
+@pytest.mark.parametrize("convention", ["full", "llama.cpp"])
+@pytest.mark.parametrize("model", ["scout", "maverick of llama.cpp"])
+def test_gguf_files_are_what_llama_cpp_makes_of_them(
+    model: str, convention: Convention, made: dict[str, Made], cache: Path
+) -> None:
+    """It rounds what it multiplies with quantized weights to 8 bits, and nothing with weights in F32."""
+    windows = load_windows(None, DEMO, window=WINDOW, windows=COUNT, convention=convention)
+    names = [name for name in GGUF if made[model].artifact(name).exists()]
+    found = small(made[model], names, cache, convention=convention)
+    reference = by_transformers(made[model].source)
+    for name, artifact in zip(names, found.artifacts, strict=True):
+        llama = Llama(text_file(made[model].artifact(name)), threads=1)
+        expected = figures(windows, reference, llama.logits)
+        llama.close()
+        scores = artifact.scores
+        assert scores.positions == COUNT * (WINDOW - 1 if convention == "full" else WINDOW // 2 - 1)
+        tolerance = 1e-5 if name == "F32" else 1e-2
+        assert scores.perplexity.value == pytest.approx(expected.perplexity, rel=tolerance), name
+        assert scores.ratio.value == pytest.approx(expected.ratio, rel=tolerance), name
+        assert scores.divergence.value == pytest.approx(expected.divergence, rel=0.3, abs=1e-6 if name == "F32" else 6e-3), name
+
+
+@pytest.mark.parametrize("artifact", ["itself", "w4a16-rtn"])
+def test_windows_longer_than_the_attention_chunk(artifact: str, tmp_path: Path, cache: Path) -> None:
+    source = write_source(tmp_path / "source", "scout", 5, attention_chunk_size=16, floor_scale=16, max_position_embeddings=512)
+    [converted] = convert(source, ["w4a16-rtn"], tmp_path).artifacts
+    path = source if artifact == "itself" else converted.directory
+    windows = load_windows(None, DEMO, window=75, windows=3)
+    found = evaluate([path], source, window=75, windows=3, workers=1, cache=cache, resamples=0)
+    expected = figures(windows, by_transformers(source), by_transformers(path))
+    assert found.artifacts[0].scores.perplexity.value == pytest.approx(expected.perplexity, rel=1e-4)
+    assert found.artifacts[0].scores.divergence.value == pytest.approx(expected.divergence, rel=1e-2, abs=1e-7)
+
+
+def test_a_model_does_not_differ_from_itself(made: dict[str, Made], cache: Path) -> None:
+    found = small(made["maverick"], [made["maverick"].source], cache)
+    [one] = found.artifacts
+    assert one.scores.divergence.value == 0 and one.scores.divergence_percentiles["100"] == 0
+    assert one.scores.agreement.value == one.scores.ratio.value == 1 and one.scores.probability_shift_square == 0
+    assert one.router_agreement == (None, 1.0, None, 1.0) and one.format == "unquantized" and one.bits_per_weight == 16
+
+
+def test_routes_are_compared_layer_by_layer(made: dict[str, Made], cache: Path) -> None:
+    """Against the routers' inputs of transformers: hooks see where each token goes."""
+    [one] = small(made["scout"], ["w4a16-rtn"], cache).artifacts
+    windows = load_windows(None, DEMO, window=WINDOW, windows=COUNT)
+    routes = []
+    for path in (DEMO, made["scout"].artifact("w4a16-rtn")):
+        model = load(path)
+        seen: list[torch.Tensor] = []
+
+        def see(_module: Any, _inputs: Any, output: Any, seen: list[torch.Tensor] = seen) -> None:
+            seen.append(output[1].argmax(-1))
+
+        for name, module in model.named_modules():
+            if name.endswith("router"):
+                module.register_forward_hook(see)
+        for tokens in windows.tokens:
+            reference_logits(model, tokens[None])
+        routes.append(torch.stack(seen).view(COUNT, 4, WINDOW))
+    expected = (routes[0] == routes[1]).double().mean((0, 2))
+    assert one.router_agreement == pytest.approx(expected.tolist(), abs=3 / (COUNT * WINDOW))
+    assert any(share is not None and share < 1 for share in one.router_agreement)
+
+
+# ---------------------------------------------------------------------------------------------- what must not change figures
+
+
+def comparable(found: Evaluation) -> str:
+    """All but times."""
+    content = found.to_dict()
+    content.pop("seconds")
+    for artifact in content["artifacts"]:
+        artifact.pop("seconds")
+    return json.dumps(content, sort_keys=True)
+
+
+def test_figures_depend_neither_on_threads_nor_on_the_cache(
+    made: dict[str, Made], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ("w4a16-rtn", "Q4_K_M")
+    first = comparable(small(made["scout"], names, tmp_path / "one", workers=1))
+    assert comparable(small(made["scout"], names, tmp_path / "two", workers=3)) == first
+    assert comparable(small(made["scout"], names, tmp_path / "one")) == first
+    files = sorted(path for path in (tmp_path / "one").rglob("*") if path.is_file())
+    assert sorted(path.name for path in files) == ["scores-00000", "scores-00000", "states-00000"]
+    caplog.set_level(logging.WARNING)
+    for path in files:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 4
+        path.write_bytes(data)
+    assert comparable(small(made["scout"], names, tmp_path / "one")) == first
+    assert caplog.text.count("is damaged; what it held is computed again") == 3
+    # One of several artifacts is new: the others' scores are taken, and nothing changes.
+    alone = small(made["scout"], names[1:], tmp_path / "three")
+    both = small(made["scout"], names, tmp_path / "three")
+    assert comparable(both) == first and alone.artifacts[0].scores == both.artifacts[1].scores
+
+
+def test_sweeps_change_nothing_that_counts(made: dict[str, Made], tmp_path: Path) -> None:
+    whole = small(made["scout"], ["w4a16-rtn"], tmp_path / "one").artifacts[0]
+    parts = small(made["scout"], ["w4a16-rtn"], tmp_path / "two", batch_tokens=3 * WINDOW).artifacts[0]
+    assert len(list((tmp_path / "two").rglob("scores-*"))) == 3
+    assert parts.scores.perplexity.value == pytest.approx(whole.scores.perplexity.value, rel=1e-5)
+    assert parts.scores.divergence.value == pytest.approx(whole.scores.divergence.value, rel=1e-2)
+    assert parts.router_agreement == pytest.approx(whole.router_agreement, abs=2e-3)
+
+
+def test_what_files_hold_decides_what_is_used_again(made: dict[str, Made], tmp_path: Path, cache: Path) -> None:
+    """Another conversion under the same name is computed, and rounding of activations is no detail either."""
+    artifact = tmp_path / "artifact"
+    shutil.copytree(made["scout"].artifact("fp8-dynamic"), artifact)
+    first = small(made["scout"], [artifact], cache).artifacts[0]
+    unrounded = small(made["scout"], [artifact], cache, round_activations=False).artifacts[0]
+    assert 0 < unrounded.scores.divergence.value < first.scores.divergence.value
+    shutil.rmtree(artifact)
+    shutil.copytree(made["scout"].artifact("w4a16-rtn"), artifact)
+    assert small(made["scout"], [artifact], cache).artifacts[0].scores.divergence.value > 2 * first.scores.divergence.value
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_stopped_run_goes_on(count: int, made: dict[str, Made], tmp_path: Path) -> None:
+    first = comparable(small(made["scout"], ["w4a16-rtn"], tmp_path / "one"))
+    stop, seen = threading.Event(), 0
+
+    def progress(event: EvaluationProgress) -> None:
+        nonlocal seen
+        seen += event.phase == "artifact"
+        if seen == count:
+            stop.set()
+
+    with pytest.raises(Interrupted, match="goes on from there"):
+        small(made["scout"], ["w4a16-rtn"], tmp_path / "two", progress=progress, stop=stop)
+    assert bool(list((tmp_path / "two").rglob("unfinished-*"))) == (count > 1)
+    events: list[EvaluationProgress] = []
+    assert comparable(small(made["scout"], ["w4a16-rtn"], tmp_path / "two", progress=events.append)) == first
+    layers = [event.layer for event in events if event.phase == "artifact"]
+    assert layers == [0, 1, 2, 3, 4][layers[0] :] and layers[0] == count - 1
+    assert not list((tmp_path / "two").rglob("unfinished-*"))
+
+
+def test_interrupts_from_the_keyboard(made: dict[str, Made], cache: Path) -> None:
+    def progress(event: EvaluationProgress) -> None:
+        if event.phase == "scores":
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        small(made["scout"], ["w4a16-rtn"], cache, progress=progress)
+
+
+def test_progress_counts_up_to_the_end(made: dict[str, Made], cache: Path) -> None:
+    events: list[EvaluationProgress] = []
+    small(made["scout"], ["w4a16-rtn", "Q8_0"], cache, progress=events.append, batch_tokens=3 * WINDOW)
+    phases = [event.phase for event in events]
+    assert phases.index("check") < phases.index("reference") < phases.index("artifact") < phases.index("scores")
+    for name in ("tiny-scout", "w4a16-rtn", "Q8_0"):
+        done = [event.tokens for event in events if event.model == name and event.phase in ("reference", "artifact")]
+        assert done == sorted(done) and done[0] == 0 and done[-1] == 4 * COUNT * WINDOW
+        assert {event.tokens_total for event in events if event.model == name and event.phase != "check"} >= {4 * COUNT * WINDOW}
+    assert all(earlier.seconds <= later.seconds for earlier, later in pairwise(events))
+
+
+# ------------------------------------------------------------------------------------------------------------------ errors
+
+
+def test_a_flipped_bit_is_an_error_and_no_figure(made: dict[str, Made], tmp_path: Path, cache: Path) -> None:
+    for name, pattern in (("w4a16-rtn", "*.safetensors"), ("Q4_K_M", "tiny-scout*.gguf")):
+        shutil.copytree(made["scout"].artifact(name), tmp_path / name)
+        [file] = (tmp_path / name).glob(pattern)
+        data = bytearray(file.read_bytes())
+        data[-1000] ^= 1
+        file.write_bytes(data)
+        for path in (tmp_path / name, *([file] if name == "Q4_K_M" else [])):
+            with pytest.raises(ArtifactError, match=rf"(?s){name}.* is not what its manifest says: .*another sha256"):
+                small(made["scout"], [path], cache)
+
+
+def test_another_model_is_an_error(made: dict[str, Made], tmp_path: Path, cache: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"is another model than the reference .*: they differ in num_experts: 16 against 8"):
+        small(made["maverick"], [made["scout"].artifact("w4a16-rtn")], cache)
+    with pytest.raises(ArtifactError, match="num_experts: 16 against 8; moe_layers"):
+        small(made["maverick"], [made["scout"].artifact("Q8_0")], cache)
+    source = write_source(tmp_path / "smoothed", "scout", num_local_experts=16, rope_theta=10000.0)
+    with pytest.raises(ArtifactError, match="differ in the rotary frequencies"):
+        evaluate([made["scout"].artifact("Q8_0")], source, window=32, windows=2, cache=cache)
+
+
+def test_another_tokenizer_is_an_error(made: dict[str, Made], tmp_path: Path, cache: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(DEMO, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    one, two = (token for token, number in vocabulary.items() if number in (300, 301))
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    for name in ("w4a16-rtn", "Q8_0"):
+        with pytest.raises(ArtifactError, match=r"has another tokenizer than .*: token 300 is .* \(2 differ\)"):
+            evaluate([made["scout"].artifact(name)], other, window=32, windows=2, cache=cache)
+
+
+def test_a_tokenizer_written_in_another_way_is_the_same(made: dict[str, Made], tmp_path: Path, cache: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(DEMO, other)
+    (other / "tokenizer.json").write_text(json.dumps(json.loads((other / "tokenizer.json").read_text()), indent=7))
+    found = evaluate([made["scout"].artifact("w4a16-rtn")], other, window=32, windows=2, cache=cache, workers=1)
+    assert found.windows == 2
+
+
+@pytest.mark.parametrize("which", ["artifact", "reference", "head"])
+def test_values_that_are_not_finite(which: str, made: dict[str, Made], tmp_path: Path, cache: Path) -> None:
+    """Somebody else's files, without a manifest: a damaged scale is told with its layer and window."""
+    source = DEMO if which != "reference" else made["scout"].artifact("w4a16-rtn")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(DEMO if which == "reference" else made["scout"].artifact("w4a16-rtn"), damaged)
+    (damaged / "manifest.json").unlink(missing_ok=True)
+    wanted = {"artifact": "layers.2.self_attn.o_proj.weight", "reference": "layers.2.self_attn.o_proj.weight", "head": "lm_head"}
+    [(file, name)] = [(path, name) for path in damaged.glob("*.safetensors") for name in load_file(path) if wanted[which] in name]
+    tensors = load_file(file)
+    tensors[name].view(-1)[5] = math.inf
+    save_file(tensors, file, metadata={"format": "pt"})
+    kind = CheckpointError if which == "reference" else ArtifactError
+    what = "logits of window" if which == "head" else r"hidden states after layer 2 of window"
+    artifact, reference = (source, damaged) if which == "reference" else (damaged, source)
+    with pytest.raises(kind, match=rf"damaged: {what} .*, document 1, token 0 are not finite"):
+        evaluate([artifact], reference, window=32, windows=2, cache=cache, workers=1)
+
+
+def test_a_cache_that_cannot_be_written(made: dict[str, Made], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"write to the evaluation cache .*a part of this path is a file"):
+        small(made["scout"], ["w4a16-rtn"], tmp_path / "file" / "cache")
+
+    def full(descriptor: int, size: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(evaluation_cache, "allocate_file", full)
+    with pytest.raises(OutputError, match=r"states-00000: the disk is full"):
+        small(made["scout"], ["w4a16-rtn"], tmp_path / "cache")
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_arguments_that_mean_nothing(made: dict[str, Made], cache: Path) -> None:
+    with pytest.raises(ArtifactError, match="No artifact was given"):
+        small(made["scout"], [], cache)
+    with pytest.raises(ArtifactError, match="given twice"):
+        small(made["scout"], ["w4a16-rtn", "w4a16-rtn"], cache)
+    with pytest.raises(CorpusError, match="no convention"):
+        small(made["scout"], ["w4a16-rtn"], cache, convention="other")
+
+
+def test_artifacts_of_one_name_are_told_apart(made: dict[str, Made], tmp_path: Path, cache: Path) -> None:
+    paths = []
+    for parent, name in (("a", "fp8-dynamic"), ("b", "w4a16-rtn")):
+        paths.append(tmp_path / parent / "same")
+        shutil.copytree(made["scout"].artifact(name), paths[-1])
+    found: tuple[ArtifactEvaluation, ...] = small(made["scout"], paths, cache).artifacts
+    assert [one.name for one in found] == [str(path) for path in paths]
