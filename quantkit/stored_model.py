@@ -174,7 +174,10 @@ class ArtifactModel(StoredModel):
         """See :class:`StoredModel`."""
         scheme = self._schemes[matrix.name]
         tensors = {name: self.files.read(name) for name in self._parts(matrix)}
-        return next(iter(tensors.values())) if scheme is None else self._artifact.form.decode(matrix.name, tensors, scheme)
+        if scheme is None:
+            return next(iter(tensors.values()))
+        quantized: grid.QuantizedTensor = self._artifact.form.decode(matrix.name, tensors, scheme)
+        return quantized.codes if scheme.number == "ggml" and scheme.block_type.floating else quantized
 
     def vector(self, name: str) -> torch.Tensor:
         """See :class:`StoredModel`."""
@@ -183,6 +186,8 @@ class ArtifactModel(StoredModel):
     def rows(self, name: str, at_once: int) -> Iterator[tuple[int, torch.Tensor]]:
         """See :class:`StoredModel`."""
         location = self.files.locate(name)
+        if location.dtype not in TORCH_DTYPES:  # packed: one of llama.cpp's types
+            return _block_rows(self.files, name, GGML[location.dtype], location.shape[1], at_once)
         return _float_rows(self.files, name, TORCH_DTYPES[location.dtype], location.shape[1], at_once)
 
 
@@ -239,11 +244,7 @@ class GgufModel(StoredModel):
     def rows(self, name: str, at_once: int) -> Iterator[tuple[int, torch.Tensor]]:
         """See :class:`StoredModel`."""
         location = self.files.locate(_part(name))
-        scheme, columns = GGML[location.dtype], location.shape[-1]
-        row_bytes = scheme.block_type.row_bytes(columns)
-        for number, chunk in enumerate(self.files.chunks(location.name, at_once * row_bytes)):
-            data = torch.frombuffer(chunk, dtype=torch.uint8).view(-1, row_bytes)
-            yield number * at_once, grid.dequantize(decode(data, scheme, columns))
+        return _block_rows(self.files, location.name, GGML[location.dtype], location.shape[-1], at_once)
 
 
 def _part(name: str) -> str:
@@ -254,6 +255,13 @@ def _part(name: str) -> str:
 def _float_rows(files: OpenFiles, name: str, dtype: torch.dtype, columns: int, at_once: int) -> Iterator[tuple[int, torch.Tensor]]:
     for number, chunk in enumerate(files.chunks(name, at_once * columns * dtype.itemsize)):
         yield number * at_once, torch.frombuffer(chunk, dtype=dtype).view(-1, columns).to(torch.float32)
+
+
+def _block_rows(files: OpenFiles, name: str, scheme: Scheme, columns: int, at_once: int) -> Iterator[tuple[int, torch.Tensor]]:
+    row_bytes = scheme.block_type.row_bytes(columns)
+    for number, chunk in enumerate(files.chunks(name, at_once * row_bytes)):
+        data = torch.frombuffer(chunk, dtype=torch.uint8).view(-1, row_bytes)
+        yield number * at_once, grid.dequantize(decode(data, scheme, columns))
 
 
 def open_model(path: str | Path) -> StoredModel:

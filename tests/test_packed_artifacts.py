@@ -19,12 +19,13 @@ from quantkit.calibration import CalibrationOptions
 from quantkit.convert import convert, plan
 from quantkit.errors import AlreadyQuantizedError, ArtifactError, Interrupted, OutputError, RecipeError, ResumeError
 from quantkit.formats import packed
-from quantkit.grid import dequantize
+from quantkit.grid import QuantizedTensor, dequantize
 from quantkit.inspection import inspect
 from quantkit.ledger import LedgerEntry, read_ledger
 from quantkit.packed_files import PackedFiles
 from quantkit.recipe import PACKED_PRESETS, Recipe, Rule, parse_recipe, resolve_recipe
 from quantkit.scheme import parse_scheme
+from quantkit.stored_model import open_model
 from quantkit.verify import verify
 from tests.gguf_models import write_source
 from tests.packed_decoder import read_file
@@ -205,6 +206,21 @@ def test_a_kv_cache_in_fp8_is_stored_with_the_attention(source: Path, tmp_path: 
         assert list(attention)[-2:] == [f"{BASE}.1.self_attn.k_scale", f"{BASE}.1.self_attn.v_scale"]
         assert f"{BASE}.1.feed_forward.experts.0.up_proj.input_scale" in files.tensors
     assert json.loads((made.directory / "config.json").read_text())["quantization_config"]["kv_cache"] == "fp8"
+
+
+def test_what_is_stored_in_blocks_of_llama_cpp_is_read_as_what_it_is(source: Path, tmp_path: Path) -> None:
+    """Tables by rows, matrices as codes or floats."""
+    rules = (Rule("Q8_0", roles=("embedding",)), Rule("F16", name="q_proj"), Rule("Q4_K", roles=("attention",)), Rule("keep"))
+    made = convert(source, Recipe("blocks", rules, format="packed"), tmp_path).artifacts[0].directory
+    with open_model(made) as ours, open_model(source) as reference:
+        [table] = [name for name in ours.schemes if name.endswith("embed_tokens.weight")]
+        exact = torch.cat([rows.clone() for _, rows in reference.rows(table, 1000)])
+        found = torch.cat([rows.clone() for _, rows in ours.rows(table, 300)])
+        assert float((exact - found).norm() / exact.norm()) < 0.01
+        query, key = (matrix for unit in ours.units for matrix in unit.matrices[:2] if unit.key.endswith("layers.1.self_attn.qkv"))
+        weight, blocks = ours.read(query), ours.read(key)
+        assert isinstance(weight, torch.Tensor) and weight.dtype == torch.float16 and isinstance(blocks, QuantizedTensor)
+        assert torch.allclose(weight.float(), reference.read(query).float(), atol=1e-7)
 
 
 # ------------------------------------------------------------------------------------------------------------ calibration
