@@ -1,4 +1,4 @@
-# make demo   set up .venv, convert the bundled model to four targets, verify them, print sizes and errors
+# make demo   set up .venv, convert the bundled model to four targets, verify them, compare them with the source
 # make test   set up .venv, then lint, types and tests
 # make clean  remove what these made
 #
@@ -20,6 +20,9 @@ demo: $(VENV)/.installed
 	@$(BIN)/quantkit verify $(DEMO_OUTPUT)/w4a16-rtn --source $(DEMO_MODEL)
 	@$(BIN)/quantkit verify $(DEMO_OUTPUT)/w4a16-gptq --source $(DEMO_MODEL)
 	@$(BIN)/quantkit verify $(DEMO_OUTPUT)/QK4_MOE-gptq --source $(DEMO_MODEL)
+	@$(BIN)/quantkit compare $(DEMO_OUTPUT)/fp8-dynamic $(DEMO_OUTPUT)/w4a16-rtn $(DEMO_OUTPUT)/w4a16-gptq \
+		$(DEMO_OUTPUT)/QK4_MOE-gptq --reference $(DEMO_MODEL) --window 256 --output $(DEMO_OUTPUT)/report \
+		--cache $(DEMO_OUTPUT)/cache --force
 
 test: lint
 	$(BIN)/python -m pytest

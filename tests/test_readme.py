@@ -97,7 +97,7 @@ def test_the_recipe_examples_fit_scout(tmp_path: Path) -> None:
         {assignment.scheme.name for assignment in artifact.assignments.values() if assignment.scheme}
         for artifact in quantkit.plan(release_config(tmp_path, "Scout"), recipes).artifacts
     ]
-    assert used == [{"int8-g128", "int4-g128"}, {"Q4_K", "Q6_K", "BF16", "F32"}]
+    assert used == [{"int8-g128", "int4-g128"}, {"Q4_K", "Q6_K", "BF16", "F32"}, {"int8-g128", "int3-g64"}]
     asked = README.split("quantkit.resolve_targets(")[1].split(")` gives")[0]
     assert 'method="gptq"' in asked and quantkit.resolve_targets(
         ["Q4_K_M"], method="gptq", tensor_types=["attn_v=Q8_0"], vision="BF16"
