@@ -92,7 +92,7 @@ class ArtifactError(QuantkitError):
 
 
 class CorpusError(QuantkitError):
-    """The calibration text, or the tokenizer to read it with, is missing, damaged or unfit."""
+    """Text to calibrate or measure on, a golden set, or the tokenizer to read it with, is missing, damaged or unfit."""
 
     exit_code = 8
 
