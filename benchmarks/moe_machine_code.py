@@ -2,14 +2,14 @@
 
     python benchmarks/moe_machine_code.py                             # every scheme, every tile; writes results/moe_kernels_aot.md
     python benchmarks/moe_machine_code.py --print --schemes int4-g128 --tokens 16,128
-    python benchmarks/moe_machine_code.py --json --schemes fp8-block-dynamic --parts down
+    python benchmarks/moe_machine_code.py --json --variants int4-g128:gate_up:16,fp8-block-dynamic:down:128
 
 The launchers themselves say what a launch of Scout's shapes would be compiled for (tensors without memory stand for weights and
 rows), so the code is the code that runs.  Registers, stack and shared memory are the assembler's word.  Instructions per weight are
 those of the inner loop, on the shortest way around it, of all lanes of all warps, divided by the weights that a turn multiplies: an
 H200 issues 3.0e13 of them a second and reads 8.3e12 four-bit weights, so at more than about 3.6 decoding is no longer limited by
-memory.  ``waits`` are places in the loop where a warp group waits for its tensor core; many of them mean that products run one by
-one.
+memory.  ``programs`` is how many the table of tiles expects on a multiprocessor.  ``waits`` are places in the loop where a warp
+group waits for its tensor core; many of them mean that products run one by one.
 """
 
 from __future__ import annotations
@@ -85,6 +85,7 @@ class Code:
     variant: Variant
     outputs: int
     warps: int
+    residents: int
     registers: int
     stack: int
     spills: int
@@ -191,6 +192,8 @@ def compiled(variant: Variant) -> Code:
         attrs=aligned,
     )
     options = {"num_warps": shape.warps, "num_stages": shape.stages, "enable_fp_fusion": True}
+    if kernel.__name__ == "multiply":
+        options["maxnreg"] = shape.most_registers
     result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.TemporaryDirectory() as directory:
@@ -209,6 +212,7 @@ def compiled(variant: Variant) -> Code:
         variant,
         shape.outputs,
         shape.warps,
+        shape.residents,
         int(registers),
         int(stack),
         every["LDL"] + every["STL"],
@@ -297,11 +301,16 @@ def main() -> None:
     parser.add_argument("--schemes", default=",".join(SCHEMES), help="separated by commas")
     parser.add_argument("--parts", default="gate_up,down", help="gate_up, down, or both")
     parser.add_argument("--tokens", default=",".join(map(str, moe_tiles.TOKENS)), help="rows of a tile, separated by commas")
+    parser.add_argument("--variants", help="scheme:part:rows of a tile, separated by commas, instead of all combinations")
     parser.add_argument("--print", action="store_true", help="print the table, write nothing")
     parser.add_argument("--json", action="store_true", help="print JSON, write nothing")
     chosen = parser.parse_args()
     tokens = [int(count) for count in chosen.tokens.split(",")]
-    found = [compiled(variant) for variant in variants(chosen.schemes.split(","), chosen.parts.split(","), tokens)]
+    wanted = list(variants(chosen.schemes.split(","), chosen.parts.split(","), tokens))
+    if chosen.variants:
+        named = [text.split(":") for text in chosen.variants.split(",")]
+        wanted = [variant for scheme, part, count in named for variant in variants([scheme], [part], [int(count)])]
+    found = [compiled(variant) for variant in wanted]
     if chosen.json:
         print(json.dumps([dataclasses.asdict(code) for code in found]))
         return
@@ -313,6 +322,7 @@ def main() -> None:
         "part",
         "tile",
         "warps",
+        "programs",
         "registers",
         "spills",
         "shared KB",
@@ -326,6 +336,7 @@ def main() -> None:
             code.variant.part,
             f"{code.variant.tokens} x {code.outputs}",
             code.warps,
+            code.residents,
             code.registers,
             code.spills + code.stack,
             f"{code.shared / 1024:.0f}",

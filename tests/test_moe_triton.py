@@ -251,6 +251,31 @@ def single() -> dict[str, Any]:
     return found
 
 
+def orders() -> dict[str, Any]:
+    """By case: whether one program sorts rows as torch does; tiles of a stack by one program beside those of ``moe_tiles``."""
+    from quantkit.forward import Routing
+    from quantkit.kernels import moe_triton_rows
+
+    found = {}
+    for tokens, slots, experts in ((1, 1, 16), (5, 2, 3), (64, 1, 128), (17, 4, 16)):
+        torch.manual_seed(tokens)
+        choices = torch.stack([torch.randperm(experts)[:slots] for _ in range(tokens)]).clamp(max=max(2, experts - 3))
+        routing = Routing(choices, torch.rand(tokens, slots), torch.empty(0))
+        one, other = moe_triton_rows.ordered(routing, experts), moe_triton_rows.sorted_by_torch(routing, experts)
+        numbers = torch.tensor([*range(1, experts, 2), experts])
+        tiles = moe_triton_rows.cut(one.bounds, numbers, 16, len(numbers) + tokens)
+        wanted = moe_tiles.cut(one.bounds[numbers], one.bounds[numbers + 1], 16, len(numbers) + tokens)
+        count = int(wanted.count)
+        found[f"{tokens} {slots} {experts}"] = {
+            "order": [name for name in vars(one) if not torch.equal(getattr(one, name), getattr(other, name))],
+            "tiles": int(tiles.count) == count
+            and all(
+                torch.equal(getattr(tiles, name)[:count], getattr(wanted, name)[:count]) for name in ("expert", "first", "last")
+            ),
+        }
+    return found
+
+
 def assembly() -> dict[str, Any]:
     """The instructions that unpack planes."""
     from quantkit.kernels import moe_triton_integer
@@ -265,7 +290,7 @@ def interpret() -> dict[str, Any]:
 
     torch.set_num_threads(1)
     triton_arithmetic.make_exact()
-    return {"products": products(), "mixtures": mixtures(), "single": single(), "assembly": assembly()}
+    return {"products": products(), "mixtures": mixtures(), "single": single(), "orders": orders(), "assembly": assembly()}
 
 
 # ------------------------------------------------------------------------------------------------------------- products
@@ -299,6 +324,12 @@ def test_a_mixture_is_what_its_experts_give(interpreted: dict[str, Any], name: s
 def test_a_product_by_itself(interpreted: dict[str, Any]) -> None:
     for rows, (worst, same, shape) in interpreted["single"].items():
         assert worst <= 1 and same and shape == [int(rows), 72], rows
+
+
+@needs_triton
+def test_one_program_sorts_and_cuts_as_torch_does(interpreted: dict[str, Any]) -> None:
+    for name, found in interpreted["orders"].items():
+        assert found["order"] == [] and found["tiles"], name
 
 
 # --------------------------------------------------------------------------------------------------------- instructions

@@ -32,16 +32,33 @@ class Shape:
     residents: int
     group: int = 8
 
+    @property
+    def most_registers(self) -> int:
+        """Registers that a thread may have so that as many programs as expected fit."""
+        return min(255, 65536 // (32 * self.warps * self.residents) // 8 * 8)
+
 
 TABLE: dict[str, dict[int, Shape]] = {  # kind of weight, or type of llama.cpp -> rows of a tile -> the rest
-    "integer": {
-        16: Shape(64, 4, 6, 4),
-        32: Shape(64, 4, 5, 3),
+    "integer": {  # up to 4 bits
+        16: Shape(128, 4, 5, 3),
+        32: Shape(128, 4, 4, 3),
         64: Shape(128, 4, 4, 2),
         128: Shape(128, 8, 3, 1),
     },
+    "integer-wide": {  # 5 to 8 bits
+        16: Shape(128, 4, 4, 2),
+        32: Shape(128, 4, 4, 2),
+        64: Shape(128, 8, 3, 2),
+        128: Shape(128, 8, 3, 1),
+    },
+    "integer-odd": {  # widths with a plane of 1 bit
+        16: Shape(64, 4, 4, 2),
+        32: Shape(64, 4, 4, 2),
+        64: Shape(64, 4, 3, 1),
+        128: Shape(64, 4, 3, 1),
+    },
     "integer-parts": {  # groups of 32 and 64 inputs
-        16: Shape(64, 4, 5, 3),
+        16: Shape(128, 4, 4, 2),
         32: Shape(64, 4, 4, 2),
         64: Shape(128, 8, 4, 1),
         128: Shape(128, 8, 4, 1),

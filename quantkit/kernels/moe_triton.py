@@ -66,22 +66,6 @@ class Kernels:
     shape_of_tile: Callable[[DeviceWeight, int], Shape]
 
 
-@dataclass(frozen=True)
-class _Order:
-    """Rows in the order of the stacks: routed ones by expert, in each by token; then one for every token for the shared expert.
-
-    tokens: int64 ``[rows]``.  scores: float32 ``[rows]``.  experts: int64 ``[rows]``, of the layer.  bounds: int64
-    ``[experts + 2]``, first row of each expert.  places: int64 ``[1 + slots, tokens]``, the rows of a token, the shared expert's
-    first.
-    """
-
-    tokens: torch.Tensor
-    scores: torch.Tensor
-    experts: torch.Tensor
-    bounds: torch.Tensor
-    places: torch.Tensor
-
-
 def kernels_of(kind: str) -> Kernels:
     """The launchers of a kind of weight."""
     module = importlib.import_module(KERNELS[kind])
@@ -135,13 +119,14 @@ def moe_forward(
 
 def _run(x: torch.Tensor, routing: forward.Routing, mixture: Mixture, round_activations: bool) -> torch.Tensor:
     tokens, slots = routing.experts.shape
-    order = _ordered(routing, mixture.experts)
+    order = moe_triton_rows.ordered(routing, mixture.experts)
     values = moe_triton_rows.permute(x, order.tokens, order.scores, padded(x.shape[1], INPUTS))
     found = []
     for group in mixture.stacks:
         rows_of_expert = moe_tiles.tokens_of_tile(tokens * slots, mixture.experts) if group.routed else None
         cut = _tiles(group, order, tokens, slots, rows_of_expert or moe_tiles.tokens_of_tile(tokens, 1))
-        place = torch.searchsorted(group.numbers, order.experts).clamp_(max=len(group.numbers) - 1)
+        rounded = round_activations and any(weight is not None and _rounds(weight) for weight in (group.gate, group.up, group.down))
+        place = torch.searchsorted(group.numbers, order.experts).clamp_(max=len(group.numbers) - 1) if rounded else order.experts
         inner = _inner(values, group, cut, place, round_activations)
         found.append((group, cut, place, inner))
     splits = max(_splits(group.down, cut, x.device) for group, cut, _, _ in found)
@@ -153,30 +138,11 @@ def _run(x: torch.Tensor, routing: forward.Routing, mixture: Mixture, round_acti
     return out
 
 
-def _ordered(routing: forward.Routing, experts: int) -> _Order:
-    tokens, slots = routing.experts.shape
-    device = routing.experts.device
-    flat = routing.experts.flatten()
-    by_expert, order = torch.sort(flat, stable=True)
-    everyone = torch.arange(tokens, device=device)
-    places = torch.empty_like(flat)
-    places[order] = torch.arange(len(flat), device=device)
-    bounds = torch.searchsorted(by_expert, torch.arange(experts + 2, device=device))
-    bounds[experts + 1] = len(flat) + tokens
-    return _Order(
-        torch.cat([order // slots, everyone]),
-        torch.cat([routing.scores.flatten()[order], torch.ones(tokens, device=device)]),
-        torch.cat([by_expert, torch.full_like(everyone, experts)]),
-        bounds,
-        torch.cat([everyone[None] + len(flat), places.view(tokens, slots).t()]).contiguous(),
-    )
-
-
-def _tiles(group: Stack, order: _Order, tokens: int, slots: int, size: int) -> Tiles:
+def _tiles(group: Stack, order: moe_triton_rows.Order, tokens: int, slots: int, size: int) -> Tiles:
     """Tiles of ``size`` rows for a stack; at most one of an expert is not full."""
     most = min(group.routed, tokens * slots) + (tokens * slots // size if group.routed else 0)
     most += -(-tokens // size) if group.shared else 0
-    return moe_tiles.cut(order.bounds[group.numbers], order.bounds[group.numbers + 1], size, most)
+    return moe_triton_rows.cut(order.bounds, group.numbers, size, most)
 
 
 def _inner(values: torch.Tensor, group: Stack, tiles: Tiles, place: torch.Tensor, round_activations: bool) -> torch.Tensor:
@@ -209,10 +175,14 @@ def _multiply(
 
 
 def _rows(values: torch.Tensor, weight: DeviceWeight, place: torch.Tensor, round_activations: bool) -> Rows:
-    scheme = weight.scheme
-    if round_activations and scheme is not None and (scheme.dynamic_activations or scheme.static_activations):
+    if round_activations and _rounds(weight):
         return kernels_of(weight.kind).round_rows(values, weight, place)
     return Rows(values)
+
+
+def _rounds(weight: DeviceWeight) -> bool:
+    """Whether clients quantize what is multiplied with it."""
+    return weight.scheme is not None and (weight.scheme.dynamic_activations or weight.scheme.static_activations)
 
 
 def _splits(weight: DeviceWeight, tiles: Tiles, device: torch.device) -> int:

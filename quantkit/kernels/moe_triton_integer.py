@@ -2,7 +2,7 @@
 
 A code less its zero point is a whole number of at most 8 bits, which BF16 holds exactly; so that is what the tensor cores multiply,
 and the scale of a group acts on the float32 sums of its 128, 64 or 32 inputs.  No weight is ever rounded, and a scale costs one
-operation for each result of a group instead of one for each weight.  Scales of rows act on the finished sums.
+operation for each result of a group instead of one for each weight.
 
 Numbers appear by putting the bits of a field into the mantissa of a BF16 number whose last bit is worth 1 (0x4300 is 128): one
 operation for two weights, and one more to take 128 and the zero point away.  A field of neighbouring words is a run of neighbouring
@@ -140,7 +140,7 @@ def _less(tile, subtrahend, ASSEMBLY: tl.constexpr):
         return tile - other
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["all_rows"])
 def multiply(
     rows,
     low,
@@ -195,8 +195,10 @@ def multiply(
         if PIECES > 1:
             last_step = tl.where(first_row < last_row, last_step, 0)
         total = tl.zeros((OUTPUTS, TOKENS), dtype=tl.float32)
-        if ZERO_POINTS and not GROUPED:
-            zero_point = tl.reshape(zero_points.load([expert, block * OUTPUTS]), (OUTPUTS,)).to(tl.float32)
+        if not GROUPED:
+            scale = tl.reshape(scales.load([expert, block * OUTPUTS]), (OUTPUTS,))
+            if ZERO_POINTS:
+                zero_point = tl.reshape(zero_points.load([expert, block * OUTPUTS]), (OUTPUTS,)).to(tl.float32)
         # told here, the number of stages holds for scales too, which do not go into the product itself
         for step in tl.range(split * share, last_step, num_stages=STAGES):
             words = low.load([weight_row, step * WORDS])
@@ -225,10 +227,7 @@ def multiply(
                         weights = _less(weights, zero_point + (128 + (1 << (LOW - 1))), ASSEMBLY)
                     else:
                         weights = _less(weights, zero_point, ASSEMBLY)
-                if GROUPED:
-                    found = tl.dot(weights, x)
-                else:
-                    found = tl.dot(weights, x, total)
+                found = tl.dot(weights, x)
                 if MIDDLE:
                     if MIDDLE_ASM != "":
                         weights = _side_by_side(middle_fields, part * (32 // MIDDLE // PARTS), 32 // MIDDLE // PARTS)
@@ -242,13 +241,8 @@ def multiply(
                     if ZERO_POINTS:
                         weights = _less(weights, zero_point, ASSEMBLY)
                     found = tl.dot(weights, x, found)
-                if GROUPED:
-                    total += found * scale.to(tl.float32)[:, None]
-                else:
-                    total = found
-        if not GROUPED:
-            scale = tl.reshape(scales.load([expert, block * OUTPUTS]), (OUTPUTS,))
-            total *= scale.to(tl.float32)[:, None]
+                # scales of rows too: a bare sum would become one with the product, whose parts would then wait for each other
+                total += found * scale.to(tl.float32)[:, None]
         if ROW_SCALES:
             row = first_row + tl.arange(0, TOKENS)
             total *= tl.load(row_scales + row, mask=row < last_row, other=0.0)[None, :]
@@ -280,7 +274,11 @@ def round_rows(values: torch.Tensor, weight: DeviceWeight, expert_of_row: torch.
 
 def shape_of_tile(weight: DeviceWeight, tokens: int) -> Shape:
     """The entry of the table.  Groups of less than 128 inputs have sums of their own in registers, and smaller tiles."""
-    return moe_tiles.shape_of("integer" if _parts(weight) == 1 else "integer-parts", tokens)
+    assert weight.scheme is not None
+    bits = weight.scheme.bits
+    if 1 in PLANES[bits]:
+        return moe_tiles.shape_of("integer-odd", tokens)
+    return moe_tiles.shape_of("integer-parts" if _parts(weight) > 1 else "integer-wide" if bits > 4 else "integer", tokens)
 
 
 def _parts(weight: DeviceWeight) -> int:
@@ -295,7 +293,7 @@ def _launch(rows: Rows, weight: DeviceWeight, tiles: Tiles, out: torch.Tensor) -
     blocks = triton.cdiv(weight.rows, shape.outputs)
     programs = tiles.most * blocks * len(out) * int(constants["PIECES"])  # type: ignore[call-overload]
     programs = min(programs, moe_tiles.multiprocessors(out.device) * shape.residents)
-    multiply[(programs,)](*arguments, **constants, num_warps=shape.warps, enable_fp_fusion=True)
+    multiply[(programs,)](*arguments, **constants, num_warps=shape.warps, maxnreg=shape.most_registers, enable_fp_fusion=True)
 
 
 def arguments_of(
