@@ -185,6 +185,18 @@ def _pack_plane(codes: Any, first: int, count: int, low: int, bits: int, distanc
 def _first_plane(data: Any, at: int, runs: int, parts: int, low: int, bits: int, distance: int, codes: Any, first: int) -> None:
     """The reverse: codes of these bits and no others.  distance: not 1.  runs: of ``parts`` times ``distance`` codes."""
     shift, mask = np.uint64(low), _repeated((1 << bits) - 1)
+    if runs == 1 and distance == 16 and parts == 2:  # blocks of 32, for which loops of unknown length take longer than the work
+        for place in (0, 8):
+            packed = load_word(data, at + place)
+            store_word(codes, first + place, (packed & mask) << shift)
+            store_word(codes, first + 16 + place, ((packed >> _FOUR) & mask) << shift)
+        return
+    if runs == 1 and distance == 32 and parts == 1:
+        store_word(codes, first, load_word(data, at))
+        store_word(codes, first + 8, load_word(data, at + 8))
+        store_word(codes, first + 16, load_word(data, at + 16))
+        store_word(codes, first + 24, load_word(data, at + 24))
+        return
     for run in range(runs):
         for place in range(0, distance, 8):
             packed = load_word(data, at + run * distance + place)
