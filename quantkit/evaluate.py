@@ -159,8 +159,8 @@ def _checked(base: StoredModel, models: Sequence[StoredModel], watch: Watch) -> 
 
         def tell(done: int, total: int, name: str = model.name) -> None:
             watch.tell("check", name, done, total)
+            watch.check()
 
-        watch.check()
         keys.append(check_files(model, manifest, tell))
         provenances.append(read_provenance(model, manifest))
     return keys, provenances
