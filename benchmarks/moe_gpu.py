@@ -87,7 +87,7 @@ class Sizes:
     checked: tuple[int, ...] = (16, 128)
 
 
-TINY = Sizes(256, 256, 2, 3, (1, 3), (20,), (16, 64))
+TINY = Sizes(256, 256, 2, 3, (1,), (20,), (16, 64))
 
 
 CHECK_COLUMNS = ("scheme", "rows of a tile", "gate_up, error / allowed", "down", "bits that differ without instructions")
@@ -479,7 +479,7 @@ def steps(run: Run, parts: Sequence[str]) -> None:
     if "others" in parts:
         for name in OTHERS[:1] if few else OTHERS:
             run.step(f"check of {name}", partial(check, run, name))
-            run.step(f"Scout, {name}", partial(scout, name, (sizes.decode[0], sizes.prefill[0], sizes.decode[1])))
+            run.step(f"Scout, {name}", partial(scout, name, (sizes.decode[0], sizes.prefill[0], *sizes.decode[1:2])))
         for name in MAIN[1:2] if few else MAIN[1:3]:
             run.step(f"check of {name}, rows as they are", partial(check, run, name, round_activations=False))
             run.step(f"Scout, {name}, rows as they are", partial(scout, name, (sizes.decode[0], sizes.prefill[0]), False))
