@@ -21,6 +21,7 @@ the smallest that count are not lost: half the bytes of float32, for an error of
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -93,9 +94,8 @@ class EvaluationCache:
         self.directory = directory
         with output_errors(f"write to the evaluation cache {directory}"):
             directory.mkdir(parents=True, exist_ok=True)
-            probe = directory / f".probe-{os.getpid()}"
-            probe.touch()
-            probe.unlink()
+            if not os.access(directory, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, "not writable")
 
     def open(self, name: str) -> Entry | None:
         """The entry, read through; None when there is none, or none that is sound."""
