@@ -302,6 +302,7 @@ def main() -> None:
     parser.add_argument("--parts", default="gate_up,down", help="gate_up, down, or both")
     parser.add_argument("--tokens", default=",".join(map(str, moe_tiles.TOKENS)), help="rows of a tile, separated by commas")
     parser.add_argument("--variants", help="scheme:part:rows of a tile, separated by commas, instead of all combinations")
+    parser.add_argument("--output", default="moe_kernels_aot.md", help="file under results/")
     parser.add_argument("--print", action="store_true", help="print the table, write nothing")
     parser.add_argument("--json", action="store_true", help="print JSON, write nothing")
     chosen = parser.parse_args()
@@ -354,7 +355,7 @@ def main() -> None:
     versions = (
         f"Triton {triton.__version__}, its own assembler.  Scout's shapes; a tile is rows x outputs (gate and up counted both).\n"
     )
-    common.write_results("moe_kernels_aot.md", f"{title}\n{versions}\n{text}")
+    common.write_results(chosen.output, f"{title}\n{versions}\n{text}")
 
 
 if __name__ == "__main__":

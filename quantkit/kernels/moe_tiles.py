@@ -144,9 +144,12 @@ def all_rows(rows: int, device: torch.device, tokens: int | None = None) -> Tile
 
 
 def splits(blocks: int, steps: int, programs: int) -> int:
-    """Into how many parts inputs are cut, in ``steps`` of 128, so that ``blocks`` of outputs keep so many programs busy."""
+    """Into how many parts inputs are cut, in ``steps`` of 128, so that ``blocks`` of outputs keep so many programs busy.
+
+    Twice as many parts as programs: when all take one, and some a second, those some decide how long it takes.
+    """
     count = 1
-    while count < MOST_SPLITS and blocks * count < programs and steps >= 2 * count * LEAST_STEPS:
+    while count < MOST_SPLITS and blocks * count < 2 * programs and steps >= 2 * count * LEAST_STEPS:
         count *= 2
     return count
 

@@ -8,8 +8,8 @@
     combine     for every token the shared expert's row, then its slots, over all splits, always in that order
 
 Experts of one scheme and shape are one stack and one launch of each; a mixture of schemes takes one launch for each of them.
-Nothing waits for the device: how many tiles of rows there are is known to the device alone (``moe_tiles.Tiles``), and kernels take
-tiles until there are none.  No atomics: every row is written by one program.
+Nothing waits for the device, once experts are prepared: how many tiles of rows there are is known to the device alone
+(``moe_tiles.Tiles``), and kernels take tiles until there are none.  No atomics: every row is written by one program.
 
 A kind of weight has three functions, which ``KERNELS`` finds by name in its module:
 
@@ -45,7 +45,9 @@ from quantkit.kernels.device_mixture import Mixture, Stack, prepare
 from quantkit.kernels.device_weights import DeviceWeight, build, padded
 from quantkit.kernels.moe_tiles import INPUTS, Rows, Shape, Tiles
 from quantkit.kernels.weights import Mlp, Weight
+from quantkit.team import spans
 
+PORTION = 16384  # tokens at once: more gain nothing, and their rows take memory
 Launch = Callable[[Rows, DeviceWeight, Tiles, torch.Tensor], None]
 
 KERNELS = {  # kind of weight -> module with its launchers
@@ -84,10 +86,13 @@ def dequant_matmul(x: torch.Tensor, weight: Weight | DeviceWeight, *, round_acti
         if not len(x):
             return x.new_empty((0, there.outputs))
         tiles = moe_tiles.all_rows(len(x), x.device)
-        parts = _product(values, there, tiles, x.new_zeros(len(x), dtype=torch.int64), round_activations)
-        if len(parts) == 1:
-            return parts[0].to(torch.bfloat16)
-        out = x.new_empty((len(x), there.outputs))
+        place = x.new_zeros(len(x), dtype=torch.int64)
+        out, splits = x.new_empty((len(x), there.outputs)), _splits(there, tiles, x.device)
+        if splits == 1:
+            _multiply(values, there, tiles, place, round_activations, out[None])
+            return out
+        parts = torch.empty((splits, *out.shape), device=x.device)
+        _multiply(values, there, tiles, place, round_activations, parts)
         moe_triton_rows.combine(parts, torch.arange(len(x), device=x.device)[None], out)
         return out
 
@@ -114,28 +119,40 @@ def moe_forward(
             if shared_expert is None:
                 raise RecipeError("moe_forward: experts that are not prepared need a shared expert beside them")
             experts = prepare(experts, shared_expert, x.device, torch.unique(routing.experts).tolist())
-        return _run(x, routing, experts, round_activations), routing
+        out = torch.empty_like(x)
+        for part in spans(len(x), PORTION):
+            portion = forward.Routing(routing.experts[part], routing.scores[part], routing.logits[part])
+            _run(x[part], portion, experts, round_activations, out[part])
+        return out, routing
 
 
-def _run(x: torch.Tensor, routing: forward.Routing, mixture: Mixture, round_activations: bool) -> torch.Tensor:
+def _run(x: torch.Tensor, routing: forward.Routing, mixture: Mixture, round_activations: bool, out: torch.Tensor) -> None:
+    """All steps behind the router; writes ``out [tokens, hidden]``."""
     tokens, slots = routing.experts.shape
     order = moe_triton_rows.ordered(routing, mixture.experts)
     values = moe_triton_rows.permute(x, order.tokens, order.scores, padded(x.shape[1], INPUTS))
-    found = []
+    width, down = mixture.stacks[0].gate.outputs, mixture.stacks[0].down
+    make = torch.empty if width == down.padded_inputs else torch.zeros  # padding is multiplied by zeros, so it must be finite
+    inner = make((len(values), down.padded_inputs), dtype=torch.bfloat16, device=x.device)  # of all stacks: rows belong to one
+    launches = []
     for group in mixture.stacks:
-        rows_of_expert = moe_tiles.tokens_of_tile(tokens * slots, mixture.experts) if group.routed else None
-        cut = _tiles(group, order, tokens, slots, rows_of_expert or moe_tiles.tokens_of_tile(tokens, 1))
+        size = moe_tiles.tokens_of_tile(tokens * slots, mixture.experts) if group.routed else moe_tiles.tokens_of_tile(tokens, 1)
+        tiles = _tiles(group, order, tokens, slots, size)
         rounded = round_activations and any(weight is not None and _rounds(weight) for weight in (group.gate, group.up, group.down))
         place = torch.searchsorted(group.numbers, order.experts).clamp_(max=len(group.numbers) - 1) if rounded else order.experts
-        inner = _inner(values, group, cut, place, round_activations)
-        found.append((group, cut, place, inner))
-    splits = max(_splits(group.down, cut, x.device) for group, cut, _, _ in found)
-    parts = torch.empty((splits, len(order.tokens), x.shape[1]), device=x.device)
-    for group, cut, place, inner in found:
-        _multiply(inner, group.down, cut, place, round_activations, parts)
-    out = torch.empty_like(x)
+        launches.append((group, tiles, place))
+        if group.up is None:
+            rows = _rows(values, group.gate, place, round_activations)
+            kernels_of(group.gate.kind).gate_up(rows, group.gate, tiles, inner)
+        else:
+            gate, up = (_product(values, weight, tiles, place, round_activations) for weight in (group.gate, group.up))
+            mine = torch.isin(order.experts, group.numbers)[:, None]
+            inner[:, :width] = torch.where(mine, functional.silu(gate) * up, inner[:, :width])
+    splits = max(_splits(group.down, tiles, x.device) for group, tiles, _ in launches)
+    parts = torch.empty((splits, len(values), x.shape[1]), device=x.device)
+    for group, tiles, place in launches:
+        _multiply(inner, group.down, tiles, place, round_activations, parts)
     moe_triton_rows.combine(parts, order.places, out)
-    return out
 
 
 def _tiles(group: Stack, order: moe_triton_rows.Order, tokens: int, slots: int, size: int) -> Tiles:
@@ -145,27 +162,13 @@ def _tiles(group: Stack, order: moe_triton_rows.Order, tokens: int, slots: int, 
     return moe_triton_rows.cut(order.bounds, group.numbers, size, most)
 
 
-def _inner(values: torch.Tensor, group: Stack, tiles: Tiles, place: torch.Tensor, round_activations: bool) -> torch.Tensor:
-    """silu(gate) * up of every row of a stack, BF16 ``[rows, padded width]``."""
-    gate, up, kernels = group.gate, group.up, kernels_of(group.gate.kind)
-    width = group.down.padded_inputs
-    make = torch.empty if width == gate.outputs else torch.zeros  # padding is multiplied by zeros, so it must be finite
-    inner = make((len(values), width), dtype=torch.bfloat16, device=values.device)
-    if up is None:
-        kernels.gate_up(_rows(values, gate, place, round_activations), gate, tiles, inner)
-        return inner
-    parts = [_product(values, weight, tiles, place, round_activations).sum(0) for weight in (gate, up)]
-    inner[:, : gate.outputs] = functional.silu(parts[0]) * parts[1]
-    return inner
-
-
 def _product(
     values: torch.Tensor, weight: DeviceWeight, tiles: Tiles, place: torch.Tensor, round_activations: bool
 ) -> torch.Tensor:
-    """float32 ``[splits, rows, outputs]``; rows without a tile hold anything."""
-    out = torch.empty((_splits(weight, tiles, values.device), len(values), weight.outputs), device=values.device)
-    _multiply(values, weight, tiles, place, round_activations, out)
-    return out
+    """float32 ``[rows, outputs]``; rows without a tile hold anything."""
+    parts = torch.empty((_splits(weight, tiles, values.device), len(values), weight.outputs), device=values.device)
+    _multiply(values, weight, tiles, place, round_activations, parts)
+    return parts.sum(0)
 
 
 def _multiply(
