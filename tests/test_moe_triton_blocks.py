@@ -12,8 +12,10 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from instructions_by_hand import halves, run
 
 from quantkit import grid
 from quantkit.ggml import TYPES
@@ -156,13 +158,55 @@ def prepare() -> dict[str, Any]:
     }
 
 
+def unpack_by_hand() -> dict[str, int]:
+    """Differences between what instructions and arithmetic make of random words, by piece of instructions."""
+    from quantkit.kernels import moe_triton_blocks as kernels
+
+    generator = np.random.default_rng(8)
+    lanes = 1 << 14
+
+    def words() -> Any:
+        return generator.integers(0, 1 << 32, lanes, dtype=np.uint64).astype(np.uint32)
+
+    def field(word: Any, place: int, bits: int) -> Any:
+        return torch.from_numpy((word >> (bits * place) & ((1 << bits) - 1)).astype(np.int64))
+
+    found = {}
+    low, other, top, other_top, scales = words(), words(), words(), words(), words()
+    whole = scales & 0x3F3F3F3F  # group scales of Q4_K have 6 bits
+    steps = run(kernels._UNSIGNED_PAIRS.value, 4, [whole])
+    turned = [run(kernels._LESS_1024.value, 1, [step])[0] for step in steps]
+    given = [low, other] + [step for step in steps for _ in range(2)] + [step for step in turned for _ in range(2)]
+    pairs = run(kernels._FOUR_BITS.value, 8, given)
+    wrong = 0
+    for place, pair in enumerate(pairs):
+        scale = field(whole, place // 2, 8)
+        for half, word in enumerate((low, other)):
+            wrong += int((halves(pair, torch.float16)[:, half] != field(word, place, 4) * scale).sum())
+    found["four bits"] = wrong
+    steps = run(kernels._SIGNED_PAIRS.value, 4, [scales])
+    for quarter in range(4):
+        given = [low, other, top, other_top] + [step for step in steps for _ in range(2)]
+        pairs = run(kernels._SIX_BITS.value[quarter], 8, given)
+        wrong = 0
+        for place in range(4):
+            scale = (field(scales, place, 8) ^ 128) - 128
+            for half, (word, upper) in enumerate(((low, top), (other, other_top))):
+                code = field(word, 4 * (quarter % 2) + place, 4) + (field(upper, 4 * quarter + place, 2) << 4)
+                exact = ((code - 32) * scale).to(torch.float64)
+                product, rest = (halves(pairs[place + shift], torch.float16)[:, half] for shift in (0, 4))
+                wrong += int((product + rest != exact).sum()) + int((product != exact.to(torch.float16)).sum())
+        found[f"six bits, quarter {quarter}"] = wrong
+    return found
+
+
 def interpret() -> dict[str, Any]:
     """Everything that runs in the interpreter, in one process."""
     import triton_arithmetic
 
     torch.set_num_threads(1)
     triton_arithmetic.make_exact()
-    return {"products": multiply(), "prepared": prepare()}
+    return {"products": multiply(), "prepared": prepare(), "instructions": unpack_by_hand()}
 
 
 # ----------------------------------------------------------------------------------------------------------------- tests
@@ -188,6 +232,11 @@ def test_rows_in_fp16_are_the_rows(interpreted: dict[str, Any]) -> None:
     assert found["changed"] == 0 and found["lost"] <= 2.0**-34
     assert 512 <= found["largest"] <= 1024
     assert found["sums"] <= 2.0**-20
+
+
+@needs_triton
+def test_instructions_unpack_what_arithmetic_says(interpreted: dict[str, Any]) -> None:
+    assert interpreted["instructions"] == dict.fromkeys(["four bits", *(f"six bits, quarter {quarter}" for quarter in range(4))], 0)
 
 
 @pytest.mark.parametrize("name", NAMES)

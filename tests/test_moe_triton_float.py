@@ -13,8 +13,10 @@ import sys
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from instructions_by_hand import halves, run
 
 from quantkit import grid
 from quantkit.grid import QuantizedTensor
@@ -161,13 +163,16 @@ def round_rows() -> dict[str, Any]:
 
 
 def widen() -> list[int]:
-    """FP8 codes whose BF16 form differs, by the conversion of the instructions, written out in integers here."""
-    codes = torch.arange(256, dtype=torch.int32)
-    codes = codes[(codes & 127) != 127]  # no weight is NaN
-    bits = ((codes & 0x80) << 8) | ((codes & 0x7F) << 4)
-    moved = bits.to(torch.int16).view(torch.bfloat16).to(torch.float64) * 2.0**120
-    expected = codes.to(torch.uint8).view(torch.float8_e4m3fn).to(torch.float64)
-    return codes[moved != expected].tolist()
+    """FP8 codes whose BF16 form by the kernel's instructions is another number."""
+    from quantkit.kernels import moe_triton_float
+
+    codes = np.arange(256, dtype=np.uint8)
+    codes = codes[(codes & 127) != 127].repeat(2)[:508]  # no weight is NaN; 127 words
+    codes[::2] = codes[::-2]  # so that neighbours differ
+    pairs = run(moe_triton_float._WIDENED.value, 2, [codes.view(np.uint32)])
+    found = torch.stack([halves(words, torch.bfloat16) for words in pairs], 1).flatten()
+    expected = torch.from_numpy(codes).view(torch.float8_e4m3fn).to(torch.float64)
+    return torch.from_numpy(codes)[found != expected].tolist()
 
 
 def interpret() -> dict[str, Any]:
@@ -203,7 +208,7 @@ def test_rows_are_rounded_as_clients_do(interpreted: dict[str, Any]) -> None:
 
 
 @needs_triton
-def test_moved_bits_times_a_power_of_two_are_the_number(interpreted: dict[str, Any]) -> None:
+def test_instructions_widen_every_number_exactly(interpreted: dict[str, Any]) -> None:
     assert interpreted["widened"] == []
 
 

@@ -42,6 +42,23 @@ MANY_ROWS = 64  # of a tile
 NOWHERE, BY_OUTPUT, BY_BLOCK = 0, 1, 2  # where weights have scales
 ROUND_WARPS = 4
 _BY_OUTPUT, _BY_BLOCK = tl.constexpr(BY_OUTPUT), tl.constexpr(BY_BLOCK)
+# Four FP8 numbers of a word to four BF16 numbers; 0x7b80 is 2^120.
+_WIDENED = tl.constexpr("""
+{
+.reg .b32 low, high, moved, factor;
+mov.b32 factor, 0x7b807b80;
+prmt.b32 low, $2, 0, 0x1404;
+prmt.b32 high, $2, 0, 0x3424;
+shr.u32 moved, low, 4;
+and.b32 moved, moved, 0x07f007f0;
+lop3.b32 low, low, 0x80008000, moved, 0xea;
+mul.rn.bf16x2 $0, low, factor;
+shr.u32 moved, high, 4;
+and.b32 moved, moved, 0x07f007f0;
+lop3.b32 high, high, 0x80008000, moved, 0xea;
+mul.rn.bf16x2 $1, high, factor;
+}
+""")
 _BLOCK, _LARGEST, _EPSILON = tl.constexpr(BLOCK_SIZE), tl.constexpr(FP8_MAX), tl.constexpr(EPSILON)
 
 
@@ -52,29 +69,7 @@ _BLOCK, _LARGEST, _EPSILON = tl.constexpr(BLOCK_SIZE), tl.constexpr(FP8_MAX), tl
 def widened(codes, ASSEMBLY: tl.constexpr):
     """FP8 as BF16, exactly."""
     if ASSEMBLY:
-        return tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 low, high, moved, factor;
-            mov.b32 factor, 0x7b807b80;
-            prmt.b32 low, $2, 0, 0x1404;
-            prmt.b32 high, $2, 0, 0x3424;
-            shr.u32 moved, low, 4;
-            and.b32 moved, moved, 0x07f007f0;
-            lop3.b32 low, low, 0x80008000, moved, 0xea;
-            mul.rn.bf16x2 $0, low, factor;
-            shr.u32 moved, high, 4;
-            and.b32 moved, moved, 0x07f007f0;
-            lop3.b32 high, high, 0x80008000, moved, 0xea;
-            mul.rn.bf16x2 $1, high, factor;
-            }
-            """,
-            "=&r,=&r,r",
-            [codes],
-            dtype=tl.bfloat16,
-            is_pure=True,
-            pack=4,
-        )
+        return tl.inline_asm_elementwise(_WIDENED, "=&r,=&r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4)
     return codes.to(tl.bfloat16)
 
 
