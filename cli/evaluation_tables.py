@@ -22,7 +22,7 @@ WORST = 5  # kinds of text that are named
 
 def print_evaluation(console: Console, evaluation: Evaluation) -> None:
     """All figures of one artifact, or of several side by side, and what they amount to."""
-    from quantkit.report_words import summary
+    from quantkit.report.words import summary
 
     if len(evaluation.artifacts) == 1:
         _print_one(console, evaluation, evaluation.artifacts[0])
@@ -46,7 +46,7 @@ def print_evaluation(console: Console, evaluation: Evaluation) -> None:
 
 
 def _print_one(console: Console, evaluation: Evaluation, own: ArtifactEvaluation) -> None:
-    from quantkit.report_words import interval, main_columns, number, percent
+    from quantkit.report.words import interval, main_columns, number, percent
 
     print_heading(console, f"{own.name} beside {evaluation.reference}")
     table = make_table(("figure",), ("value", "interval"))
@@ -75,7 +75,7 @@ def _divergence(item: tuple[str, Scores]) -> float:
 
 
 def _print_several(console: Console, evaluation: Evaluation) -> None:
-    from quantkit.report_words import interval, number, percent, ratio, signed, size, verdict
+    from quantkit.report.words import interval, number, percent, ratio, signed, size, verdict
 
     print_heading(console, f"Compared with {evaluation.reference}, {size(evaluation.reference_bytes)}")
     wide = console.width >= WIDE
@@ -97,7 +97,7 @@ def _print_several(console: Console, evaluation: Evaluation) -> None:
 
 
 def _golden_table(evaluation: Evaluation) -> Table:
-    from quantkit.report_words import number, percent, percent_interval, seconds, size
+    from quantkit.report.words import number, percent, percent_interval, seconds, size
 
     table = make_table(("model",), ("size", "right", "interval", "time", "tokens/s"), wrap="model")
     for one in evaluation.golden:

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from quantkit.errors import OutputError
 from quantkit.evaluation import Estimate, Evaluation
 from quantkit.report import NAMES, write_report
-from quantkit.report_markup import Markup, Scale, element, escape, logarithmic_scale
-from quantkit.report_size_chart import size_chart
-from quantkit.report_words import difference, frontier, headline, interval, number, percent, signed, significant, size, summary
+from quantkit.report.markup import Markup, Scale, element, escape, logarithmic_scale
+from quantkit.report.size_chart import size_chart
+from quantkit.report.words import difference, frontier, headline, interval, number, percent, signed, significant, size, summary
 from tests.sample_evaluations import sample, scores, with_golden, without_anything
 
 HOSTILE = "<script>alert('x')</script> & \"q\" | `b` *s* \x00\x1b[31m ￿ 深い"

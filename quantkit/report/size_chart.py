@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from quantkit.evaluation import ArtifactEvaluation, Evaluation
-from quantkit.report_markup import (
+from quantkit.report.markup import (
     Markup,
     Scale,
     element,
@@ -25,7 +25,7 @@ from quantkit.report_markup import (
     series_class,
     tick_label,
 )
-from quantkit.report_words import frontier, interval, number, size
+from quantkit.report.words import frontier, interval, number, size
 
 _RADII = (10, 15, 22, 31, 42, 55, 70, 88, 108)
 _DIRECTIONS = 16

@@ -13,13 +13,13 @@ import shlex
 from collections.abc import Sequence
 
 from quantkit.evaluation import ArtifactEvaluation, Evaluation
-from quantkit.report_charts import MANY, by_label, dot_plot, error_panels, layerless_errors, legend
-from quantkit.report_glossary import GLOSSARY
-from quantkit.report_heat_maps import coverage_groups, coverage_map, router_map
-from quantkit.report_markup import Markup, element, join, key, typeset
-from quantkit.report_size_chart import size_chart
-from quantkit.report_style import SCRIPT, STYLE
-from quantkit.report_tables import (
+from quantkit.report.charts import MANY, by_label, dot_plot, error_panels, layerless_errors, legend
+from quantkit.report.glossary import GLOSSARY
+from quantkit.report.heat_maps import coverage_groups, coverage_map, router_map
+from quantkit.report.markup import Markup, element, join, key, typeset
+from quantkit.report.size_chart import size_chart
+from quantkit.report.style import SCRIPT, STYLE
+from quantkit.report.tables import (
     answers_table,
     difference_table,
     fallback_list,
@@ -31,7 +31,7 @@ from quantkit.report_tables import (
     role_table,
     router_table,
 )
-from quantkit.report_words import PER_CENT, default_command, headline, listing, many, role, size, summary, text_facts
+from quantkit.report.words import PER_CENT, default_command, headline, listing, many, role, size, summary, text_facts
 
 _POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"

@@ -11,9 +11,9 @@ from collections.abc import Iterable
 
 from quantkit.coverage import ColorScale, palette_color
 from quantkit.evaluation import ArtifactEvaluation, Evaluation
-from quantkit.report_charts import frame, layer_ticks, ledger_layers, scale_bar, swatch
-from quantkit.report_markup import Markup, element, escape, join, plain
-from quantkit.report_words import listing, percent
+from quantkit.report.charts import frame, layer_ticks, ledger_layers, scale_bar, swatch
+from quantkit.report.markup import Markup, element, escape, join, plain
+from quantkit.report.words import listing, percent
 
 _PALETTE = tuple(palette_color(step / 16) for step in range(17))
 _AGREEMENT_ROW = 22

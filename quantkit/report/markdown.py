@@ -11,10 +11,10 @@ import shlex
 from collections.abc import Iterable, Sequence
 
 from quantkit.evaluation import Estimate, Evaluation
-from quantkit.report_charts import by_label
-from quantkit.report_glossary import GLOSSARY
-from quantkit.report_heat_maps import router_rows
-from quantkit.report_words import (
+from quantkit.report.charts import by_label
+from quantkit.report.glossary import GLOSSARY
+from quantkit.report.heat_maps import router_rows
+from quantkit.report.words import (
     PER_CENT,
     UNKNOWN,
     default_command,

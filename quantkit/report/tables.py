@@ -9,10 +9,10 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 from quantkit.evaluation import ArtifactEvaluation, Estimate, Evaluation
-from quantkit.report_charts import by_label
-from quantkit.report_heat_maps import router_rows
-from quantkit.report_markup import Markup, element, join, key, typeset
-from quantkit.report_words import (
+from quantkit.report.charts import by_label
+from quantkit.report.heat_maps import router_rows
+from quantkit.report.markup import Markup, element, join, key, typeset
+from quantkit.report.words import (
     PER_CENT,
     UNKNOWN,
     frontier,

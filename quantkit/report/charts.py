@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from quantkit.evaluation import Estimate, Evaluation, LedgerCell
-from quantkit.report_markup import (
+from quantkit.report.markup import (
     Markup,
     Scale,
     dash,
@@ -23,7 +23,7 @@ from quantkit.report_markup import (
     series_class,
     tick_label,
 )
-from quantkit.report_words import interval, number, role
+from quantkit.report.words import interval, number, role
 
 _LINES_HEIGHT = 190
 MANY = 8  # with more artifacts than these, whiskers and dots would only hide each other

@@ -16,9 +16,9 @@ from typing import Any
 from quantkit.errors import OutputError
 from quantkit.evaluation import Evaluation
 from quantkit.journal import output_errors, sync_directory, write_all
-from quantkit.report_html import html_report
-from quantkit.report_markdown import markdown_report
-from quantkit.report_words import title as usual_title
+from quantkit.report.html import html_report
+from quantkit.report.markdown import markdown_report
+from quantkit.report.words import title as usual_title
 
 HTML_NAME, MARKDOWN_NAME, JSON_NAME = "report.html", "report.md", "report.json"
 NAMES = (HTML_NAME, MARKDOWN_NAME, JSON_NAME)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quantkit.report_words import PER_CENT
+from quantkit.report.words import PER_CENT
 
 GLOSSARY: dict[str, str] = {
     "Size, bits per weight": (
