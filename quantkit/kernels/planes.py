@@ -24,6 +24,18 @@ import numpy as np
 import numpy.typing as npt
 
 from quantkit.kernels.jit import compiled, kernel
+from quantkit.kernels.memory import load_int32, store
+from quantkit.kernels.plane_memory import (
+    copy_shifts_of_one,
+    copy_shifts_of_two,
+    load_codes,
+    load_eight,
+    load_four,
+    store_codes,
+    store_eight,
+    store_four,
+)
+from quantkit.kernels.simd import ints
 
 GROUP = 128  # inputs that are packed together
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}  # bits of a code -> bits of its planes
@@ -38,68 +50,90 @@ def plane_words(columns: int, bits: int) -> int:
 
 
 @compiled
-def _pack_group(codes: Any, words: Any, planes: Any, half: Any) -> None:
-    """codes uint8 [128] in two's complement -> words uint32 [4 * bits]."""
-    first, shift = 0, np.uint32(0)
-    for index in range(planes.size):
-        width = planes[index]
-        count, mask = 4 * width, np.uint32((1 << width) - 1)
-        for word in range(count):
-            words[first + word] = 0
-        for field in range(32 // width):
-            place = np.uint32(width * field)
-            for word in range(count):  # neighbouring codes, neighbouring words
-                stored = np.uint32(np.uint8(codes[count * field + word] + half))
-                words[first + word] |= ((stored >> shift) & mask) << place
-        first += count
-        shift += np.uint32(width)
+def _field(words: Any, first: Any, width: Any, chunk: Any) -> Any:
+    """Of a plane that begins at word ``first``: the bits of inputs 16 * chunk to 16 * chunk + 15 of the group."""
+    if width == 4:
+        return (load_int32(words, first) >> ints(4 * chunk)) & ints(15)
+    if width == 2:
+        return (load_eight(words, first) >> (ints(4 * chunk) + copy_shifts_of_two())) & ints(3)
+    if width == 1:
+        return (load_four(words, first) >> (ints(4 * chunk) + copy_shifts_of_one())) & ints(1)
+    return (load_int32(words, first + 16 * (chunk & 1)) >> ints(8 * (chunk >> 1))) & ints(255)
 
 
 @compiled
-def _unpack_group(words: Any, codes: Any, planes: Any, half: Any) -> None:
-    """words uint32 [4 * bits] -> codes uint8 [128] in two's complement."""
-    first, shift = 0, np.uint32(0)
+def _unpack_group(words: Any, first: Any, codes: Any, start: Any, planes: Any, half: Any) -> None:
+    """words from ``first`` on -> 128 codes from ``start`` on, in two's complement."""
+    for chunk in range(8):
+        value = _field(words, first, planes[0], chunk)
+        position, low = first + 4 * planes[0], planes[0]
+        for index in range(1, planes.size):
+            value = value | (_field(words, position, planes[index], chunk) << ints(low))
+            position += 4 * planes[index]
+            low += planes[index]
+        store_codes(codes, start + 16 * chunk, value - ints(half))
+
+
+@compiled
+def _bits(codes: Any, start: Any, half: Any, low: Any, mask: Any) -> Any:
+    """Bits ``low`` and following of 16 codes as they are stored."""
+    return (((load_codes(codes, start) + ints(half)) & ints(255)) >> ints(low)) & ints(mask)
+
+
+@compiled
+def _pack_group(codes: Any, start: Any, words: Any, first: Any, planes: Any, half: Any) -> None:
+    """128 codes from ``start`` on -> words from ``first`` on."""
+    low = 0
     for index in range(planes.size):
         width = planes[index]
-        count, mask = 4 * width, np.uint32((1 << width) - 1)
-        for field in range(32 // width):
-            place = np.uint32(width * field)
-            for word in range(count):
-                part = np.uint8(((words[first + word] >> place) & mask) << shift)
-                codes[count * field + word] = part if index == 0 else codes[count * field + word] | part
-        first += count
-        shift += np.uint32(width)
-    for position in range(128):
-        codes[position] -= half
+        mask = (1 << width) - 1
+        even, odd = ints(0), ints(0)
+        if width == 8:
+            for field in range(4):
+                even = even | (_bits(codes, start + 32 * field, half, low, mask) << ints(8 * field))
+                odd = odd | (_bits(codes, start + 32 * field + 16, half, low, mask) << ints(8 * field))
+            store(words, first, even)
+            store(words, first + 16, odd)
+        else:
+            for chunk in range(8):
+                even = even | (_bits(codes, start + 16 * chunk, half, low, mask) << ints(4 * chunk))
+            if width == 4:
+                store(words, first, even)
+            elif width == 2:
+                store_eight(words, first, even << copy_shifts_of_two())
+            else:
+                store_four(words, first, even << copy_shifts_of_one())
+        first += 4 * width
+        low += width
 
 
 @kernel
 def _pack(codes: Any, words: Any, planes: Any, half: Any) -> None:
-    """codes uint8 [out, in], words uint32 [out, groups * 4 * bits]."""
+    """codes uint8 [out, in], words uint32 [out, groups * 4 * bits], both contiguous."""
     rows, columns = codes.shape
     whole = columns // 128
     step = words.shape[1] // max(1, -(-columns // 128))
     last = np.zeros(128, np.uint8)  # code 0 beyond the end
     for row in range(rows):
         for group in range(whole):
-            _pack_group(codes[row, 128 * group : 128 * group + 128], words[row, step * group : step * group + step], planes, half)
+            _pack_group(codes, row * columns + 128 * group, words, row * words.shape[1] + step * group, planes, half)
         if columns % 128:
             last[: columns % 128] = codes[row, 128 * whole :]
-            _pack_group(last, words[row, step * whole :], planes, half)
+            _pack_group(last, 0, words, row * words.shape[1] + step * whole, planes, half)
 
 
 @kernel
 def _unpack(words: Any, codes: Any, planes: Any, half: Any) -> None:
-    """words uint32 [out, groups * 4 * bits], codes uint8 [out, in]."""
+    """words uint32 [out, groups * 4 * bits], codes uint8 [out, in], both contiguous."""
     rows, columns = codes.shape
     whole = columns // 128
     step = words.shape[1] // max(1, -(-columns // 128))
     last = np.empty(128, np.uint8)
     for row in range(rows):
         for group in range(whole):
-            _unpack_group(words[row, step * group : step * group + step], codes[row, 128 * group : 128 * group + 128], planes, half)
+            _unpack_group(words, row * words.shape[1] + step * group, codes, row * columns + 128 * group, planes, half)
         if columns % 128:
-            _unpack_group(words[row, step * whole :], last, planes, half)
+            _unpack_group(words, row * words.shape[1] + step * whole, last, 0, planes, half)
             codes[row, 128 * whole :] = last[: columns % 128]
 
 
@@ -119,7 +153,7 @@ def pack_planes(codes: Codes, bits: int, out: Words | None = None) -> Words:
             f"got {codes.dtype} codes, {target.dtype} {list(target.shape)}"
         )
     target = target.reshape(shape)
-    _pack(np.ascontiguousarray(codes).view(np.uint8), target.view(np.uint32), planes, np.uint8(1 << (bits - 1)))
+    _pack(np.ascontiguousarray(codes).view(np.uint8), target.view(np.uint32), planes, 1 << (bits - 1))
     return target
 
 
@@ -138,7 +172,7 @@ def unpack_planes(words: Words, bits: int, columns: int, out: Codes | None = Non
         )
     if not target.flags.c_contiguous:
         raise ValueError("codes are unpacked into contiguous memory only")
-    _unpack(np.ascontiguousarray(words).view(np.uint32), target.view(np.uint8), planes, np.uint8(1 << (bits - 1)))
+    _unpack(np.ascontiguousarray(words).view(np.uint32), target.view(np.uint8), planes, 1 << (bits - 1))
     return target
 
 
