@@ -102,5 +102,12 @@ def make_exact() -> None:
 
     if not hasattr(builder, "get_bf16"):  # before Triton 3.9
         builder.get_bf16 = constant
+        patch = interpreter._patch_lang_tensor
+
+        def patched(tensor: Any, scope: Any) -> None:
+            patch(tensor, scope)
+            scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))  # NumPy 2.4 converts no array [1]
+
+        interpreter._patch_lang_tensor = patched
     builder.cast_impl, builder.create_fp_to_fp, builder.create_dot = exact_cast, exact_convert, exact_dot
     builder.binary_op, builder.unary_op = exact_binary, exact_unary
