@@ -195,13 +195,7 @@ def compiled(variant: Variant) -> Code:
     if kernel.__name__ == "multiply":
         options["maxnreg"] = shape.most_registers
     result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    with tempfile.TemporaryDirectory() as directory:
-        cubin = Path(directory) / "kernel.cubin"
-        cubin.write_bytes(result.asm["cubin"])
-        usage = subprocess.run([tools / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True)
-        listing = subprocess.run([tools / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
-    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)[0]
+    registers, stack, listing = disassembled(result)
     instructions = parsed(listing)
     every = collections.Counter(name.split(".")[0] for name, _, _ in instructions)
     loop = inner_loop(instructions)
@@ -213,8 +207,8 @@ def compiled(variant: Variant) -> Code:
         shape.outputs,
         shape.warps,
         shape.residents,
-        int(registers),
-        int(stack),
+        registers,
+        stack,
         every["LDL"] + every["STL"],
         result.metadata.shared,
         {name: every[name] for name in TENSOR_CORE if every[name]},
@@ -222,6 +216,20 @@ def compiled(variant: Variant) -> Code:
         len(loop),
         len(loop) * 32 * shape.warps / weights,
     )
+
+
+def disassembled(result: Any) -> tuple[int, int, str]:
+    """Registers, bytes of stack, and the listing of a compiled kernel."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.TemporaryDirectory() as directory:
+        cubin = Path(directory) / "kernel.cubin"
+        cubin.write_bytes(result.asm["cubin"])
+        usage = subprocess.run([tools / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True)
+        listing = subprocess.run([tools / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
+    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)[0]
+    return int(registers), int(stack), listing
 
 
 def _type_of(value: Any) -> str:
