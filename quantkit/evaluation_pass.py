@@ -198,8 +198,10 @@ class ModelPass:
                 self._cache.save(self._unfinished(sweep), arrays)
                 saved = time.monotonic()
         rows, _ = self._windows.predictions(sweep.part)
-        parts = [encode_rows(hidden[rows[part].to(hidden.device)].cpu()) for part in spans(len(rows), PORTION)]
-        halves, exponents = (torch.cat(list(kind)) for kind in zip(*parts, strict=True)) if parts else encode_rows(hidden[:0])
+        halves = torch.empty(len(rows), hidden.shape[1], dtype=torch.float16)
+        exponents = torch.empty(len(rows), dtype=torch.int16)
+        for part in spans(len(rows), PORTION):
+            halves[part], exponents[part] = encode_rows(hidden[rows[part].to(hidden.device)].cpu())
         return {"halves": halves, "exponents": exponents, "routes": routes}
 
     def _resumed(self, sweep: Sweep, samples: Samples) -> tuple[int, torch.Tensor, torch.Tensor]:

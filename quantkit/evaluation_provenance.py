@@ -163,7 +163,7 @@ def _of(entry: LedgerEntry) -> str:
 
 def _short_rows(model: StoredModel) -> Iterator[str]:
     """Types of llama.cpp that stand in for one whose blocks do not fit the rows."""
-    if not isinstance(model, GgufModel):
+    if not isinstance(model, GgufModel) or FALLBACKS.keys().isdisjoint(model.schemes.values()):
         return
     stand_ins: dict[str, int] = {}
     for unit in model.units:
