@@ -61,6 +61,16 @@ TUNED = (
     ("Q4_K", 128),
     ("Q6_K", 16),
 )
+KEYS = {  # scheme -> its part of the table of tiles
+    "int4-g128": "integer",
+    "int4-g32": "integer-parts",
+    "int8-channel": "integer-wide",
+    "fp8-channel-dynamic": "fp8",
+    "fp8-block-dynamic": "fp8",
+    cases.BF16: "floating",
+    "Q4_K": "Q4_K",
+    "Q6_K": "Q6_K",
+}
 FIRST_TUNED = 6  # of them, before other schemes are measured
 TOKENS_TUNED = {16: 8, 32: 512, 64: 1024, 128: 4096}  # rows of a tile -> tokens of a layer that would use it
 CANDIDATES = {  # rows of a tile -> outputs, warps, stages, programs on a multiprocessor
@@ -181,7 +191,7 @@ class Run:
             lines.append(f"\n{tuned['scheme']}, tiles of {tuned['tile']} rows, {tuned['tokens']} tokens:\n\n")
             cells = [(str(tuple(shape)), shown(time_of), note) for shape, time_of, note in tuned["tried"]]
             lines.append(common.table(("outputs, warps, stages, programs", "gate_up and down", ""), cells))
-        return "".join(lines) + ("\n" + table_source(found["tiles"]) if found["tiles"] else "")
+        return "".join(lines) + (table_source(found["tiles"]) if found["tiles"] else "")
 
     def row(self, figure: dict[str, Any]) -> list[str]:
         """A line of the table of figures."""
@@ -426,17 +436,23 @@ def tune(run: Run, layer: cases.Layer, tile: int) -> None:
 
 
 def table_source(tuned: Sequence[dict[str, Any]]) -> str:
-    """The best tiles, as ``quantkit/kernels/moe_tiles.py`` has them."""
-    lines: dict[str, list[str]] = {}
+    """The table of ``quantkit/kernels/moe_tiles.py`` with the best of what was tried, to be put there."""
+    from quantkit.kernels import moe_tiles
+
+    best: dict[tuple[str, int], Any] = {}
     for entry in tuned:
         timed = [(taken, shape) for shape, taken, _ in entry["tried"] if taken is not None]
         if timed:
-            lines.setdefault(entry["scheme"], []).append(f"    {entry['tile']}: Shape{tuple(min(timed)[1])},")
-    blocks = [
-        f"{scheme}: {{\n" + "\n".join(sorted(found, key=lambda line: int(line.split(":")[0]))) + "\n},"
-        for scheme, found in lines.items()
-    ]
-    return "Best tiles:\n\n```\n" + "\n".join(blocks) + "\n```\n" if blocks else ""
+            best[KEYS[entry["scheme"]], entry["tile"]] = moe_tiles.Shape(*min(timed)[1])
+    lines = ["TABLE: dict[str, dict[int, Shape]] = {"]
+    for key, shapes in moe_tiles.TABLE.items():
+        lines.append(f'    "{key}": {{')
+        for tile, shape in shapes.items():
+            chosen = best.get((key, tile), shape)
+            numbers = dataclasses.astuple(chosen)
+            lines.append(f"        {tile}: Shape({', '.join(map(str, numbers[: 4 if numbers[4] == 8 else 5]))}),")
+        lines.append("    },")
+    return "\nThe table with these, for quantkit/kernels/moe_tiles.py:\n\n```python\n" + "\n".join([*lines, "}"]) + "\n```\n"
 
 
 # ------------------------------------------------------------------------------------------------------------------- run

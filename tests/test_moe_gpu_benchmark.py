@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from quantkit.kernels.moe_tiles import TABLE, Shape
+
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "moe_gpu.py"
 WITHOUT = """
 import importlib.abc, runpy, sys
@@ -54,6 +56,9 @@ def test_it_runs_end_to_end_with_torch_triton_and_numpy_alone(tmp_path: Path) ->
     text = (tmp_path / "moe_gpu.md").read_text(encoding="utf-8")
     assert "not measured" in text and "PROBLEM" not in text
     assert str(tmp_path) not in text
+    printed: dict[str, object] = {"Shape": Shape}
+    exec(text.split("```python\n")[1].split("```")[0], printed)  # as it would stand in the module
+    assert printed["TABLE"] == TABLE, "without a measurement no tile is better"
 
 
 @needs_triton

@@ -5,12 +5,14 @@ Triton decides at its import whether it interprets, so kernels run in a process 
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,6 +42,12 @@ CASES = {  # scheme or None for BF16, whether rows are rounded, sizes, splits, l
     "tensor, rows as they are": ("fp8-tensor-static", False, (ODD_HIDDEN, ODD_WIDTH), 1, ("one row",)),
     "BF16": (None, True, (ODD_HIDDEN, ODD_WIDTH), 2, tuple(LOADS)),
 }
+VARIANTS = {  # scheme, rows of a tile, whether rows are rounded
+    "FP8, few rows": ("fp8-channel-dynamic", 16, True),
+    "FP8, many rows": ("fp8-channel-dynamic", 128, True),
+    "FP8 times BF16": ("fp8-channel-dynamic", 16, False),
+}
+MOST_SHARED = 227 * 1024  # bytes that a program may have
 OUTPUT_ROUNDING = 2.0**-8  # of BF16, and a little for float32 sums
 SUM_ROUNDING = 1e-5  # of float32 sums, relative to the sum of magnitudes
 
@@ -184,6 +192,48 @@ def interpret() -> dict[str, Any]:
     return {"products": multiply(), "rounding": round_rows(), "widened": widen()}
 
 
+def compile_kernels() -> dict[str, Any]:
+    """By variant: what the machine code for an H200 does in tensor cores, and where sums of products begin."""
+    import re
+    import tempfile
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+    code = importlib.import_module("moe_machine_code")
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    found: dict[str, Any] = {}
+    for name, (scheme, tokens, rounded) in VARIANTS.items():
+        kernel, shape, arguments, constants = code.launch_of(code.Variant(scheme, "down", tokens, rounded))
+        names = kernel.arg_names
+        types = {argument: code._type_of(value) for argument, value in zip(names, arguments, strict=False)}
+        whole = [place for place, value in enumerate(arguments) if not isinstance(value, int) or value % 16 == 0]
+        source = ASTSource(
+            fn=kernel,
+            signature={argument: types.get(argument, "constexpr") for argument in names},
+            constexprs={(names.index(argument),): value for argument, value in constants.items()},
+            attrs={(place,): [["tt.divisibility", 16]] for place in whole if "tensordesc" not in types[names[place]]},
+        )
+        options = {"num_warps": shape.warps, "num_stages": shape.stages, "enable_fp_fusion": True}
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        with tempfile.TemporaryDirectory() as directory:
+            cubin = Path(directory) / "kernel.cubin"
+            cubin.write_bytes(compiled.asm["cubin"])
+            listing = subprocess.run([tools / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
+        products = re.findall(r"\b([HQ]GMMA|HMMA)\.\S+ ([^;]*);", listing)
+        found[name] = {
+            "kinds": sorted({kind for kind, _ in products}),
+            "products": len(products),
+            "begun": sum(", RZ" in operands for _, operands in products),
+            "waits": listing.count("WARPGROUP.DEPBAR"),
+            "spilled": len(re.findall(r"\b(?:LDL|STL)\b", listing)),
+            "shared": compiled.metadata.shared,
+        }
+    return found
+
+
 # ----------------------------------------------------------------------------------------------------------------- tests
 
 
@@ -212,7 +262,17 @@ def test_instructions_widen_every_number_exactly(interpreted: dict[str, Any]) ->
     assert interpreted["widened"] == []
 
 
-PROGRAMS = {"interpret": interpret}
+@needs_triton
+def test_machine_code_sums_fp8_in_short_runs(tmp_path: Path) -> None:
+    for name, found in run_here("compile_kernels", TRITON_CACHE_DIR=str(tmp_path)).items():
+        eight_bits = "BF16" not in name
+        assert found["kinds"] == ["QGMMA" if eight_bits else "HGMMA"], name
+        assert found["products"] == (4 if eight_bits else 8), f"{name}: one step of 128 inputs"
+        assert found["begun"] == 1 and found["waits"] == 1, f"{name}: a step begins at zero, and is waited for once"
+        assert found["spilled"] == 0 and found["shared"] <= MOST_SHARED, name
+
+
+PROGRAMS = {"interpret": interpret, "compile_kernels": compile_kernels}
 
 if __name__ == "__main__":
     print(json.dumps(PROGRAMS[sys.argv[1]]()))

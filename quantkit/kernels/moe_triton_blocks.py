@@ -347,7 +347,9 @@ def prepared(values: torch.Tensor) -> PreparedRows:
 def shape_of_tile(weight: DeviceWeight, tokens: int) -> Shape:
     """The entry of the table for tiles of so many rows."""
     assert weight.scheme is not None
-    return moe_tiles.shape_of("integer" if _is_integer(weight) else weight.scheme.name, tokens)
+    if _is_integer(weight):
+        return moe_triton_integer.shape_of_tile(as_integer(weight), tokens)
+    return moe_tiles.shape_of(weight.scheme.name, tokens)
 
 
 def gate_up(rows: Rows, weight: DeviceWeight, tiles: Tiles, out: torch.Tensor) -> None:
