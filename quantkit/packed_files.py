@@ -127,11 +127,15 @@ class PackedFiles(OpenFiles):
     def map_block(self, name: str, *, check: bool = True) -> dict[str, torch.Tensor]:
         """The same as views of a private memory map of the file, which live as long as one does; writing to them changes no file.
 
-        check: read it all now and compare checksums; without it pages come as they are touched, and nothing is checked.
+        check: read it all now and compare checksums; without it pages come as they are touched, and nothing is checked.  As with any
+        map, a file that is cut while it is mapped ends the process at the next touch.
         """
         found = self._block(name)
         self._check_state(found.path, name)
-        mapped = mmap.mmap(self._descriptor(found.path), found.block.size, access=mmap.ACCESS_COPY, offset=found.block.offset)
+        try:
+            mapped = mmap.mmap(self._descriptor(found.path), found.block.size, access=mmap.ACCESS_COPY, offset=found.block.offset)
+        except (OSError, ValueError) as error:  # ValueError: the file became shorter just now
+            raise CheckpointError(f"{found.path} cannot be mapped at block {name}: {error}. Use read_block instead.") from error
         data = np.frombuffer(mapped, np.uint8)
         if check:
             self._check_bytes(found, data)
