@@ -127,8 +127,8 @@ class PackedFiles(OpenFiles):
     def map_block(self, name: str, *, check: bool = True) -> dict[str, torch.Tensor]:
         """The same as views of a private memory map of the file, which live as long as one does; writing to them changes no file.
 
-        check: read it all now and compare checksums; without it pages come as they are touched, and nothing is checked.  As with any
-        map, a file that is cut while it is mapped ends the process at the next touch.
+        check: read it all now and compare checksums; without it pages come as they are touched, and nothing is checked.  As with
+        any map, a file that is cut while it is mapped ends the process at the next touch.
         """
         found = self._block(name)
         self._check_state(found.path, name)
