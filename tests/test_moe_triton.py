@@ -23,7 +23,7 @@ from quantkit.grid import QuantizedTensor, dequantize
 from quantkit.kernels import device_weights, moe_tiles, planes
 from quantkit.kernels.activations import rounded_inputs
 from quantkit.kernels.weights import Mlp, Weight
-from quantkit.scheme import parse_scheme
+from quantkit.scheme import Scheme, parse_scheme
 
 CPU = torch.device("cpu")
 BITS = {"int2": 2, "int3": 3, "int4": 4, "int5": 5, "int6": 6, "int8": 8}
@@ -65,8 +65,10 @@ MIXTURES = {  # schemes of (gate, up, down) in turn over experts, of the shared 
     "gate and up differ": ((("int4-g32", "int6-g32", "int8-channel"),), ("int4-g32",) * 3, 7, 1, "anywhere"),
     "rounded": ((("int8-channel-dynamic",) * 3, ("fp8-channel-dynamic",) * 3), ("int8-channel-dynamic",) * 3, 9, 1, "anywhere"),
     "no token": ((("int4-g32",) * 3,), ("int4-g32",) * 3, 0, 1, "anywhere"),
+    "every kind": ([(kind,) * 3 for kind in ("Q4_K", "Q6_K", "Q8_0", "fp8-block-dynamic", None)], ("Q4_K",) * 3, 7, 2, "anywhere"),
 }
 EXPERTS, HIDDEN, WIDTH = 5, 160, 96
+LARGE = {"every kind": (256, 256)}  # hidden, width where blocks want them
 OUTPUT_ROUNDING = 2.0**-8  # of BF16, and a little for float32 sums
 SUM_ROUNDING = 1e-5  # of float32 sums, relative to the sum of magnitudes
 INNER_ROUNDING = 2e-4  # the same where inputs were rounded to BF16 on the way, and some of them to the other side
@@ -89,6 +91,8 @@ def matrix(name: str | None, rows: int, columns: int) -> Weight:
         return (torch.randn(rows, columns) * 0.05).to(torch.bfloat16)
     scheme = parse_scheme(name)
     assert scheme is not None
+    if scheme.number == "ggml":
+        return blocks(scheme, rows, columns)
     shape = scheme.scale_shape(rows, columns)
     if scheme.number == "fp8":
         codes = torch.randn(rows, columns).mul_(30).to(torch.float8_e4m3fn)
@@ -98,6 +102,23 @@ def matrix(name: str | None, rows: int, columns: int) -> Weight:
     scale = (torch.rand(shape) + 0.5).mul_(0.1 / half).to(torch.bfloat16)
     zero_point = None if scheme.symmetric else torch.randint(-half, half, shape, dtype=torch.int8)
     return QuantizedTensor(scheme, codes, scale, zero_point)
+
+
+def blocks(scheme: Scheme, rows: int, columns: int) -> QuantizedTensor:
+    """A random weight of one of llama.cpp's types."""
+    kind = scheme.block_type
+    codes = torch.randint(kind.codes[0], kind.codes[1] + 1, (rows, columns), dtype=torch.int8)
+    scale = (torch.rand(rows, columns // kind.block) + 0.5).mul_(0.05 / kind.codes[1])
+    if not kind.group:
+        return QuantizedTensor(scheme, codes, scale.to(torch.float16))
+    lowest, highest = max(kind.group_scales[0], -63), min(kind.group_scales[1], 63)
+    group_scale = torch.randint(lowest, highest + 1, (rows, columns // kind.group), dtype=torch.int8)
+    scale = scale.mul_(1 / 30).to(torch.float16)
+    if not kind.minimum:
+        return QuantizedTensor(scheme, codes, scale, group_scale=group_scale)
+    group_minimum = torch.randint(0, 64, group_scale.shape, dtype=torch.int8)
+    minimum = torch.rand(scale.shape).mul_(0.002).to(torch.float16)
+    return QuantizedTensor(scheme, codes, scale, group_scale=group_scale, minimum=minimum, group_minimum=group_minimum)
 
 
 def exact(weight: Weight) -> torch.Tensor:
@@ -177,8 +198,8 @@ class Asked(Sequence[Mlp]):
         return self.experts[number]
 
 
-def mlp_of(names: Sequence[str | None]) -> Mlp:
-    sizes = ((WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH))
+def mlp_of(names: Sequence[str | None], hidden: int, width: int) -> Mlp:
+    sizes = ((width, hidden), (width, hidden), (hidden, width))
     return Mlp(*(matrix(name, *size) for name, size in zip(names, sizes, strict=True)))
 
 
@@ -201,10 +222,11 @@ def mixtures() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for number, (name, (kinds, shared_names, tokens, slots, where)) in enumerate(MIXTURES.items()):
         torch.manual_seed(number)
-        experts = Asked([mlp_of(kinds[expert % len(kinds)]) for expert in range(EXPERTS)])
-        shared = mlp_of(shared_names)
-        router = torch.randn(EXPERTS, HIDDEN) * 0.1
-        x = torch.randn(tokens, HIDDEN).to(torch.bfloat16)
+        hidden, width = LARGE.get(name, (HIDDEN, WIDTH))
+        experts = Asked([mlp_of(kinds[expert % len(kinds)], hidden, width) for expert in range(EXPERTS)])
+        shared = mlp_of(shared_names, hidden, width)
+        router = torch.randn(EXPERTS, hidden) * 0.1
+        x = torch.randn(tokens, hidden).to(torch.bfloat16)
         if where == "one":
             router[2], x[:, 0] = 0.0, 1.0
             router[2, 0] = 100.0
@@ -231,7 +253,7 @@ def mixtures() -> dict[str, Any]:
             "wanted": sorted(set(torch.topk(logits, slots).indices.flatten().tolist())),
             "routed": torch.equal(routing.experts, torch.topk(logits, slots).indices),
             "same": torch.equal(result, again),
-            "shape": list(result.shape) == [tokens, HIDDEN] and result.dtype == torch.bfloat16,
+            "shape": list(result.shape) == [tokens, hidden] and result.dtype == torch.bfloat16,
         }
     return found
 
