@@ -85,12 +85,23 @@ def evaluate(
         try:
             base = opened.enter_context(open_model(reference))
             models = [opened.enter_context(open_model(path)) for path in artifacts]
-            keys, provenances = _checked(base, models, watch)
-            directory = model_directory(base)
-            options = {"window": window, "windows": windows, "convention": convention, "seed": seed, "revision": revision}
-            cut = load_windows(text, directory, vocab_size=base.config.vocab_size, **options)  # type: ignore[arg-type]
             names = _names(models)
+            for model in models:
+                check_same_model(base, model)
+                check_same_tokenizer(base, model)
+            directory = model_directory(base)
+            cut = load_windows(
+                text,
+                directory,
+                window=window,
+                windows=windows,
+                convention=convention,
+                seed=seed,
+                revision=revision,
+                vocab_size=base.config.vocab_size,
+            )
             store = EvaluationCache(cache or Path.home() / ".cache" / "quantkit" / "evaluation")
+            keys, provenances = _checked(base, models, watch)  # which takes a while: all other errors come first
             team = opened.enter_context(Team(workers or available_cores()))
             where = None if device == "cpu" else torch.device(device)
             sweeps = cut_sweeps(cut, base.config.hidden_size, batch_tokens)
@@ -153,8 +164,6 @@ def _checked(base: StoredModel, models: Sequence[StoredModel], watch: Watch) -> 
     keys = [check_files(base, read_manifest(base), None)]
     provenances = []
     for model in models:
-        check_same_model(base, model)
-        check_same_tokenizer(base, model)
         manifest = read_manifest(model)
 
         def tell(done: int, total: int, name: str = model.name) -> None:
