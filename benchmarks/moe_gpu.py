@@ -30,13 +30,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import common
 import moe_gpu_cases as cases
+import moe_gpu_tiles as tuning
 import torch
 import torch.nn.functional as functional
 
@@ -44,41 +45,6 @@ TESTS = Path(__file__).resolve().parent.parent / "tests"
 PARTS = ("scout", "maverick", "tuning", "others")
 MAIN = ("int4-g128", "fp8-channel-dynamic", "fp8-block-dynamic", cases.BF16)
 OTHERS = ("Q4_K", "int8-channel", "int4-g32", "int4-g128-asym", "int8-channel-dynamic", "Q8_0", "Q6_K", "int4-channel", "int8-g128")
-TUNED = (
-    ("int4-g128", 128),
-    ("int4-g128", 16),
-    ("fp8-block-dynamic", 128),
-    ("fp8-channel-dynamic", 16),
-    (cases.BF16, 16),
-    (cases.BF16, 128),
-    ("Q4_K", 16),
-    ("int4-g128", 32),
-    ("int4-g128", 64),
-    ("fp8-block-dynamic", 32),
-    ("fp8-block-dynamic", 64),
-    ("int4-g32", 16),
-    ("int4-g32", 128),
-    ("Q4_K", 128),
-    ("Q6_K", 16),
-)
-KEYS = {  # scheme -> its part of the table of tiles
-    "int4-g128": "integer",
-    "int4-g32": "integer-parts",
-    "int8-channel": "integer-wide",
-    "fp8-channel-dynamic": "fp8",
-    "fp8-block-dynamic": "fp8",
-    cases.BF16: "floating",
-    "Q4_K": "Q4_K",
-    "Q6_K": "Q6_K",
-}
-FIRST_TUNED = 6  # of them, before other schemes are measured
-TOKENS_TUNED = {16: 8, 32: 512, 64: 1024, 128: 4096}  # rows of a tile -> tokens of a layer that would use it
-CANDIDATES = {  # rows of a tile -> outputs, warps, stages, programs on a multiprocessor
-    16: ((64, 4, 4, 4), (64, 4, 6, 3), (64, 4, 8, 2), (128, 4, 4, 2), (128, 8, 4, 2), (128, 8, 6, 1)),
-    32: ((64, 4, 4, 3), (64, 4, 6, 2), (128, 4, 4, 2), (128, 8, 4, 1)),
-    64: ((64, 4, 4, 2), (128, 4, 4, 2), (128, 4, 5, 1), (128, 8, 4, 1), (256, 8, 3, 1)),
-    128: ((128, 8, 3, 1), (128, 8, 4, 1), (256, 8, 3, 1), (256, 8, 4, 1), (64, 4, 4, 2), (128, 4, 3, 1), (128, 8, 2, 1)),
-}
 FLUSHED = 256 << 20  # bytes, several times the second level cache
 LEAST_SECONDS = 15.0  # that a step needs
 FP8_SUMS, SUMS, OUTPUT = 2.0**-12, 2.0**-15, 2.0**-8  # what is lost in tensor cores and in the BF16 of the result
@@ -191,7 +157,7 @@ class Run:
             lines.append(f"\n{tuned['scheme']}, tiles of {tuned['tile']} rows, {tuned['tokens']} tokens:\n\n")
             cells = [(str(tuple(shape)), shown(time_of), note) for shape, time_of, note in tuned["tried"]]
             lines.append(common.table(("outputs, warps, stages, programs", "gate_up and down", ""), cells))
-        return "".join(lines) + (table_source(found["tiles"]) if found["tiles"] else "")
+        return "".join(lines) + (tuning.table_source(found["tiles"]) if found["tiles"] else "")
 
     def row(self, figure: dict[str, Any]) -> list[str]:
         """A line of the table of figures."""
@@ -392,69 +358,6 @@ def baselines(run: Run, layer: cases.Layer, model: str, counts_of_tokens: Sequen
             run.write()
 
 
-# ----------------------------------------------------------------------------------------------------------------- tuning
-
-
-def candidates(run: Run, layer: cases.Layer, tile: int) -> Iterator[Any]:
-    """The tile of the table, then others."""
-    from quantkit.kernels import moe_tiles, moe_triton
-
-    [stack] = layer.mixture.stacks
-    first = moe_triton.kernels_of(stack.gate.kind).shape_of_tile(stack.gate, tile)
-    yield first
-    others = [moe_tiles.Shape(*numbers) for numbers in CANDIDATES[tile]]
-    yield from [shape for shape in others if shape != first][: None if run.measures else 1]
-
-
-def tune(run: Run, layer: cases.Layer, tile: int) -> None:
-    """Every candidate's time for gate_up and down."""
-    tokens = TOKENS_TUNED[tile] if run.measures else 3
-    [stack] = layer.mixture.stacks
-    counts = cases.rows_per_expert(tokens, layer.experts, run.device)
-    tiles = cases.tiles_of(counts, tokens, tile)
-    values = torch.randn(2 * tokens, layer.hidden, device=run.device).to(torch.bfloat16)
-    inner = torch.randn(2 * tokens, layer.width, device=run.device).to(torch.bfloat16)
-    parts = torch.empty(cases.splits_of(stack.down, tiles, run.device), 2 * tokens, layer.hidden, device=run.device)
-    given, between = (cases.rounded(rows, weight, counts, True) for rows, weight in ((values, stack.gate), (inner, stack.down)))
-    out = torch.empty_like(inner)[None]
-    tuned: dict[str, Any] = {"scheme": layer.name, "tile": tile, "tokens": tokens, "tried": []}
-    run.found["tiles"].append(tuned)
-    for shape in candidates(run, layer, tile):
-        if run.late():
-            break
-
-        def work() -> None:
-            cases.launch(given, stack.gate, tiles, out, shape=shape)  # noqa: B023
-            cases.launch(between, stack.down, tiles, parts, shape=shape)  # noqa: B023
-
-        try:
-            taken, note = run.seconds(work, 0.2), ""
-        except Exception as error:  # a tile that does not fit is an answer
-            taken, note = None, f"{type(error).__name__}: {str(error)[:100]}".replace("\n", " ").replace("|", "/")
-        tuned["tried"].append([dataclasses.astuple(shape), taken, note])
-        run.write()
-
-
-def table_source(tuned: Sequence[dict[str, Any]]) -> str:
-    """The table of ``quantkit/kernels/moe_tiles.py`` with the best of what was tried, to be put there."""
-    from quantkit.kernels import moe_tiles
-
-    best: dict[tuple[str, int], Any] = {}
-    for entry in tuned:
-        timed = [(taken, shape) for shape, taken, _ in entry["tried"] if taken is not None]
-        if timed:
-            best[KEYS[entry["scheme"]], entry["tile"]] = moe_tiles.Shape(*min(timed)[1])
-    lines = ["TABLE: dict[str, dict[int, Shape]] = {"]
-    for key, shapes in moe_tiles.TABLE.items():
-        lines.append(f'    "{key}": {{')
-        for tile, shape in shapes.items():
-            chosen = best.get((key, tile), shape)
-            numbers = dataclasses.astuple(chosen)
-            lines.append(f"        {tile}: Shape({', '.join(map(str, numbers[: 4 if numbers[4] == 8 else 5]))}),")
-        lines.append("    },")
-    return "\nThe table with these, for quantkit/kernels/moe_tiles.py:\n\n```python\n" + "\n".join([*lines, "}"]) + "\n```\n"
-
-
 # ------------------------------------------------------------------------------------------------------------------- run
 
 
@@ -474,9 +377,9 @@ def steps(run: Run, parts: Sequence[str]) -> None:
     def baseline() -> None:
         baselines(run, layer(MAIN[0], sizes.scout), "Scout", (*sizes.prefill[:2], sizes.decode[0]))
 
-    def tuning(chosen: Sequence[tuple[str, int]]) -> None:
+    def tune(chosen: Sequence[tuple[str, int]]) -> None:
         for name, tile in chosen:
-            run.step(f"tiles of {tile} rows, {name}", lambda: tune(run, layer(name, sizes.scout), tile))  # noqa: B023
+            run.step(f"tiles of {tile} rows, {name}", lambda: tuning.tune(run, layer(name, sizes.scout), tile))  # noqa: B023
 
     run.step("copy", partial(copy_rate, run))
     if "scout" in parts:
@@ -491,7 +394,7 @@ def steps(run: Run, parts: Sequence[str]) -> None:
         for name in MAIN[:1] if few else MAIN[:3:2]:
             run.step(f"Maverick, {name}", partial(maverick, name))
     if "tuning" in parts:
-        tuning([(MAIN[0], 16), (MAIN[1], 16)] if few else TUNED[:FIRST_TUNED])
+        tune([(MAIN[0], 16), (MAIN[1], 16)] if few else tuning.TUNED[: tuning.FIRST_TUNED])
     if "others" in parts:
         for name in OTHERS[:1] if few else OTHERS:
             run.step(f"check of {name}", partial(check, run, name))
@@ -500,7 +403,7 @@ def steps(run: Run, parts: Sequence[str]) -> None:
             run.step(f"check of {name}, rows as they are", partial(check, run, name, round_activations=False))
             run.step(f"Scout, {name}, rows as they are", partial(scout, name, (sizes.decode[0], sizes.prefill[0]), False))
     if "tuning" in parts and not few:
-        tuning(TUNED[FIRST_TUNED:])
+        tune(tuning.TUNED[tuning.FIRST_TUNED :])
 
 
 def main() -> None:
