@@ -37,7 +37,7 @@ from .options import (
     expand,
     shard_bytes,
 )
-from .presets import GGUF_ROWS, preset_rows
+from .presets import GGUF_ROWS, packed_rows, preset_rows
 from .repack import repack_command
 from .run import print_json, reporting, what_calibration_left, what_is_left
 from .signals import stopping_on_signals
@@ -454,19 +454,20 @@ def verify(
 
 @app.command()
 def presets(as_json: AsJson = False) -> None:
-    """List the presets that --to takes, with the bits that each stores per weight: safetensors first, then GGUF."""
+    """List the presets that --to takes, with the bits that each stores per weight: safetensors first, then packed, then GGUF."""
     with reporting(as_json):
-        rows = preset_rows()
+        rows, packed = preset_rows(), packed_rows()
         if as_json:
             from .data import presets_data
 
-            print_json(presets_data(rows, GGUF_ROWS))
+            print_json(presets_data(rows, GGUF_ROWS, packed))
         else:
             from rich.console import Console
 
-            from .tables import print_gguf_presets, print_presets
+            from .tables import print_gguf_presets, print_packed_presets, print_presets
 
             print_presets(Console(), rows)
+            print_packed_presets(Console(), packed)
             print_gguf_presets(Console(), GGUF_ROWS)
 
 

@@ -94,7 +94,7 @@ def inspection_data(inspection: Inspection) -> dict[str, Any]:
     }
 
 
-def presets_data(rows: Iterable[PresetRow], gguf: Iterable[GgufRow], packed: Iterable[PresetRow] = ()) -> dict[str, Any]:
+def presets_data(rows: Iterable[PresetRow], gguf: Iterable[GgufRow], packed: Iterable[PresetRow]) -> dict[str, Any]:
     """All presets by name.  The bits are those of a quantized weight (packed: of a routed expert), of GGUF those of all weights of
     Scout's text model."""
     listed = {

@@ -56,7 +56,7 @@ ShardSize = Annotated[
         "--split-max-size",
         metavar="SIZE",
         callback=_parse_size,
-        help="Largest tensor file: 5GB, 500MB, 4GiB. Default: 5GB for safetensors; a GGUF file stays whole.",
+        help="Largest tensor file: 5GB, 500MB, 4GiB. Default: 5GB for safetensors and packed; a GGUF file stays whole.",
     ),
 ]
 Method = Annotated[

@@ -38,7 +38,7 @@ from quantkit.evaluation import ArtifactEvaluation, Difference, Estimate, Evalua
 from quantkit.gates import Gate, failed_gates, parse_gate
 from quantkit.inspection import Inspection, inspect
 from quantkit.plan import ArtifactPlan, Plan, RoleSummary, summarize_roles
-from quantkit.recipe import GGUF_PRESETS, PRESETS, Recipe, Rule, load_recipe, parse_recipe
+from quantkit.recipe import GGUF_PRESETS, PACKED_PRESETS, PRESETS, Recipe, Rule, load_recipe, parse_recipe
 from quantkit.repack import RepackResult, repack
 from quantkit.report import write_report
 from quantkit.targets import resolve_targets
@@ -47,6 +47,7 @@ from quantkit.version import __version__
 
 __all__ = [
     "GGUF_PRESETS",
+    "PACKED_PRESETS",
     "PRESETS",
     "AlreadyQuantizedError",
     "ArtifactError",

@@ -38,6 +38,7 @@ PUBLIC = {
     "write_report",
     # recipes
     "GGUF_PRESETS",
+    "PACKED_PRESETS",
     "PRESETS",
     "Recipe",
     "Rule",

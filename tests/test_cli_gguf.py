@@ -11,11 +11,10 @@ import pytest
 from gguf import GGUFReader
 from typer.testing import CliRunner
 
-from quantkit import GGUF_PRESETS, PRESETS, Recipe, RecipeError, resolve_targets
+from quantkit import GGUF_PRESETS, PACKED_PRESETS, PRESETS, Recipe, RecipeError, resolve_targets
 from quantkit.imatrix import read_imatrix
 from quantkit.llama4 import inventory, parse_config
 from quantkit.mixtures import FILE_TYPES, data_bytes
-from quantkit.recipe import PACKED_PRESETS
 from quantkit_cli.app import app
 from quantkit_cli.presets import GGUF_ROWS, complete_target
 from tests.gguf_models import text_file, vision_file, write_source
@@ -245,7 +244,7 @@ def test_file_types_are_listed_with_their_methods_and_bits() -> None:
 
 def test_presets_command_lists_both_families() -> None:
     answer = run_json("presets")
-    assert list(answer)[: len(PRESETS)] == list(PRESETS) and set(answer) == {*PRESETS, *GGUF_PRESETS}
+    assert list(answer)[: len(PRESETS)] == list(PRESETS) and set(answer) == {*PRESETS, *PACKED_PRESETS, *GGUF_PRESETS}
     for name, recipe in GGUF_PRESETS.items():
         assert (answer[name]["format"], answer[name]["mixture"], answer[name]["method"]) == ("gguf", recipe.mixture, recipe.method)
     printed = run("presets").stdout

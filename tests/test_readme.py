@@ -17,7 +17,7 @@ from quantkit.llama4 import ROLES, parse_config
 from quantkit.mixtures import FILE_TYPES, data_bytes
 from quantkit.scheme import GGML, scheme_names
 from quantkit_cli.app import app
-from quantkit_cli.presets import GGUF_ROWS, preset_rows
+from quantkit_cli.presets import GGUF_ROWS, packed_rows, preset_rows
 from quantkit_cli.text import size
 from tests.releases import release as true_config
 
@@ -52,6 +52,8 @@ def test_it_begins_with_the_two_commands() -> None:
 def test_presets_and_schemes() -> None:
     stated = {row[0]: (row[1], row[2]) for row in cells("preset | scheme")}
     assert stated == {row.name: (row.scheme, f"{row.bits_per_weight:.3f}") for row in preset_rows()}
+    packed = {row[0]: (row[1], row[2]) for row in cells("packed preset")}
+    assert packed == {row.name: (row.scheme, f"{row.bits_per_weight:.3f}") for row in packed_rows()}
     schemes = README.split("Schemes: ")[1].split("`keep`.")[0]
     missing = [name for name in scheme_names() if f"`{name.removesuffix('-asym')}`" not in schemes and name != "keep"]
     assert missing == []
@@ -112,6 +114,9 @@ def test_sizes_of_the_releases(tmp_path: Path, release: str) -> None:
     assert len(presets) == 5
     plan = quantkit.plan(release_config(tmp_path, release), presets)
     assert {artifact.name: size(artifact.total_bytes) for artifact in plan.artifacts} == {name: stated[name] for name in presets}
+    packed = {row[0]: row[3 + list(RELEASES).index(release)] for row in cells("packed preset")}
+    planned = quantkit.plan(release_config(tmp_path, release), list(packed)).artifacts
+    assert {artifact.name: size(artifact.total_bytes) for artifact in planned} == packed
     parameters = sum(row.parameters for row in quantkit.summarize_roles(plan, plan.artifacts[0]))
     assert stated["parameters, BF16 source"] == f"{parameters / 1e9:.1f} B, {size(2 * parameters)}"
     rows = 0
