@@ -224,15 +224,15 @@ class _Summaries:
     """Figures over all windows, by kind and by language."""
 
     def __init__(self, artifacts: Sequence[tuple[str, metrics.TokenScores]], windows: Windows, resamples: int, seed: int) -> None:
-        def summed(group: metrics.Group) -> metrics.Summary:
-            return metrics.summarize(artifacts, windows.positions, group, resamples=resamples, seed=seed)
+        def predicting(group: metrics.Group) -> bool:
+            return any(windows.positions[number] for number in group.windows)
 
-        def by(labels: Sequence[str]) -> dict[str, metrics.Summary]:
-            groups = metrics.Group.by(labels)
-            return {group.name: summed(group) for group in groups if sum(windows.positions[number] for number in group.windows)}
-
-        self._all = summed(metrics.Group("", np.arange(len(windows.lengths))))
-        self._kinds, self._languages = by(windows.kinds), by(windows.languages)
+        kinds, languages = ([*filter(predicting, metrics.Group.by(labels))] for labels in (windows.kinds, windows.languages))
+        groups = [metrics.Group("", np.arange(len(windows.lengths))), *kinds, *languages]
+        summaries = metrics.summarize(artifacts, windows.positions, groups, resamples=resamples, seed=seed)
+        named = [(group.name, summary) for group, summary in zip(groups, summaries, strict=True)]
+        self._all = summaries[0]
+        self._kinds, self._languages = dict(named[1 : 1 + len(kinds)]), dict(named[1 + len(kinds) :])
 
     @property
     def differences(self) -> tuple[Difference, ...]:

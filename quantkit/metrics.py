@@ -73,16 +73,28 @@ class Summary:
 
 
 def summarize(
-    artifacts: Sequence[tuple[str, TokenScores]], positions: Sequence[int], group: Group, *, resamples: int, seed: int
-) -> Summary:
-    """All figures of a group of windows.
+    artifacts: Sequence[tuple[str, TokenScores]], positions: Sequence[int], groups: Sequence[Group], *, resamples: int, seed: int
+) -> list[Summary]:
+    """All figures of each group of windows.
 
-    artifacts: with their names, all against one reference.  positions: how many each window has, at least one in the group.
+    artifacts: with their names, all against one reference.  positions: how many each window has, at least one in every group.
     """
     counts = np.asarray(positions, dtype=np.int64)
+    sums = _window_sums(artifacts, counts)
+    return [_summary(artifacts, counts, sums, group, resamples, seed) for group in groups]
+
+
+def _summary(
+    artifacts: Sequence[tuple[str, TokenScores]],
+    counts: NDArray[np.int64],
+    sums: Floats,
+    group: Group,
+    resamples: int,
+    seed: int,
+) -> Summary:
     windows = group.windows[counts[group.windows] > 0]
-    sums = _window_sums(artifacts, counts)[windows]
-    totals = np.concatenate([sums.sum(0, keepdims=True), _resampled(sums, group.name, resamples, seed)])  # [1 + resamples, columns]
+    own = sums[windows]
+    totals = np.concatenate([own.sum(0, keepdims=True), _resampled(own, group.name, resamples, seed)])  # [1 + resamples, columns]
     chosen = _rows_of(windows, counts)
     scores = tuple(_scores(values, totals, number, chosen) for number, (_, values) in enumerate(artifacts))
     differences = {}

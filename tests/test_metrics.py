@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantkit.evaluation import Estimate
-from quantkit.metrics import Group, TokenScores, same_routes, summarize
+from quantkit.metrics import Group, Summary, TokenScores, same_routes, summarize
 
 POSITIONS = (7, 3, 0, 12, 5, 1)
 
@@ -34,6 +35,13 @@ def random_scores(count: int, seed: int, like: TokenScores | None = None) -> Tok
 
 def everything(positions: tuple[int, ...]) -> Group:
     return Group("", np.arange(len(positions)))
+
+
+def one_summary(
+    artifacts: Sequence[tuple[str, TokenScores]], positions: tuple[int, ...], group: Group, *, resamples: int, seed: int
+) -> Summary:
+    [found] = summarize(artifacts, positions, [group], resamples=resamples, seed=seed)
+    return found
 
 
 def chosen(values: torch.Tensor, windows: list[int], positions: tuple[int, ...]) -> list[float]:
@@ -59,7 +67,7 @@ def test_figures_are_those_of_loops() -> None:
     scores = random_scores(sum(POSITIONS), 1)
     for windows in ([0, 1, 2, 3, 4, 5], [1, 3, 4]):
         group = Group("some", np.array(windows))
-        [found] = summarize([("one", scores)], POSITIONS, group, resamples=0, seed=0).scores
+        [found] = one_summary([("one", scores)], POSITIONS, group, resamples=0, seed=0).scores
         reference, loss, divergence, agreement, shift = (
             chosen(values, windows, POSITIONS)
             for values in (scores.reference_loss, scores.loss, scores.divergence, scores.agreement, scores.probability_shift)
@@ -90,7 +98,7 @@ def test_intervals_are_those_of_windows_drawn_one_by_one() -> None:
     scores = random_scores(sum(POSITIONS), 2)
     artifacts = [("one", scores), ("other", random_scores(sum(POSITIONS), 3, scores))]
     resamples, seed = 200, 5
-    summary = summarize(artifacts, POSITIONS, replace(everything(POSITIONS), name="all"), resamples=resamples, seed=seed)
+    summary = one_summary(artifacts, POSITIONS, replace(everything(POSITIONS), name="all"), resamples=resamples, seed=seed)
     present = [number for number, count in enumerate(POSITIONS) if count]  # a window without predictions is never drawn
     generator = np.random.default_rng([seed, xxhash.xxh3_64_intdigest(b"all")])
     draws = [[present[index] for index in row] for row in generator.integers(len(present), size=(resamples, len(present))).tolist()]
@@ -122,7 +130,7 @@ def test_intervals_cover_what_they_promise() -> None:
         losses = torch.from_numpy((level + 0.5 * generator.standard_normal((windows, length))).astype(np.float32).reshape(-1))
         scores = replace(random_scores(windows * length, trial), loss=losses)
         positions = (length,) * windows
-        [found] = summarize([("one", scores)], positions, everything(positions), resamples=400, seed=trial).scores
+        [found] = one_summary([("one", scores)], positions, everything(positions), resamples=400, seed=trial).scores
         covered += found.perplexity.low <= math.exp(truth) <= found.perplexity.high
         naive += abs(found.perplexity.value - math.exp(truth)) <= 1.96 * found.perplexity_error
     assert 0.90 <= covered / trials <= 0.98
@@ -134,19 +142,19 @@ def test_pairs_share_their_draws() -> None:
     positions = (10,) * 40
     scores = random_scores(400, 4)
     worse = replace(scores, loss=scores.loss + 0.01, divergence=scores.divergence + 0.001)
-    summary = summarize([("one", scores), ("worse", worse)], positions, everything(positions), resamples=300, seed=0)
+    summary = one_summary([("one", scores), ("worse", worse)], positions, everything(positions), resamples=300, seed=0)
     difference = summary.differences[0, 1]
     assert difference.divergence.low == pytest.approx(-0.001, rel=1e-3) == difference.divergence.high
     assert difference.log_perplexity.low == pytest.approx(-0.01, rel=1e-3) == difference.log_perplexity.high
     assert summary.scores[0].divergence.high - summary.scores[0].divergence.low > 0.01
-    same = summarize([("one", scores), ("copy", scores)], positions, everything(positions), resamples=50, seed=0)
+    same = one_summary([("one", scores), ("copy", scores)], positions, everything(positions), resamples=50, seed=0)
     assert same.differences[0, 1].divergence == Estimate(0.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize(("positions", "resamples"), [((9,), 100), ((9, 0), 100), ((5, 4), 0)])
 def test_without_resamples_there_is_no_interval(positions: tuple[int, ...], resamples: int) -> None:
     scores = random_scores(9, 6)
-    summary = summarize(
+    summary = one_summary(
         [("a", scores), ("b", random_scores(9, 7, scores))], positions, everything(positions), resamples=resamples, seed=0
     )
     found = summary.scores[0]
@@ -156,7 +164,7 @@ def test_without_resamples_there_is_no_interval(positions: tuple[int, ...], resa
 
 
 def test_one_position_has_no_standard_error() -> None:
-    [found] = summarize([("a", random_scores(1, 8))], (1,), everything((1,)), resamples=10, seed=0).scores
+    [found] = one_summary([("a", random_scores(1, 8))], (1,), everything((1,)), resamples=10, seed=0).scores
     assert math.isnan(found.perplexity_error) and math.isfinite(found.perplexity.value)
 
 
@@ -168,11 +176,11 @@ def test_one_position_has_no_standard_error() -> None:
 def test_intervals_lie_within_what_windows_hold(positions: list[int], seed: int) -> None:
     counts = tuple(positions)
     scores = random_scores(sum(counts), seed)
-    [found] = summarize([("a", scores)], counts, everything(counts), resamples=40, seed=seed).scores
+    [found] = one_summary([("a", scores)], counts, everything(counts), resamples=40, seed=seed).scores
     starts = np.cumsum([0, *counts])
     means = [float(scores.divergence[a:b].double().mean()) for a, b in pairwise(starts) if b > a]
     assert min(means) - 1e-12 <= found.divergence.low <= found.divergence.high <= max(means) + 1e-12
-    again = summarize([("a", scores)], counts, everything(counts), resamples=40, seed=seed).scores[0]
+    again = one_summary([("a", scores)], counts, everything(counts), resamples=40, seed=seed).scores[0]
     assert again == found
 
 
