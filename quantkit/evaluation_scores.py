@@ -63,7 +63,8 @@ class Scorer:
         for one in (self._reference, *artifacts):
             one.release()
         for artifact in artifacts:
-            artifact.forget(sweep)
+            if artifact.key != self._reference.key:  # the reference's are used again
+                artifact.forget(sweep)
         return found
 
     def _compare(
