@@ -39,29 +39,41 @@ class Shape:
 
 
 TABLE: dict[str, dict[int, Shape]] = {  # kind of weight, or type of llama.cpp -> rows of a tile -> the rest
-    "integer": {  # up to 4 bits
+    "integer": {  # up to 4 bits, groups of 128 inputs or whole rows
         16: Shape(128, 4, 5, 3),
         32: Shape(128, 4, 4, 3),
         64: Shape(128, 4, 4, 2),
         128: Shape(128, 8, 3, 1),
     },
-    "integer-wide": {  # 5 to 8 bits
+    "integer-wide": {  # bytes
         16: Shape(128, 4, 4, 2),
         32: Shape(128, 4, 4, 2),
-        64: Shape(128, 8, 3, 2),
+        64: Shape(128, 4, 3, 2),
         128: Shape(128, 8, 3, 1),
     },
-    "integer-odd": {  # widths with a plane of 1 bit
+    "integer-halves": {  # two groups in a step of 128 inputs
+        16: Shape(128, 4, 4, 2),
+        32: Shape(128, 4, 4, 2),
+        64: Shape(128, 4, 3, 2),
+        128: Shape(128, 4, 3, 2),
+    },
+    "integer-parts": {  # four groups
+        16: Shape(128, 4, 4, 2),
+        32: Shape(128, 4, 4, 2),
+        64: Shape(128, 8, 4, 1),
+        128: Shape(128, 8, 4, 1),
+    },
+    "integer-planes": {  # two planes
+        16: Shape(128, 4, 4, 2),
+        32: Shape(128, 4, 4, 2),
+        64: Shape(128, 8, 3, 1),
+        128: Shape(128, 8, 3, 1),
+    },
+    "integer-odd": {  # a plane of 1 bit
         16: Shape(64, 4, 4, 2),
         32: Shape(64, 4, 4, 2),
         64: Shape(64, 4, 3, 1),
         128: Shape(64, 4, 3, 1),
-    },
-    "integer-parts": {  # groups of 32 and 64 inputs
-        16: Shape(128, 4, 4, 2),
-        32: Shape(64, 4, 4, 2),
-        64: Shape(128, 8, 4, 1),
-        128: Shape(128, 8, 4, 1),
     },
     "fp8": {
         16: Shape(64, 4, 6, 3),

@@ -273,12 +273,16 @@ def round_rows(values: torch.Tensor, weight: DeviceWeight, expert_of_row: torch.
 
 
 def shape_of_tile(weight: DeviceWeight, tokens: int) -> Shape:
-    """The entry of the table.  Groups of less than 128 inputs have sums of their own in registers, and smaller tiles."""
+    """The entry of the table: several planes, and several groups in a step, need registers of their own."""
     assert weight.scheme is not None
-    bits = weight.scheme.bits
-    if 1 in PLANES[bits]:
+    planes, parts = PLANES[weight.scheme.bits], _parts(weight)
+    if 1 in planes:
         return moe_tiles.shape_of("integer-odd", tokens)
-    return moe_tiles.shape_of("integer-parts" if _parts(weight) > 1 else "integer-wide" if bits > 4 else "integer", tokens)
+    if len(planes) > 1:
+        return moe_tiles.shape_of("integer-planes", tokens)
+    if parts > 1:
+        return moe_tiles.shape_of("integer-halves" if parts == 2 else "integer-parts", tokens)
+    return moe_tiles.shape_of("integer-wide" if planes == (8,) else "integer", tokens)
 
 
 def _parts(weight: DeviceWeight) -> int:
