@@ -17,7 +17,8 @@ import torch
 
 from quantkit import forward
 from quantkit.errors import ArtifactError
-from quantkit.kernels.dispatch import dequant_matmul, moe_forward
+from quantkit.kernels.device_weights import DeviceWeight, build
+from quantkit.kernels.dispatch import Backend, dequant_matmul, moe_forward
 from quantkit.kernels.weights import Mlp, Weight
 from quantkit.language_model import TABLE_ROWS, embedding_name, gather, head_name
 from quantkit.layer_pass import PORTION, Samples
@@ -56,6 +57,7 @@ class Inference:
     ) -> None:
         self.model, self.config = model, model.config
         self._team, self._device, self._round = team, device, round_activations
+        self._backend: Backend | None = None if device is None else "triton"
         self._workspace = Workspace()
         self._head: torch.Tensor | None = None  # [vocabulary, hidden], of small models
         self._layers: dict[int, list[Unit]] = {layer: [] for layer in range(self.config.num_layers)}
@@ -124,6 +126,7 @@ class Inference:
                 experts,
                 own,
                 experts_per_token=self.config.experts_per_token,
+                backend=self._backend,
                 round_activations=self._round,
                 team=self._team,
                 workspace=self._workspace,
@@ -147,7 +150,8 @@ class Inference:
     ) -> None:
         config = self.config
         norm = self._vector(f"{base}input_layernorm.weight")
-        joined, (out,) = self._read(matrices["qkv"]), self._read(matrices["o_proj"])
+        joined = [self._ready(weight) for weight in self._read(matrices["qkv"])]
+        [out] = [self._ready(weight) for weight in self._read(matrices["o_proj"])]
         biases = [self._bias(f"{base}self_attn.{name}.bias") for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
         for group in _groups(samples, cache is not None):
             tokens = torch.cat([torch.arange(begin, begin + length) for begin, length in group])
@@ -210,16 +214,26 @@ class Inference:
 
     def _dense(self, rows: torch.Tensor, weights: Mlp) -> torch.Tensor:
         parts = []
+        gate, up, down = (self._ready(weight) for weight in (weights.gate, weights.up, weights.down))
         for part in spans(len(rows), PORTION):
-            inner = forward.gated(self._product(rows[part], weights.gate), self._product(rows[part], weights.up))
-            parts.append(self._product(inner, weights.down))
+            inner = forward.gated(self._product(rows[part], gate), self._product(rows[part], up))
+            parts.append(self._product(inner, down))
         return torch.cat(parts) if parts else torch.zeros_like(rows)
 
-    def _product(self, rows: torch.Tensor, weight: Weight) -> torch.Tensor:
+    def _product(self, rows: torch.Tensor, weight: Weight | DeviceWeight) -> torch.Tensor:
         product = dequant_matmul(
-            self._inputs(rows), weight, round_activations=self._round, team=self._team, workspace=self._workspace
+            self._inputs(rows),
+            weight,
+            backend=self._backend,
+            round_activations=self._round,
+            team=self._team,
+            workspace=self._workspace,
         )
         return product.to(torch.float32)
+
+    def _ready(self, weight: Weight) -> Weight | DeviceWeight:
+        """Brought to the device once, where there is one, for products with several portions of tokens."""
+        return weight if self._device is None else build(weight, self._device)
 
     def _inputs(self, rows: torch.Tensor) -> torch.Tensor:
         """As the kernels of the device take them."""

@@ -18,7 +18,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantkit.errors import RecipeError
 from quantkit.grid import QuantizedTensor, dequantize
 from quantkit.kernels import device_weights, moe_tiles, planes
 from quantkit.kernels.activations import rounded_inputs
@@ -447,12 +446,14 @@ def test_rows_of_gate_and_up_alternate() -> None:
             assert torch.equal(pair.codes[place, :130], wanted) and not pair.codes[place, 130:].any()
 
 
-def test_a_scheme_without_a_kernel_is_named() -> None:
+def test_a_scheme_without_a_kernel_is_brought_over_in_bf16() -> None:
     scheme = parse_scheme("nvfp4")
     assert scheme is not None
-    weight = QuantizedTensor(scheme, torch.zeros(16, 32, dtype=torch.uint8), torch.ones(16, 2), global_scale=torch.ones(1))
-    with pytest.raises(RecipeError, match="nvfp4"):
-        device_weights.build(weight, CPU)
+    codes = torch.randint(0, 16, (16, 32), dtype=torch.uint8)
+    weight = QuantizedTensor(scheme, codes, torch.rand(16, 2).to(torch.float8_e4m3fn), global_scale=torch.ones(1))
+    built = device_weights.build(weight, CPU)
+    assert built.kind == "floating"
+    assert torch.equal(built.codes[:, :32], exact(weight).to(torch.bfloat16)) and not built.codes[:, 32:].any()
 
 
 @given(

@@ -20,8 +20,7 @@ from typing import cast
 
 import torch
 
-from quantkit.errors import RecipeError
-from quantkit.grid import QuantizedTensor
+from quantkit.grid import QuantizedTensor, dequantize
 from quantkit.kernels.planes import GROUP, PLANES
 from quantkit.kernels.weights import Weight, shape_of
 from quantkit.scheme import BLOCK_SIZE, Scheme
@@ -81,7 +80,8 @@ def padded(size: int, multiple: int) -> int:
 
 
 def kind_of(weight: Weight) -> str:
-    """Which kernels multiply it.  Raises RecipeError for a scheme that has none."""
+    """Which kernels multiply it.  Schemes that have none are dequantized and rounded to BF16 when they are brought to the device:
+    such figures are a hair off, by half a step in 256 of every weight."""
     if not isinstance(weight, QuantizedTensor) or weight.scheme.name in FLOATING:
         return "floating"
     scheme = weight.scheme
@@ -89,9 +89,7 @@ def kind_of(weight: Weight) -> str:
         return "integer"
     if scheme.number == "fp8":
         return "fp8"
-    if scheme.name in ("Q8_0", "Q4_K", "Q6_K"):
-        return "blocks"
-    raise RecipeError(f"there is no Triton kernel for weights of the scheme {scheme.name}; use the backend 'reference' or 'cpu'")
+    return "blocks" if scheme.name in ("Q8_0", "Q4_K", "Q6_K") else "floating"
 
 
 def build(weight: Weight, device: torch.device, up: Weight | None = None) -> DeviceWeight:
@@ -185,7 +183,7 @@ def fp8_parts(weight: Weight, device: torch.device) -> Parts:
 
 def floating_parts(weight: Weight, device: torch.device) -> Parts:
     """BF16 numbers; others are rounded to BF16, as the kernels multiply nothing else."""
-    values = weight.codes if isinstance(weight, QuantizedTensor) else weight
+    values = dequantize(weight) if isinstance(weight, QuantizedTensor) else weight
     return Parts(pad_inputs(values.to(device, torch.bfloat16)).contiguous())
 
 
