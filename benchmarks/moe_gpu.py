@@ -47,6 +47,7 @@ MAIN = ("int4-g128", "fp8-channel-dynamic", "fp8-block-dynamic", cases.BF16)
 OTHERS = ("Q4_K", "int8-channel", "int4-g32", "int4-g128-asym", "int8-channel-dynamic", "Q8_0", "Q6_K", "int4-channel", "int8-g128")
 FLUSHED = 256 << 20  # bytes, several times the second level cache
 LEAST_SECONDS = 15.0  # that a step needs
+LAYER_ERROR = 0.03  # of results whose inner values are rounded to BF16, or to FP8 once more
 FP8_SUMS, SUMS, OUTPUT = 2.0**-12, 2.0**-15, 2.0**-8  # what is lost in tensor cores and in the BF16 of the result
 
 
@@ -66,7 +67,14 @@ class Sizes:
 TINY = Sizes(256, 256, 2, 3, (1,), (20,), (16, 64))
 
 
-CHECK_COLUMNS = ("scheme", "rows of a tile", "gate_up, error / allowed", "down", "bits that differ without instructions")
+CHECK_COLUMNS = (
+    "scheme",
+    "rows of a tile",
+    "gate_up, error / allowed",
+    "down",
+    "bytes that differ without instructions",
+    "layer, error",
+)
 FIGURE_COLUMNS = (
     *("layer", "scheme", "tokens", "tile", "gate_up", "down"),
     *("products", "of the copy's rate", "TFLOP/s", "whole layer", "TFLOP/s"),
@@ -148,9 +156,9 @@ class Run:
         if found["left out"]:
             lines.append(f"No time was left for: {', '.join(found['left out'])}\n\n")
         if found["checks"]:
-            keys = ("scheme", "tile", "gate_up", "down", "different")
+            keys = ("scheme", "tile", "gate_up", "down", "different", "layer")
             checked = [[check[key] for key in keys] for check in found["checks"]]
-            checked = [[f"{cell:.2f}" if isinstance(cell, float) else cell for cell in cells] for cells in checked]
+            checked = [[f"{cell:.2g}" if isinstance(cell, float) else cell for cell in cells] for cells in checked]
             lines.append(common.table(CHECK_COLUMNS, checked))
         lines.append("\n" + common.table(FIGURE_COLUMNS, [self.row(figure) for figure in found["figures"]]))
         for tuned in found["tiles"]:
@@ -206,45 +214,72 @@ def copy_rate(run: Run) -> None:
 
 
 def check(run: Run, name: str, *, round_activations: bool = True) -> None:
-    """gate_up and down of four different experts, one of them without rows, against float64."""
-    from quantkit.kernels.activations import rounded_inputs
-
-    hidden, width = (min(size, 1024) for size in (run.sizes.hidden, run.sizes.width))
+    """gate_up and down of four different experts, one of them without rows, against float64; and a layer against float32."""
+    hidden, width = min(run.sizes.hidden, 1024), min(run.sizes.width, 1024)
     for size in run.sizes.checked:
-        layer = cases.layer(name, 1, hidden, width, run.device)
-        counts = torch.tensor([0, size + 3], device=run.device)  # the second expert, in two tiles
-        tiles = cases.tiles_of(counts, size + 3, size)
-        [stack] = layer.mixture.stacks
+        layer = cases.layer(name, 3, hidden, width, run.device, distinct=True)
+        counts = torch.tensor([0, size + 3, 1, 5], device=run.device)
         outcome: dict[str, Any] = {
             "scheme": name if round_activations else name + ", rows as they are",
             "tile": size,
-            "different": 0,
+            **_checked_products(run, layer, counts, size, round_activations),
+            "layer": _checked_layer(run, layer, size, round_activations),
         }
-        for part, weight, first, second in (("gate_up", stack.gate, layer.gate, layer.up), ("down", stack.down, layer.down, None)):
-            values = torch.randn(size + 3, weight.inputs, device=run.device).to(torch.bfloat16)
-            rows = cases.rounded(values, weight, counts, round_activations)
-            dtype = torch.float32 if part == "down" else torch.bfloat16
-            out = torch.empty(1, len(values), weight.outputs, dtype=dtype, device=run.device)
-            cases.launch(rows, weight, tiles, out)
-            if run.measures:
-                plain = torch.empty_like(out)
-                cases.launch(rows, weight, tiles, plain, assembly=False)
-                outcome["different"] += int((plain.view(torch.uint8) != out.view(torch.uint8)).sum())
-            x = values.to(torch.float32)
+        run.found["checks"].append(outcome)
+        wrong = [
+            part
+            for part, most in (("gate_up", 1), ("down", 1), ("layer", LAYER_ERROR), ("different", 0))
+            if not outcome[part] <= most
+        ]
+        if wrong:
+            raise AssertionError(f"{' and '.join(wrong)} of {name}: {outcome}")
+
+
+def _checked_products(run: Run, layer: cases.Layer, counts: torch.Tensor, size: int, round_activations: bool) -> dict[str, Any]:
+    """Errors of what two launches give, relative to what is allowed, and bits in which instructions and arithmetic differ."""
+    from quantkit.kernels.activations import rounded_inputs
+
+    tiles = cases.tiles_of(counts, int(counts.sum()), size)
+    [stack] = layer.mixture.stacks
+    found: dict[str, Any] = {"gate_up": 0.0, "down": 0.0, "different": 0}
+    for part, weight in (("gate_up", stack.gate), ("down", stack.down)):
+        values = torch.randn(int(counts.sum()), weight.inputs, device=run.device).to(torch.bfloat16)
+        rows = cases.rounded(values, weight, counts, round_activations)
+        dtype = torch.float32 if part == "down" else torch.bfloat16
+        out = torch.empty(1, len(values), weight.outputs, dtype=dtype, device=run.device)
+        cases.launch(rows, weight, tiles, out)
+        if run.measures:
+            plain = torch.empty_like(out)
+            cases.launch(rows, weight, tiles, plain, assembly=False)
+            found["different"] += int((plain.view(torch.uint8) != out.view(torch.uint8)).sum())
+        sums = FP8_SUMS if rows.values.dtype == torch.float8_e4m3fn else SUMS
+        split = [torch.split(both, counts.tolist()) for both in (values.to(torch.float32), out[0].to(torch.float64))]
+        for matrices, x, result in zip(layer.matrices, *split, strict=True):
+            first = matrices.down if part == "down" else matrices.gate
             exact = (rounded_inputs(x, first) if round_activations else x).to(torch.float64)
-            sums = FP8_SUMS if rows.values.dtype == torch.float8_e4m3fn else SUMS
             product, slack = _product(exact, first, sums)
-            if second is not None:
-                other, other_slack = _product(exact, second, sums)
+            if part == "gate_up":
+                other, other_slack = _product(exact, matrices.up, sums)
                 inner = functional.silu(product)
                 slack = 1.1 * slack * other.abs() + other_slack * inner.abs()
                 product = inner * other
-            slack = slack + product.abs() * OUTPUT
-            outcome[part] = float(((out[0].to(torch.float64) - product).abs() / slack).max())
-        run.found["checks"].append(outcome)
-        wrong = [part for part in ("gate_up", "down") if not outcome[part] <= 1]
-        if wrong or outcome["different"]:
-            raise AssertionError(f"{' and '.join(wrong)} of {name}: {outcome}")
+                slack = slack + product.abs() * OUTPUT
+            error = (result - product).abs() / slack
+            found[part] = max(found[part], float(error.max()) if error.numel() else 0.0)
+    return found
+
+
+def _checked_layer(run: Run, layer: cases.Layer, tokens: int, round_activations: bool) -> float:
+    """Relative L2 error of a layer from router to output."""
+    from quantkit.kernels import moe_triton, reference
+    from quantkit.kernels.activations import rounded_inputs
+
+    x = torch.randn(tokens, layer.hidden, device=run.device).to(torch.bfloat16)
+    router = torch.randn(layer.experts, layer.hidden, device=run.device)
+    out, routing = moe_triton.moe_forward(x, router, layer.mixture, None, round_activations=round_activations)
+    rounded = rounded_inputs if round_activations else (lambda values, _: values)
+    wanted = reference.moe(x.to(torch.float32), routing, layer.matrices[:-1], layer.matrices[-1], rounded)
+    return float((out.to(torch.float32) - wanted).norm() / wanted.norm())
 
 
 def _product(x: torch.Tensor, weight: Any, sums: float) -> tuple[torch.Tensor, torch.Tensor]:

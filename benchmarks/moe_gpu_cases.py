@@ -131,7 +131,7 @@ def values_of(weight: Any) -> torch.Tensor:
 class Layer:
     """Experts of one scheme, the shared one last, ready to be multiplied; ``experts`` routed ones.
 
-    gate, up, down: the first expert's matrices as they are stored, which all others repeat; None where they are not wanted.
+    matrices: gate, up and down of every expert as they are stored; of the first one only where all others repeat it.
     """
 
     name: str
@@ -139,9 +139,7 @@ class Layer:
     hidden: int
     width: int
     mixture: Any
-    gate: Any
-    up: Any
-    down: Any
+    matrices: tuple[Any, ...]
 
     @property
     def bytes_of_expert(self) -> float:
@@ -157,21 +155,21 @@ class Layer:
 def layer(name: str, experts: int, hidden: int, width: int, device: torch.device, *, distinct: bool = False) -> Layer:
     """A random layer.  Experts are copies of one in memory of their own, or all different where ``distinct``."""
     from quantkit.kernels import device_mixture, device_weights
+    from quantkit.kernels.weights import Mlp
 
-    gates, downs, first = [], [], None
+    gates, downs, matrices = [], [], []
     for _ in range(experts + 1 if distinct else 1):
         gate, up = matrix(name, width, hidden, device), matrix(name, width, hidden, device)
         down = matrix(name, hidden, width, device)
         gates.append(device_weights.build(gate, device, up))
         downs.append(device_weights.build(down, device))
-        first = first or (gate, up, down)
-    assert first is not None
+        matrices.append(Mlp(gate, up, down))
     if not distinct:
         gates, downs = gates * (experts + 1), downs * (experts + 1)
     stack = device_mixture.Stack(
         torch.arange(experts + 1, device=device), experts, device_weights.stack(gates), None, device_weights.stack(downs)
     )
-    return Layer(name, experts, hidden, width, device_mixture.Mixture(experts, (stack,)), *first)
+    return Layer(name, experts, hidden, width, device_mixture.Mixture(experts, (stack,)), tuple(matrices))
 
 
 # ---------------------------------------------------------------------------------------------------------------- launches
