@@ -26,7 +26,7 @@ import torch
 from quantkit import CalibrationOptions, convert
 from quantkit.corpus import load_corpus
 
-TARGETS = ("fp8-dynamic", "w8a16", "w4a16-rtn-g32", "w4a16-rtn", "w4a16-gptq")
+TARGETS = ("w8a16", "nvfp4a16", "w4a16-rtn-g32", "w4a16-rtn", "w4a16-gptq")
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ BATCH = 8
 def load(directory: Path) -> Any:
     """The model; quantized weights are decompressed once, which is faster than doing so in every forward pass."""
     quantized = "quantization_config" in json.loads((directory / "config.json").read_text())
-    options = {"quantization_config": CompressedTensorsConfig(run_compressed=False)} if quantized else {}
+    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if quantized else {}
     return Llama4ForConditionalGeneration.from_pretrained(directory, dtype=torch.float32, **options).eval()
 
 
