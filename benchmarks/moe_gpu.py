@@ -64,7 +64,7 @@ class Sizes:
     checked: tuple[int, ...] = (16, 128)
 
 
-TINY = Sizes(256, 256, 2, 3, (1,), (20,), (16, 64))
+TINY = Sizes(256, 256, 2, 3, (1,), (20,), (16,))
 
 
 CHECK_COLUMNS = (
