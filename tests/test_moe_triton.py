@@ -457,9 +457,7 @@ def test_a_scheme_without_a_kernel_is_brought_over_in_bf16() -> None:
 
 
 @given(
-    counts=st.lists(st.integers(0, 70), min_size=1, max_size=9),
-    tokens=st.sampled_from(moe_tiles.TOKENS),
-    spare=st.integers(0, 3),
+    counts=st.lists(st.integers(0, 70), min_size=1, max_size=9), tokens=st.sampled_from(moe_tiles.TOKENS), spare=st.integers(0, 3)
 )
 def test_every_row_is_in_one_tile_of_its_expert(counts: list[int], tokens: int, spare: int) -> None:
     ends = torch.tensor(counts).cumsum(0)
@@ -474,11 +472,9 @@ def test_every_row_is_in_one_tile_of_its_expert(counts: list[int], tokens: int, 
     assert rows == [(row, expert) for expert, _ in enumerate(counts) for row in range(int(first[expert]), int(ends[expert]))]
 
 
-@pytest.mark.parametrize(
-    ("rows", "experts", "tokens"), [(1, 16, 16), (0, 16, 16), (400, 16, 32), (1024, 16, 64), (16384, 16, 128), (7, 0, 16)]
-)
-def test_tiles_are_as_large_as_experts_fill(rows: int, experts: int, tokens: int) -> None:
-    assert moe_tiles.tokens_of_tile(rows, experts) == tokens
+def test_tiles_are_as_large_as_experts_fill() -> None:
+    for rows, experts, tokens in ((1, 16, 16), (0, 16, 16), (400, 16, 32), (1024, 16, 64), (16384, 16, 128), (7, 0, 16)):
+        assert moe_tiles.tokens_of_tile(rows, experts) == tokens
 
 
 @given(blocks=st.integers(1, 5000), steps=st.integers(1, 128), programs=st.integers(1, 600))

@@ -48,14 +48,14 @@ TABLE: dict[str, dict[int, Shape]] = {  # kind of weight, or type of llama.cpp -
     "integer-wide": {  # bytes
         16: Shape(128, 4, 4, 2),
         32: Shape(128, 4, 4, 2),
-        64: Shape(128, 4, 3, 2),
+        64: Shape(128, 8, 3, 1),
         128: Shape(128, 8, 3, 1),
     },
     "integer-halves": {  # two groups in a step of 128 inputs
         16: Shape(128, 4, 4, 2),
         32: Shape(128, 4, 4, 2),
-        64: Shape(128, 4, 3, 2),
-        128: Shape(128, 4, 3, 2),
+        64: Shape(128, 8, 4, 1),
+        128: Shape(128, 8, 4, 1),
     },
     "integer-parts": {  # four groups
         16: Shape(128, 4, 4, 2),
