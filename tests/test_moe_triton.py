@@ -184,8 +184,6 @@ def deviation(result: torch.Tensor, x: torch.Tensor, weight: Weight, up: Weight 
 
 
 class Asked(Sequence[Mlp]):
-    """Experts that keep note of who is asked for."""
-
     def __init__(self, experts: list[Mlp]) -> None:
         self.experts, self.asked = experts, [-1]
 
@@ -300,7 +298,6 @@ def orders() -> dict[str, Any]:
 
 
 def assembly() -> dict[str, Any]:
-    """The instructions that unpack planes."""
     from quantkit.kernels import moe_triton_integer
 
     wanted = [(4, 8, 1), (4, None, 1), (2, 2, 1), (2, None, 1), (2, 2, 16), (4, 0, 1), (2, 0, 1), (8, 128, 1)]

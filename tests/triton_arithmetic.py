@@ -1,8 +1,8 @@
 """Exact arithmetic for Triton's interpreter.
 
 The interpreter computes with NumPy, which has neither BF16 nor FP8: it multiplies their bit patterns, or rounds toward zero,
-without a word.  ``make_exact`` lets torch convert these numbers, and computes in float32 in between, as a GPU does.  Products of matrices
-are summed in float32.  Call it once, in a process that interprets, before a kernel runs.
+without a word.  ``make_exact`` lets torch convert these numbers, and computes in float32 in between, as a GPU does.  Products of
+matrices are summed in float32.  Call it once, in a process that interprets, before a kernel runs.
 """
 
 from __future__ import annotations
