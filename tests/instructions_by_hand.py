@@ -44,6 +44,7 @@ def run(text: str, outputs: int, inputs: list[Words]) -> list[Words]:
             name = operation.split(".")[0]
             result = {
                 "add": lambda: one + others[0],  # noqa: B023
+                "sub": lambda: one - others[0],  # noqa: B023
                 "mul": lambda: one * others[0],  # noqa: B023
                 "fma": lambda: one * others[0] + others[1],  # noqa: B023
                 "neg": lambda: -one,  # noqa: B023

@@ -13,10 +13,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from instructions_by_hand import halves, run
 
 from quantkit.grid import QuantizedTensor, dequantize
 from quantkit.kernels import device_weights, moe_tiles, planes
@@ -355,54 +357,6 @@ def test_one_program_sorts_and_cuts_as_torch_does(interpreted: dict[str, Any]) -
 # --------------------------------------------------------------------------------------------------------- instructions
 
 
-def run_assembly(text: str, inputs: Sequence[int]) -> list[int]:
-    """The results of a piece of PTX, written for the few instructions that occur; words are Python's integers."""
-    lines = [line.strip().rstrip(";") for line in text.splitlines()]
-    registers: dict[str, int] = {}
-    outputs = text.count(".rn.bf16x2") or sum("lop3" in line for line in lines)
-    registers.update({f"${outputs + place}": word & 0xFFFFFFFF for place, word in enumerate(inputs)})
-
-    def value(name: str) -> int:
-        return registers[name] if name in registers else int(name, 0)
-
-    def floats(word: int) -> torch.Tensor:
-        pair = torch.tensor([word & 0xFFFF, word >> 16], dtype=torch.int32).to(torch.int16)
-        return pair.view(torch.bfloat16).to(torch.float64)
-
-    def word_of(pair: torch.Tensor) -> int:
-        rounded = pair.to(torch.bfloat16)
-        assert torch.equal(rounded.to(torch.float64), pair), "nothing is rounded"
-        low, high = (int(code) & 0xFFFF for code in rounded.view(torch.int16))
-        return high << 16 | low
-
-    for line in lines:
-        if not line or line[0] in "{}.":
-            continue
-        operation, rest = line.split(" ", 1)
-        target, *sources = [name.strip() for name in rest.split(",")]
-        given_values = [value(name) for name in sources]
-        if operation == "mov.b32":
-            registers[target] = given_values[0]
-        elif operation == "shr.u32":
-            registers[target] = given_values[0] >> given_values[1]
-        elif operation == "prmt.b32":
-            both = given_values[1] << 32 | given_values[0]
-            picked = [both >> 8 * (given_values[2] >> 4 * place & 7) & 0xFF for place in range(4)]
-            registers[target] = sum(byte << 8 * place for place, byte in enumerate(picked))
-        elif operation == "lop3.b32":
-            one, other, third, table = given_values
-            bits = [table >> ((one >> b & 1) << 2 | (other >> b & 1) << 1 | (third >> b & 1)) & 1 for b in range(32)]
-            registers[target] = sum(bit << place for place, bit in enumerate(bits))
-        elif operation == "fma.rn.bf16x2":
-            registers[target] = word_of(floats(given_values[0]) * floats(given_values[1]) + floats(given_values[2]))
-        elif operation in ("add.rn.bf16x2", "sub.rn.bf16x2"):
-            sign = 1 if operation.startswith("add") else -1
-            registers[target] = word_of(floats(given_values[0]) + sign * floats(given_values[1]))
-        else:
-            raise AssertionError(f"unknown instruction: {line}")
-    return [registers[f"${place}"] for place in range(outputs)]
-
-
 @needs_triton
 @pytest.mark.parametrize("name", ["4 8 1", "4 None 1", "2 2 1", "2 None 1", "2 2 16", "4 0 1", "2 0 1", "8 128 1"])
 def test_instructions_unpack_what_arithmetic_says(interpreted: dict[str, Any], name: str) -> None:
@@ -411,16 +365,13 @@ def test_instructions_unpack_what_arithmetic_says(interpreted: dict[str, Any], n
     generator = torch.Generator().manual_seed(plane)
     mask = (1 << plane) - 1
     every = torch.arange(mask + 1)
-    for fields in (every.repeat(64), torch.randint(0, mask + 1, (256,), generator=generator)):
-        for words in fields[: len(fields) // (64 // plane) * (64 // plane)].view(-1, 2, 32 // plane)[:16]:
-            packed = [sum(int(field) << plane * place for place, field in enumerate(word)) for word in words]
-            pairs = run_assembly(interpreted["assembly"][name], packed)
-            found = [
-                float(torch.tensor(code if code < 1 << 15 else code - (1 << 16), dtype=torch.int16).view(torch.bfloat16))
-                for pair in pairs
-                for code in (pair & 0xFFFF, pair >> 16)
-            ]
-            assert found == ((words.t().flatten() - offset) * step).tolist()
+    for fields in (every.repeat(64), torch.randint(0, mask + 1, (4096,), generator=generator)):
+        words = fields[: len(fields) // (64 // plane) * (64 // plane)].view(-1, 2, 32 // plane)  # [lanes, two words, fields]
+        shifts = plane * torch.arange(32 // plane, dtype=torch.int64)
+        packed = (words.to(torch.int64) << shifts).sum(-1).numpy().astype(np.uint32)
+        found = run(interpreted["assembly"][name], words.shape[2], [packed[:, 0], packed[:, 1]])
+        values = torch.stack([halves(pair, torch.bfloat16) for pair in found], 1)  # [lanes, fields, two words]
+        assert torch.equal(values, ((words.transpose(1, 2) - offset) * step).to(torch.float64))
 
 
 # ----------------------------------------------------------------------------------------------- weights, tiles, rounding
