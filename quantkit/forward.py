@@ -84,6 +84,9 @@ def attend(
     config.  past: keys as :func:`cached_keys` gives them and values, both ``[..., earlier, key_value_heads, head_dim]``, of the
     positions before these.
     """
+    if query.dim() == 2:  # fused attention wants a dimension for samples
+        earlier = None if past is None else (past[0][None], past[1][None])
+        return attend(config, layer, query[None], key[None], value[None], frequencies=frequencies, past=earlier)[0]
     length, leading = query.shape[-2], query.shape[:-2]
     first = 0 if past is None else past[0].shape[-3]
     query = query.reshape(*leading, length, config.num_heads, config.head_dim)
