@@ -489,7 +489,7 @@ app.command(
 app.command(
     "repack",
     epilog=_examples(
-        "quantkit repack out/w4a16-gptq -o packed",
-        "quantkit repack packed/w4a16-gptq --to compressed-tensors -o back",
+        "quantkit repack out/w4a16-gptq -o packed/w4a16-gptq",
+        "quantkit repack packed/w4a16-gptq --to compressed-tensors -o back/w4a16-gptq",
     ),
 )(repack_command)

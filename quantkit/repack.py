@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +35,7 @@ from quantkit.llama4 import SourceTensor, Unit, WeightMatrix
 from quantkit.packed_artifact import PackedArtifact
 from quantkit.recipe import PACKED, WORKING_SUFFIXES, Recipe, recipe_from_dict
 from quantkit.safetensors_artifact import SafetensorsArtifact
-from quantkit.strict_json import parse_object
+from quantkit.strict_json import brief, parse_object
 from quantkit.tensor_files import SIDECAR_BYTES, read_small_file
 from quantkit.verify import LEDGER, artifact_kind, verify
 from quantkit.version import __version__
@@ -83,15 +84,9 @@ def repack(
         raise RecipeError(f"{to!r} is no format to repack to. Formats: {', '.join(TARGETS)}")
     if workers is not None and (type(workers) is not int or workers < 1):
         raise RecipeError(f"workers is {workers!r}; expected an integer of at least 1")
-    for taken in (final, *(final.with_name(final.name + suffix) for suffix in WORKING_SUFFIXES)):
-        if path.resolve().is_relative_to(taken.resolve()):
-            raise OutputError(f"{taken} holds the artifact; choose another output directory")
-    kind = artifact_kind(path)
-    if kind is GgufArtifact or FORMATS[to] is kind.form:
-        raise RecipeError(f"{path} is {'in GGUF' if kind is GgufArtifact else f'{to} already'}; there is nothing to repack to {to}")
+    kind = _repackable(path, final, to)
     verify(path, sample=0)
     opened = kind(path, {})
-    assert isinstance(opened, (SafetensorsArtifact, PackedArtifact))
     with opened.files:
         opened.checks["tensors"]()
         job = _Job(path, opened, to, max_shard_bytes)
@@ -114,6 +109,31 @@ def repack(
     size = sum(found.stat().st_size for found in writer.final.iterdir())
     seconds = time.monotonic() - started
     return RepackResult(writer.final, to, size, len(opened.schemes), writer.resumed, seconds, job.notes)
+
+
+def _repackable(path: Path, final: Path, to: str) -> type[SafetensorsArtifact | PackedArtifact]:
+    """What an artifact is, when it can be repacked so.  Raises ArtifactError, OutputError, RecipeError."""
+    advice = "Give the directory of an artifact that quantkit wrote."
+    if not os.path.isdir(path):
+        what = "is a file" if os.path.lexists(path) else "does not exist"
+        raise ArtifactError(f"{path} {what}. {advice}")
+    for taken in (final, *(final.with_name(final.name + suffix) for suffix in WORKING_SUFFIXES)):
+        if path.resolve().is_relative_to(taken.resolve()):
+            raise OutputError(f"{taken} holds the artifact; choose another output directory")
+    if final.resolve().is_relative_to(path.resolve()):
+        raise OutputError(f"{final} lies in the artifact, which must stay as it is; choose another output directory")
+    kind = artifact_kind(path)
+    if kind is GgufArtifact:
+        raise RecipeError(f"{path} is in GGUF; there is nothing to repack to {to}")
+    if not os.path.isfile(path / MANIFEST):
+        raise ArtifactError(f"{path} is no artifact of quantkit: it has no {MANIFEST}. {advice}")
+    stated = parse_object(read_small_file(path / MANIFEST, SIDECAR_BYTES), str(path / MANIFEST)).get("format")
+    if stated not in TARGETS:
+        raise ArtifactError(f"{path / MANIFEST} states the format {brief(stated)}; expected one of {', '.join(TARGETS)}. {advice}")
+    if stated == to:
+        raise RecipeError(f"{path} is {to} already; there is nothing to repack")
+    assert issubclass(kind, (SafetensorsArtifact, PackedArtifact))
+    return kind
 
 
 class _Job:

@@ -194,11 +194,37 @@ def test_wrong_arguments(artifact: Path, tmp_path: Path, arguments: dict[str, An
 
 
 def test_gguf_and_sources_are_refused(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"manifest\.json cannot be read"):
-        repack(source, tmp_path / "out")
-    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    for to in ("packed", "compressed-tensors"):
+        with pytest.raises(ArtifactError, match=r"is no artifact of quantkit: it has no manifest\.json"):
+            repack(source, tmp_path / "out", to)
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf" / "x.gguf").write_bytes(b"GGUF")
     with pytest.raises(RecipeError, match="is in GGUF"):
-        repack(tmp_path, tmp_path / "out")
+        repack(tmp_path / "gguf", tmp_path / "out")
+
+
+@pytest.mark.parametrize("to", ["packed", "compressed-tensors"])
+def test_what_is_no_artifact_is_called_so(repacked: Path, tmp_path: Path, to: str) -> None:
+    with pytest.raises(ArtifactError, match=r"nonexistent does not exist\. Give the directory"):
+        repack(tmp_path / "nonexistent", tmp_path / "out", to)
+    with pytest.raises(ArtifactError, match=r"model\.packed is a file\. Give the directory"):
+        repack(repacked / "model.packed", tmp_path / "out", to)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ArtifactError, match="empty is no artifact of quantkit"):
+        repack(tmp_path / "empty", tmp_path / "out", to)
+    (tmp_path / "empty" / "manifest.json").write_text('{"format": [1]}')
+    with pytest.raises(ArtifactError, match=r"states the format \[1\]; expected one of packed, compressed-tensors"):
+        repack(tmp_path / "empty", tmp_path / "out", to)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_output_stays_out_of_the_artifact(artifact: Path, repacked: Path, tmp_path: Path) -> None:
+    before = digests(artifact)
+    (tmp_path / "link").symlink_to(artifact)
+    for output in (artifact / "sub", tmp_path / "link" / "a" / "b"):
+        with pytest.raises(OutputError, match="lies in the artifact"):
+            repack(artifact, output)
+    assert digests(artifact) == before
 
 
 def test_a_damaged_artifact_is_not_repacked(repacked: Path, tmp_path: Path) -> None:
