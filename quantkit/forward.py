@@ -80,17 +80,17 @@ def attend(
     in front.
 
     query: ``[length, heads * head_dim]``; key, value: ``[length, key_value_heads * head_dim]``, as projected.  The values that a
-    quantized KV cache would hold are those of :func:`cached_keys` and ``value``.  frequencies: of the rotation, if not those of the
-    config.  past: keys as :func:`cached_keys` gives them and values, both ``[..., earlier, key_value_heads, head_dim]``, of the
-    positions before these.
+    quantized KV cache would hold are those of :func:`cached_keys` and ``value``.  frequencies: of the rotation, if not those of
+    the config.  Heads that share keys may be given by themselves.  past: keys as :func:`cached_keys` gives them and values, both
+    ``[..., earlier, key_value_heads, head_dim]``, of the positions before these.
     """
     if query.dim() == 2:  # fused attention wants a dimension for samples
         earlier = None if past is None else (past[0][None], past[1][None])
         return attend(config, layer, query[None], key[None], value[None], frequencies=frequencies, past=earlier)[0]
     length, leading = query.shape[-2], query.shape[:-2]
     first = 0 if past is None else past[0].shape[-3]
-    query = query.reshape(*leading, length, config.num_heads, config.head_dim)
-    value = value.reshape(*leading, length, config.num_key_value_heads, config.head_dim)
+    query = query.reshape(*leading, length, -1, config.head_dim)
+    value = value.reshape(*leading, length, -1, config.head_dim)
     positions = torch.arange(first, first + length, device=query.device)
     query = _turned(config, layer, query, positions, frequencies)
     key = cached_keys(config, layer, key, frequencies=frequencies, first=first)
@@ -128,7 +128,7 @@ def cached_keys(
     """
     length = key.shape[-2]
     positions = torch.arange(first, first + length, device=key.device)
-    heads = key.reshape(*key.shape[:-2], length, config.num_key_value_heads, config.head_dim)
+    heads = key.reshape(*key.shape[:-2], length, -1, config.head_dim)
     return _turned(config, layer, heads, positions, frequencies)
 
 

@@ -28,6 +28,9 @@ from quantkit.team import Team, multiply, spans
 from quantkit.workspace import Workspace
 
 KEPT_TABLE_BYTES = 256 << 20  # of the head in float32; a larger one is read again for every call
+NORMALIZED = 64 * 5120  # numbers that a thread normalizes at a time, so that they stay in its cache
+
+Heads = tuple[slice, slice, slice]  # samples, and columns of queries and of keys
 
 
 @dataclass
@@ -83,7 +86,7 @@ class Inference:
     def logits(self, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Final norm and head: ``hidden [count, hidden]``, the rows wanted, to ``out`` float32 ``[count, vocabulary]``."""
         norm = self._vector(f"{self.config.prefix}model.norm.weight")
-        rows = forward.rms_norm(hidden, self.config.rms_norm_eps, norm)
+        rows = self._normalized(hidden, None, norm)
         for first, table in self._head_rows():
             target = out[:, first : first + len(table)]
             if self._device is None:
@@ -114,8 +117,7 @@ class Inference:
         base = f"{self.config.prefix}model.layers.{number}."
         matrices = {unit.key.rpartition(".")[2]: unit for unit in self._layers[number] if unit.matrices and unit.expert is None}
         self._attention(number, base, matrices, hidden, samples, cache)
-        rows = hidden if tokens is None else hidden[tokens]
-        rows = forward.rms_norm(rows, self.config.rms_norm_eps, self._vector(f"{base}post_attention_layernorm.weight"))
+        rows = self._normalized(hidden, tokens, self._vector(f"{base}post_attention_layernorm.weight"))
         own = self._mlp(matrices["gate_up_proj"], matrices["down_proj"])
         routing = None
         if self.config.moe_layers[number]:
@@ -155,7 +157,7 @@ class Inference:
         biases = [self._bias(f"{base}self_attn.{name}.bias") for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
         for group in _groups(samples, cache is not None):
             tokens = torch.cat([torch.arange(begin, begin + length) for begin, length in group])
-            rows = forward.rms_norm(hidden[tokens], config.rms_norm_eps, norm)
+            rows = self._normalized(hidden, tokens, norm)
             query, key, value = (
                 _with_bias(self._product(rows, weight), bias) for weight, bias in zip(joined, biases, strict=False)
             )
@@ -166,13 +168,44 @@ class Inference:
                 query, key, value = query.view(shape), key.view(shape), value.view(shape)
                 context = torch.empty_like(query)
 
-                def attend(part: slice, query=query, key=key, value=value, context=context) -> None:  # type: ignore[no-untyped-def]
-                    context[part] = forward.attend(
-                        config, number, query[part], key[part], value[part], frequencies=self.model.frequencies
+                def attend(at: Heads, query=query, key=key, value=value, context=context) -> None:  # type: ignore[no-untyped-def]
+                    part, queries, keys = at
+                    context[part, :, queries] = forward.attend(
+                        config,
+                        number,
+                        query[part, :, queries],
+                        key[part, :, keys],
+                        value[part, :, keys],
+                        frequencies=self.model.frequencies,
                     )
 
-                self._team.run(attend, spans(len(group), max(1, PORTION // (4 * group[0][1]))))
+                self._team.run(attend, self._heads(len(group), group[0][1]))
             hidden[tokens] += _with_bias(self._product(context.view(len(tokens), -1), out), biases[3])
+
+    def _heads(self, samples: int, length: int) -> list[Heads]:
+        """Work on attention for samples of that length: some of them with all heads, or one with those that share a key."""
+        together, head = PORTION // (4 * length), self.config.head_dim
+        if together:
+            return [(part, slice(None), slice(None)) for part in spans(samples, together)]
+        share = self.config.num_heads // self.config.num_key_value_heads * head
+        return [
+            (slice(sample, sample + 1), slice(number * share, (number + 1) * share), slice(number * head, (number + 1) * head))
+            for sample in range(samples)
+            for number in range(self.config.num_key_value_heads)
+        ]
+
+    def _normalized(self, hidden: torch.Tensor, rows: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
+        """RMS norm of some rows of ``hidden``, or of all."""
+        epsilon = self.config.rms_norm_eps
+        if self._device is not None:
+            return forward.rms_norm(hidden if rows is None else hidden[rows], epsilon, weight)
+        out = torch.empty(len(hidden) if rows is None else len(rows), hidden.shape[1])
+
+        def work(part: slice) -> None:
+            out[part] = forward.rms_norm(hidden[part if rows is None else rows[part]], epsilon, weight)
+
+        self._team.run(work, spans(len(out), max(64, NORMALIZED // hidden.shape[1])))
+        return out
 
     def _continue(
         self,

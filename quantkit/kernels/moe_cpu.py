@@ -2,8 +2,9 @@
 
 A weight matrix is never expanded as a whole: a thread takes ``TILE`` rows of it, dequantizes them into its own buffer, which stays
 in the cache, and multiplies all tokens with them there.  That is as fast as a product with a float32 matrix in memory, from one
-token to thousands, and needs no memory for one.  Up to ``dot_cpu.MOST`` tokens do without the buffer.  Tiles have a fixed size and
-belong to one thread each, so results do not depend on the number of threads.
+token to thousands, and needs no memory for one.  Up to ``dot_cpu.MOST`` tokens do without the buffer.  A small matrix has few
+tiles, so tokens are cut as well, into blocks by which all threads have work.  Sizes of tiles and blocks follow from shapes alone,
+and each belongs to one thread, so results do not depend on the number of threads.
 
 A gated MLP takes its tokens in portions, so that what lies between its matrices stays within ``PORTION_BYTES``:
 
@@ -40,9 +41,11 @@ T = TypeVar("T")
 TILE = 256  # rows of a weight that are dequantized and multiplied at once
 SMALL_TILE, FEW = 64, 64  # the same for at most so many tokens
 PORTION_BYTES = 256 << 20  # rows, inner and the tiles' buffers
-ROWS = 64  # tokens that a thread gathers and rounds at a time
+GATHERED = 64 * 5120  # numbers that a thread gathers and rounds at a time
+ENOUGH, LEAST_BLOCK = 32, 512  # tiles times blocks, if blocks have at least so many tokens
 
 Factor = Prepared | torch.Tensor  # a weight as tiles are made of it
+Cut = tuple[slice, slice]  # rows of a weight, and the tokens that are multiplied with them
 
 
 def dequant_matmul(
@@ -58,10 +61,11 @@ def dequant_matmul(
         factor = _factor(weight, len(x))
         tile = _tile_of(len(x), factor)
 
-        def work(rows: slice, buffers: list[torch.Tensor]) -> None:
-            _multiply(x, factor, rows, buffers[0], out[:, rows])
+        def work(at: Cut, buffers: list[torch.Tensor]) -> None:
+            rows, part = at
+            _multiply(x[part], factor, rows, buffers[0], out[part, rows])
 
-        _on_slots(workers, workspace, work, spans(out.shape[1], tile), (tile * x.shape[1],))
+        _on_slots(workers, workspace, work, _cuts(out.shape[1], tile, len(x)), (tile * x.shape[1],))
     return out
 
 
@@ -120,24 +124,25 @@ class _Run:
         others = self._rows("other rows", x, tokens, scores, weights.up) if two else rows
         inner = self._workspace.tensor("inner", torch.float32, count, width)
 
-        def gate_up(at: slice, buffers: list[torch.Tensor]) -> None:
-            size = at.stop - at.start
-            one, other = (buffer[: count * size].view(count, size) for buffer in buffers[1:])
-            _multiply(rows, gate, at, buffers[0], one)
-            _multiply(others, up, at, buffers[0], other)
-            _gated(one.numpy(), other.numpy(), inner.numpy(), at.start)
+        def gate_up(at: Cut, buffers: list[torch.Tensor]) -> None:
+            (outputs, part), shape = at, _shape(at)
+            one, other = (buffer[: shape[0] * shape[1]].view(shape) for buffer in buffers[1:])
+            _multiply(rows[part], gate, outputs, buffers[0], one)
+            _multiply(others[part], up, outputs, buffers[0], other)
+            _gated(one.numpy(), other.numpy(), inner[part].numpy(), outputs.start)
 
-        def outputs(at: slice, buffers: list[torch.Tensor]) -> None:
-            size = at.stop - at.start
-            product = buffers[1][: count * size].view(count, size)
-            _multiply(inner, down, at, buffers[0], product)
-            _add(product.numpy(), tokens.numpy(), result.numpy(), at.start)
+        def add_down(at: Cut, buffers: list[torch.Tensor]) -> None:
+            (outputs, part), shape = at, _shape(at)
+            product = buffers[1][: shape[0] * shape[1]].view(shape)
+            _multiply(inner[part], down, outputs, buffers[0], product)
+            _add(product.numpy(), tokens[part].numpy(), result.numpy(), outputs.start)
 
-        sizes = (tile * max(width, hidden), count * tile, count * tile)
-        _on_slots(self._team, self._workspace, gate_up, spans(width, tile), sizes)
-        if self._round:
-            self._team.run(lambda part: round_in_place(inner[part], weights.down), spans(count, ROWS))
-        _on_slots(self._team, self._workspace, outputs, spans(hidden, tile), sizes)
+        for outputs, work in ((width, gate_up), (hidden, add_down)):
+            if self._round and work is add_down:
+                self._team.run(lambda part: round_in_place(inner[part], weights.down), _gathered(count, width))
+            cuts = _cuts(outputs, tile, count)
+            most = max((shape[0] * shape[1] for shape in map(_shape, cuts)), default=0)
+            _on_slots(self._team, self._workspace, work, cuts, (tile * max(width, hidden), most, most))
 
     def _rows(self, name: str, x: torch.Tensor, tokens: torch.Tensor, scores: torch.Tensor | None, weight: Weight) -> torch.Tensor:
         out = self._workspace.tensor(name, torch.float32, len(tokens), x.shape[1])
@@ -191,8 +196,25 @@ def _gather(
         if weight is not None:
             round_in_place(out[part], weight)
 
-    team.run(work, spans(len(out), ROWS))
+    team.run(work, _gathered(*out.shape))
     return out
+
+
+def _gathered(rows: int, columns: int) -> list[slice]:
+    return spans(rows, max(64, GATHERED // columns))
+
+
+def _cuts(outputs: int, tile: int, tokens: int) -> list[Cut]:
+    """Tiles of a weight's rows, each with all tokens, or with one block of them after the other where tiles are few."""
+    tiles = spans(outputs, tile)
+    blocks = -(-ENOUGH // max(1, len(tiles)))
+    return [(rows, part) for rows in tiles for part in spans(tokens, max(LEAST_BLOCK, -(-tokens // blocks)))]
+
+
+def _shape(cut: Cut) -> tuple[int, int]:
+    """Tokens and outputs."""
+    outputs, part = cut
+    return part.stop - part.start, outputs.stop - outputs.start
 
 
 def _factor(weight: Weight, tokens: int) -> Factor:
