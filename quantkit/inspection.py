@@ -7,6 +7,7 @@ quantization section of the config; nothing is read but headers and JSON.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -15,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.checkpoint import CONFIG_NAME, TensorFiles, load_config
-from quantkit.errors import ArtifactError, CheckpointError
-from quantkit.formats import compressed_tensors
+from quantkit.errors import ArtifactError, CheckpointError, RecipeError
+from quantkit.formats import compressed_tensors, packed
 from quantkit.formats.compressed_tensors_config import QUANT_METHOD, check_section
 from quantkit.gguf_files import is_gguf
 from quantkit.gguf_inspection import gguf_contents
@@ -24,6 +25,7 @@ from quantkit.llama4 import Llama4Config, Role, inventory, parse_config
 from quantkit.packed_files import PackedFiles, is_packed
 from quantkit.plan import RoleSummary
 from quantkit.recipe import PACKED
+from quantkit.scheme import parse_scheme
 from quantkit.strict_json import brief, parse_object
 from quantkit.tensor_files import OpenFiles, TensorLocation, read_small_file
 from quantkit.writer import JOURNAL
@@ -57,7 +59,8 @@ class Inspection:
     """What stands at ``path``.
 
     kind: ``source``, ``artifact`` (quantized), or of GGUF files also ``unquantized`` and ``importance``.  format: how it is stored.
-    parameters: of the model, by its config, or the stored elements when there is no config.  roles: of GGUF files that are no Llama
+    parameters: of the model, by its config; without one the weights of a packed file, or
+    the stored elements.  roles: of GGUF files that are no Llama
     4 by type, of several models by file.  notes: what a reader should know.  facts: what a GGUF file says of itself.
     """
 
@@ -130,17 +133,21 @@ def _inspect_gguf(target: Path) -> Inspection:
 def _inspect_packed(target: Path) -> Inspection:
     config, notes = None, []
     if os.path.isfile(target):
-        notes.append("a single file: the parameter count is that of the stored elements")
+        notes.append("a single file: the parameter count is that of its own weights")
     elif os.path.isfile(target / CONFIG_NAME):
         raw = parse_object(read_small_file(target / CONFIG_NAME, _CONFIG_LIMIT), str(target / CONFIG_NAME))
         raw.pop("quantization_config", None)
         config = parse_config(raw)
     with PackedFiles.open(target) as files:
         rows, unknown = _rows(
-            files, config, lambda module, tensor: files.schemes.get(module) or files.schemes.get(tensor.name) or tensor.dtype
+            files,
+            config,
+            lambda module, tensor: files.schemes.get(module) or files.schemes.get(tensor.name) or tensor.dtype,
+            lambda tensor: _packed_weights(files, tensor),
         )
         sizes = tuple((file.name, file.stat().st_size) for file in files.paths)
         largest = max(found.block.size for found in files.blocks.values())
+        notes += _unknown_schemes(files)
         facts = (("blocks", f"{len(files.blocks):,}, the largest of {largest:,} bytes"),)
     if unknown:
         notes.append(f"{len(unknown)} tensors are not Llama 4 tensors, {unknown[0]} first")
@@ -150,6 +157,36 @@ def _inspect_packed(target: Path) -> Inspection:
         notes.append(_UNFINISHED)
     parameters, size = sum(row.parameters for row in rows), sum(size for _, size in sizes)
     return Inspection(target, "artifact", PACKED, _describe(config), parameters, size, sizes, rows, tuple(notes), facts)
+
+
+def _unknown_schemes(files: PackedFiles) -> list[str]:
+    """A note for each scheme of a file that means nothing here."""
+    notes = []
+    for name in sorted(set(files.schemes.values())):
+        try:
+            parse_scheme(name)
+        except RecipeError:
+            notes.append(f"a scheme quantkit does not know: {brief(name)}; its stored elements are counted as they are")
+    return notes
+
+
+def _packed_weights(files: PackedFiles, tensor: TensorLocation) -> int:
+    """The weights that a tensor stands for: none for scales, and those of the whole matrix for its codes."""
+    module, _, part = tensor.name.rpartition(".")
+    if tensor.name.endswith(_KV_CACHE):
+        return 0
+    if module not in files.schemes:
+        return tensor.elements
+    if part != "codes":
+        return 0
+    try:
+        scheme = parse_scheme(files.schemes[module])
+    except RecipeError:  # a note says so
+        return tensor.elements
+    if scheme is None or scheme.number == "ggml" or len(tensor.shape) != 2:
+        return tensor.elements
+    scale = files.tensors.get(f"{module}.scale")
+    return math.prod(packed.weight_shape(tensor.shape, None if scale is None else scale.shape, scheme))
 
 
 def _config_text(path: str | Path, revision: str | None) -> tuple[bytes, Path]:
@@ -190,9 +227,15 @@ def _describe(config: Llama4Config | None) -> str:
 
 
 def _rows(
-    files: OpenFiles, config: Llama4Config | None, scheme_of: Callable[[str, TensorLocation], str]
+    files: OpenFiles,
+    config: Llama4Config | None,
+    scheme_of: Callable[[str, TensorLocation], str],
+    weights_of: Callable[[TensorLocation], int] = lambda tensor: tensor.elements,
 ) -> tuple[tuple[RoleSummary, ...], list[str]]:
-    """One row for each role, and the names of tensors that have none.  scheme_of: what a module's first tensor is stored as."""
+    """One row for each role, and the names of tensors that have none.
+
+    scheme_of: what a module's first tensor is stored as.  weights_of: how many a tensor stands for, where no config tells.
+    """
     schemes: dict[Role, set[str]] = {}
     counts: dict[Role, tuple[int, int, int]] = {}
     unknown: list[str] = []
@@ -207,7 +250,7 @@ def _rows(
             seen[module] = scheme_of(module, tensor)
             schemes.setdefault(role, set()).add(seen[module])
         tensors, elements, size = counts.get(role, (0, 0, 0))
-        counts[role] = (tensors + 1, elements + tensor.elements, size + tensor.nbytes)
+        counts[role] = (tensors + 1, elements + weights_of(tensor), size + tensor.nbytes)
     parameters: dict[Role, int] = {}
     if config is not None:
         for expected in inventory(config):

@@ -92,7 +92,7 @@ class RoleSummary:
     @property
     def bits_per_weight(self) -> float:
         """Stored bits for each source parameter."""
-        return 8 * self.bytes / self.parameters
+        return 8 * self.bytes / max(1, self.parameters)  # of a foreign file none may be known
 
 
 def make_plan(

@@ -439,6 +439,10 @@ def test_inspection_of_a_directory_and_of_a_file(source: Path, artifact: Path) -
     single = inspect(artifact / "model.packed")
     assert single.format == "packed" and single.bytes == (artifact / "model.packed").stat().st_size
     assert "single file" in single.notes[0]
+    assert single.parameters == found.parameters
+    assert [(row.role, row.schemes, row.parameters, row.bytes) for row in single.roles] == [
+        (row.role, row.schemes, row.parameters, row.bytes) for row in found.roles
+    ]
 
 
 def test_what_an_inspection_finds_missing(copy: Path) -> None:

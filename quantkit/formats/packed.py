@@ -56,6 +56,7 @@ __all__ = [
     "output_tensors",
     "plan_files",
     "quantization_section",
+    "weight_shape",
 ]
 
 QUANT_METHOD = "quantkit-packed"
@@ -150,7 +151,8 @@ def decode(name: str, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> Qu
     if scheme.number == "ggml":
         data = stored.contiguous().view(torch.uint8)
         return ggml_blocks.decode(data, scheme, data.shape[1] // scheme.block_type.nbytes * scheme.block_type.block)
-    shape = _decoded_shape(stored, tensors.get(f"{name}.scale"), scheme)
+    scale = tensors.get(f"{name}.scale")
+    shape = weight_shape(tuple(stored.shape), None if scale is None else tuple(scale.shape), scheme)
     for expected in _tensors(name, shape, scheme):
         tensor = tensors.get(expected.name)
         if tensor is None or tensor.dtype != TORCH_DTYPES[expected.dtype] or tuple(tensor.shape) != expected.shape:
@@ -177,15 +179,18 @@ def decode(name: str, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> Qu
     )
 
 
-def _decoded_shape(codes: torch.Tensor, scale: torch.Tensor | None, scheme: Scheme) -> tuple[int, int]:
-    """Shape of the weight; a row of planes may be filled up, its scales tell how far it really goes."""
-    rows, width = codes.shape
+def weight_shape(codes: tuple[int, ...], scale: tuple[int, ...] | None, scheme: Scheme) -> tuple[int, int]:
+    """Shape of the weight whose codes and scale have such shapes, of a scheme that is no type of llama.cpp.
+
+    A row of planes may be filled up; its scales tell how far it really goes.
+    """
+    rows, width = codes
     if scheme.number == "fp8":
         return rows, width
     if scheme.number == "fp4":
         return rows, 2 * width
-    if scheme.granularity == "group" and scale is not None and scale.dim() == 2:
-        return rows, scale.shape[0] * scheme.group_size
+    if scheme.granularity == "group" and scale is not None and len(scale) == 2:
+        return rows, scale[0] * scheme.group_size
     return rows, width // plane_words(GROUP, scheme.bits) * GROUP
 
 
