@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from quantkit.errors import ArtifactError
+from quantkit.estimate import available_memory
 from quantkit.evaluation_cache import Entry, EvaluationCache
 from quantkit.evaluation_pass import ModelPass, Sweep, Watch
 from quantkit.kernels.divergence import ComparedRows, compare_rows, reference_rows
@@ -21,8 +22,10 @@ from quantkit.metrics import TokenScores, same_routes
 from quantkit.team import Team, spans
 from quantkit.windows import Windows
 
-LOGIT_BYTES = 256 << 20  # of one model's portion; two are held
-LARGEST_PORTION = 4096  # positions: more gain nothing
+# Positions at a time.  A table of logits that does not fit into memory is read again for each portion, so they should be many; all are
+# multiples of the tiles of a product, so figures do not depend on their number.
+LEAST_PORTION, LARGEST_PORTION = 512, 4096
+MEMORY_SHARE = 16  # of the free memory that logits may take
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Scorer:
     ) -> dict[ModelPass, TokenScores]:
         rows, targets = self._windows.predictions(sweep.part)
         vocabulary = self._reference.model.config.vocab_size
-        portion = max(1, min(LARGEST_PORTION, LOGIT_BYTES // (4 * vocabulary), len(rows)))
+        portion = max(1, min(_portion(vocabulary), len(rows)))
         left, right = torch.empty(portion, vocabulary), torch.empty(portion, vocabulary)
         parts: dict[ModelPass, list[TokenScores]] = {artifact: [] for artifact in artifacts}
         for part in spans(len(rows), portion):
@@ -105,6 +108,12 @@ class Scorer:
 
     def _name(self, artifact: ModelPass, sweep: Sweep) -> str:
         return f"{artifact.key}-{self._reference.key}/scores-{sweep.number:05d}"
+
+
+def _portion(vocabulary: int) -> int:
+    """Positions whose logits of two models are held at a time."""
+    fitting = available_memory() // MEMORY_SHARE // (2 * 4 * vocabulary)
+    return max(LEAST_PORTION, min(LARGEST_PORTION, fitting // LEAST_PORTION * LEAST_PORTION))
 
 
 def _token_scores(compared: ComparedRows) -> TokenScores:
