@@ -22,7 +22,7 @@ from quantkit.metrics import TokenScores, same_routes
 from quantkit.team import Team, spans
 from quantkit.windows import Windows
 
-# Positions at a time.  A table of logits that does not fit into memory is read again for each portion, so they should be many; all are
+# Positions at a time.  A head that does not fit into memory is read again for each portion, so they should be many; all are
 # multiples of the tiles of a product, so figures do not depend on their number.
 LEAST_PORTION, LARGEST_PORTION = 512, 4096
 MEMORY_SHARE = 16  # of the free memory that logits may take
