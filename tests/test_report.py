@@ -271,6 +271,78 @@ def test_whether_differences_are_noise_is_said() -> None:
     assert any("cannot be told from Q6_K" in line for line in summary(two))
 
 
+def equal_results(low: float, artifacts: int = 2) -> Evaluation:
+    """Artifacts with the same scores; the second one is the smallest."""
+    evaluation = sample(artifacts, 4, 4)
+    first, second, *others = evaluation.artifacts
+    same = [replace(own, bytes=first.bytes + 10**9, scores=first.scores, kinds=first.kinds) for own in others]
+    same.insert(0, replace(second, bytes=first.bytes - 10**9, scores=first.scores, kinds=first.kinds))
+    zero = Estimate(0.0, low, low)
+    pairs = tuple(replace(pair, divergence=zero, log_perplexity=zero) for pair in evaluation.differences)
+    return replace(evaluation, artifacts=(first, *same), differences=pairs)
+
+
+@pytest.mark.parametrize("low", [0.0, math.nan])
+def test_the_same_results_are_called_the_same(tmp_path: Path, low: float) -> None:
+    evaluation = equal_results(low)
+    assert headline(evaluation) == "All 2 artifacts gave the same results; Q6_K is the smallest"
+    lines = summary(evaluation)
+    assert lines[1:] == ["fp8-dynamic gave the same results as Q6_K; it is larger, 108.3 GB against 107.3 GB."]
+    page, markdown, _ = written(evaluation, tmp_path)
+    assert "no difference" in markdown and "no difference" in "".join(page.text)
+    assert "fp8-dynamic (equal to Q6_K)" in " ".join(summary(equal_results(low, 6)))
+    chance = replace(evaluation, differences=(replace(evaluation.differences[0], log_perplexity=Estimate(0.1, -1, 1)),))
+    assert "fp8-dynamic, at 108.3 GB, is as close as Q6_K, which is smaller." in summary(chance)
+
+
+def bold(page: str, column: int) -> list[str]:
+    """The artifacts whose figure in a column of the main table is marked."""
+    table = page[page.index('class="full sortable"') :].split("</table>")[0].split("<tbody>")[1]
+    rows = [row for row in table.split("<tr") if "<td" in row]
+    marked = [row for row in rows if 'class="best"' in re.findall(r"<td[^>]*>", row)[column : column + 1].pop()]
+    return [match[1] for row in marked if (match := re.search(r'data-value="([^"]*)"', row))]
+
+
+def test_the_best_perplexity_is_the_nearest_not_the_lowest(tmp_path: Path) -> None:
+    evaluation = sample(3, 4, 4)
+    artifacts = []
+    for own, ratio in zip(evaluation.artifacts, (0.9, 1.002, 0.997), strict=True):
+        perplexity = ratio * own.scores.reference_perplexity
+        changed = replace(own.scores, ratio=Estimate(ratio, ratio, ratio), perplexity=Estimate(*[perplexity] * 3))
+        artifacts.append(replace(own, scores=changed))
+    written(replace(evaluation, artifacts=tuple(artifacts)), tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert [bold(page, column) for column in (2, 3)] == [["Q6_K"], ["Q6_K"]]
+    assert [bold(page, column) for column in (4, 9)] == [["fp8-dynamic"], ["fp8-dynamic"]]
+
+
+def test_the_reference_has_bits_in_markdown_too(tmp_path: Path) -> None:
+    _, markdown, _ = written(sample(2, 4, 4), tmp_path)
+    assert "| Llama-4-Scout-17B-16E-Instruct (reference) | 215.5 GB | 16.00 | 7.812 |" in markdown
+
+
+def test_names_with_control_characters_keep_lines_whole(tmp_path: Path) -> None:
+    evaluation = sample(2, 4, 4)
+    named = replace(evaluation.artifacts[0], name="two\nlines\r\x1b[31m\u2028end")
+    _, markdown, _ = written(replace(evaluation, artifacts=(named, evaluation.artifacts[1]), differences=()), tmp_path)
+    assert "two lines \N{REPLACEMENT CHARACTER}\\[31m end" in markdown
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028]", markdown)
+    assert all("lines" in line for line in markdown.splitlines() if re.search(r"\btwo\b.*\|", line))
+
+
+def test_kinds_without_intervals_are_drawn(tmp_path: Path) -> None:
+    bare = without_anything(sample(2, 4, 4))
+    own = bare.artifacts[0].scores
+    kinds = {"code.go": replace(own, positions=1511), "prose.en": replace(own, divergence=Estimate(0.0, math.nan, math.nan))}
+    artifacts = tuple(replace(own, kinds=kinds) for own in bare.artifacts)
+    page, markdown, _ = written(replace(bare, artifacts=artifacts), tmp_path)
+    text = "".join(page.text).replace("\N{NO-BREAK SPACE}", " ")
+    assert page.count("svg", **{"class": "dots-plot"}) == 1
+    assert page.count("line", **{"class": "whisker"}) == 0
+    assert "no intervals, as with few windows" in text and "interval \N{EN DASH}" not in text
+    assert "| code.go | 1,511 |" in markdown and "1,511" in text
+
+
 def test_a_difference_may_be_stored_either_way_round() -> None:
     evaluation = sample(2)
     first, second = evaluation.artifacts

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from quantkit.evaluation import Estimate, Evaluation, LedgerCell
+from quantkit.evaluation import Estimate, Evaluation, LedgerCell, Scores
 from quantkit.report.markup import (
     Markup,
     Scale,
@@ -23,7 +23,7 @@ from quantkit.report.markup import (
     series_class,
     tick_label,
 )
-from quantkit.report.words import interval, number, role
+from quantkit.report.words import named_interval, number, role
 
 _LINES_HEIGHT = 190
 MANY = 8  # with more artifacts than these, whiskers and dots would only hide each other
@@ -157,9 +157,9 @@ def dot_plot(evaluation: Evaluation, groups: Mapping[str, Sequence[Estimate | No
 def _dot(place: int, evaluation: Evaluation, label: str, estimate: Estimate, scale: Scale, y: float) -> Markup:
     whisker = []
     if len(evaluation.artifacts) <= MANY and math.isfinite(estimate.low) and math.isfinite(estimate.high):
-        ends = [f"{plain(scale.at(end))}%" for end in (estimate.low, estimate.high)]
-        whisker = [element("line", class_="whisker", x1=ends[0], x2=ends[1], y1=y, y2=y)]
-    note = f"{label}, {evaluation.artifacts[place].name}: {number(estimate.value)}, interval {interval(estimate)}"
+        places = [f"{plain(scale.at(end))}%" for end in (estimate.low, estimate.high)]
+        whisker = [element("line", class_="whisker", x1=places[0], x2=places[1], y1=y, y2=y)]
+    note = f"{label}, {evaluation.artifacts[place].name}: {number(estimate.value)}, {named_interval(estimate)}"
     sign = element(
         "svg", marker(place, 0, 0, 3.6), x=f"{plain(scale.at(estimate.value))}%", y=y, overflow="visible", width=1, height=1
     )
@@ -177,6 +177,12 @@ def by_label(evaluation: Evaluation, attribute: str) -> dict[str, list[Estimate 
         return -sum(values) / len(values) if values else math.inf, label
 
     return {label: groups[label] for label in sorted(groups, key=order)}
+
+
+def label_positions(evaluation: Evaluation, attribute: str, label: str) -> int:
+    """How many positions of the text are of a kind or language; the same for all artifacts that know it."""
+    tables: list[dict[str, Scores]] = [getattr(own, attribute) for own in evaluation.artifacts]
+    return max(table[label].positions for table in tables if label in table)
 
 
 def scale_bar(colors: Sequence[str], ticks: Ticks, note: str) -> Markup:

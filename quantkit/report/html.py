@@ -9,6 +9,7 @@ Sections without data are left out, with a line that says why where a reader wou
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Sequence
 
@@ -119,7 +120,10 @@ def _texts(evaluation: Evaluation) -> Markup:
             continue
         title = f"Mean KL divergence by {heading} of text"
         caption = f"{title}, nats, logarithmic. Most divergent first; bars are {PER_CENT} intervals."
-        if len(evaluation.artifacts) > MANY:
+        measured = (estimate for row in groups.values() for estimate in row if estimate is not None)
+        if all(math.isnan(estimate.low) for estimate in measured):
+            caption = f"{title}, nats, logarithmic. Most divergent first; no intervals, as with few windows of text."
+        elif len(evaluation.artifacts) > MANY:
             caption = f"{title}, nats, logarithmic. Most divergent first. Press a name above to single it out."
         parts.append(_figure(dot_plot(evaluation, groups, title), caption))
         parts.append(_details(f"The figures by {heading}", label_table(evaluation, attribute, f"{title}. Below: top-1 agreement.")))

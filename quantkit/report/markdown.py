@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Iterable, Sequence
 
 from quantkit.evaluation import Estimate, Evaluation
-from quantkit.report.charts import by_label
+from quantkit.report.charts import by_label, label_positions
 from quantkit.report.glossary import GLOSSARY
 from quantkit.report.heat_maps import router_rows
 from quantkit.report.words import (
@@ -22,6 +22,7 @@ from quantkit.report.words import (
     interval,
     main_columns,
     number,
+    one_line,
     percent,
     percent_interval,
     role,
@@ -38,7 +39,7 @@ _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~$])")
 
 def escape(text: str) -> str:
     """Text without meaning to Markdown, on one line."""
-    return _SPECIAL.sub(r"\\\1", " ".join(text.split())).replace("&", "&amp;").replace("\\<", "&lt;").replace("\\>", "&gt;")
+    return _SPECIAL.sub(r"\\\1", one_line(text)).replace("&", "&amp;").replace("\\<", "&lt;").replace("\\>", "&gt;")
 
 
 def markdown_report(evaluation: Evaluation, title: str, command: Sequence[str] | None) -> str:
@@ -60,8 +61,12 @@ def markdown_report(evaluation: Evaluation, title: str, command: Sequence[str] |
     for attribute, heading in (("languages", "language"), ("kinds", "kind")):
         groups = by_label(evaluation, attribute)
         if groups:
-            rows = [[label, *(_figure(estimate) for estimate in row)] for label, row in groups.items()]
-            parts += [f"## Mean KL divergence by {heading}", _table(["Text", *(own.name for own in evaluation.artifacts)], rows)]
+            rows = [
+                [label, f"{label_positions(evaluation, attribute, label):,}", *(_figure(estimate) for estimate in row)]
+                for label, row in groups.items()
+            ]
+            headings = ["Text", "Positions", *(own.name for own in evaluation.artifacts)]
+            parts += [f"## Mean KL divergence by {heading}", _table(headings, rows)]
     routers = [[name, percent(mean), f"{percent(low)} in layer {layer}"] for name, mean, low, layer in router_rows(evaluation)]
     if routers:
         parts += ["## Router agreement", _table(["Artifact", "Mean", "Lowest"], routers)]
@@ -97,6 +102,7 @@ def _main_table(evaluation: Evaluation) -> str:
         rows.append(cells)
     reference = [f"{evaluation.reference} (reference)", size(evaluation.reference_bytes), *[""] * (len(columns) - 1)]
     if evaluation.artifacts:
+        reference[2] = f"{8 * evaluation.reference_bytes / evaluation.artifacts[0].parameters:.2f}"
         reference[3] = number(evaluation.artifacts[0].scores.reference_perplexity, 4)
     return _table(["Artifact", *(name for name, _, _ in columns)], [reference, *rows])
 

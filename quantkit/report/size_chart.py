@@ -25,7 +25,7 @@ from quantkit.report.markup import (
     series_class,
     tick_label,
 )
-from quantkit.report.words import frontier, interval, number, size
+from quantkit.report.words import frontier, named_interval, number, size
 
 _RADII = (10, 15, 22, 31, 42, 55, 70, 88, 108)
 _DIRECTIONS = 16
@@ -122,7 +122,7 @@ def _point(place: int, own: ArtifactEvaluation, point: tuple[float, float], bar:
     x, y = point
     value = own.scores.divergence
     taken = f"{size(own.bytes)}, {own.bits_per_weight:.2f} bits per weight"
-    note = f"{own.name}: {taken}; divergence {number(value.value)}, interval {interval(value)}"
+    note = f"{own.name}: {taken}; divergence {number(value.value)}, {named_interval(value)}"
     whisker = []
     if bar is not None and bar[1] - bar[0] >= 1:
         top, bottom = bar

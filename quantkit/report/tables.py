@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 from quantkit.evaluation import ArtifactEvaluation, Estimate, Evaluation
-from quantkit.report.charts import by_label
+from quantkit.report.charts import by_label, label_positions
 from quantkit.report.heat_maps import router_rows
 from quantkit.report.markup import Markup, element, join, key, typeset
 from quantkit.report.words import (
@@ -40,6 +40,14 @@ _VALUES: tuple[Callable[[ArtifactEvaluation], float], ...] = (
     *(lambda own, name=name: own.scores.divergence_percentiles.get(name, math.nan) for name in ("50", "99", "99.9", "100")),
     lambda own: own.scores.agreement.value,
 )
+
+
+# How far from best, of the columns where that is not the value itself: perplexity, ratio, agreement.
+_DISTANCES: dict[int, Callable[[ArtifactEvaluation], float]] = {
+    2: lambda own: abs(own.scores.perplexity.value - own.scores.reference_perplexity),
+    3: lambda own: abs(own.scores.ratio.value - 1),
+    9: lambda own: -own.scores.agreement.value,
+}
 
 
 def table(caption: str, headings: Sequence[str], rows: Iterable[Row], *, left: int = 1, kind: str = "") -> Markup:
@@ -93,31 +101,36 @@ def main_table(evaluation: Evaluation) -> Markup:
         empty = [cell("") for _ in columns[3:]]
         heading = head_cell(evaluation.reference, element("small", "reference"), reference=True)
         rows.append((heading, [*known, *empty]))
-    winners = [_winner(evaluation, place) for place in range(len(columns))]
+    winners = [_winners(evaluation, place) for place in range(len(columns))]
     for place, own in enumerate(evaluation.artifacts):
         tag = element("small", "best at its size", class_="tag") if own.name in best else ""
         heading = head_cell(key(place), own.name, element("small", own.format), tag, value=own.name)
         cells = []
         for column, (_, figure, ends) in enumerate(columns):
             below, value = ends(own), _VALUES[column](own)
-            kind = "best" if winners[column] is not None and value == winners[column] else None
+            kind = "best" if place in winners[column] else None
             cells.append(cell(figure(own), below if below != UNKNOWN else "no interval", value=value, kind=kind))
         rows.append((heading, cells))
     caption = f"All figures. Below a figure stands its {PER_CENT} interval"
     if len(evaluation.artifacts) > 1:
-        caption += (
-            "; bold is best in its column. An artifact is best at its size when no smaller one, and none of the same size, is "
-        )
-        caption += "closer to the reference"
+        caption += "; bold is best in its column, of perplexity and ratio what is nearest to the reference. An artifact is best at "
+        caption += "its size when no smaller one, and none of the same size, is closer to the reference"
     caption += "."
     return table(caption, ["Artifact", *(name for name, _, _ in columns)], rows, kind="full sortable")
 
 
-def _winner(evaluation: Evaluation, column: int) -> float | None:
-    values = [value for value in map(_VALUES[column], evaluation.artifacts) if not math.isnan(value)]
-    if len(evaluation.artifacts) < 2 or not values:
-        return None
-    return max(values) if column == len(_VALUES) - 1 else min(values)
+def _winners(evaluation: Evaluation, column: int) -> set[int]:
+    """The artifacts that are best in a column, by place; several when they are equal, none where there is nothing to compare.
+
+    Perplexity below the reference's is a deviation like one above it, not a better result.
+    """
+    off = _DISTANCES.get(column, _VALUES[column])
+    found = {place: off(own) for place, own in enumerate(evaluation.artifacts)}
+    found = {place: value for place, value in found.items() if not math.isnan(value)}
+    if len(evaluation.artifacts) < 2 or not found:
+        return set()
+    least = min(found.values())
+    return {place for place, value in found.items() if value == least}
 
 
 def more_table(evaluation: Evaluation) -> Markup:
@@ -171,10 +184,11 @@ def difference_table(evaluation: Evaluation) -> Markup:
 
 
 def label_table(evaluation: Evaluation, attribute: str, caption: str) -> Markup:
-    """Divergence and agreement by kind or language."""
+    """Positions, and divergence and agreement of each artifact, by kind or language."""
     rows = []
     for label, estimates in by_label(evaluation, attribute).items():
-        cells = []
+        positions = label_positions(evaluation, attribute, label)
+        cells = [cell(f"{positions:,}", value=positions)]
         for own, estimate in zip(evaluation.artifacts, estimates, strict=True):
             if estimate is None:
                 cells.append(cell(UNKNOWN))
@@ -182,7 +196,7 @@ def label_table(evaluation: Evaluation, attribute: str, caption: str) -> Markup:
                 agreement = getattr(own, attribute)[label].agreement.value
                 cells.append(cell(number(estimate.value), f"{percent(agreement, 1)} agree", value=estimate.value))
         rows.append((head_cell(label, value=label), cells))
-    return table(caption, ["Text", *(own.name for own in evaluation.artifacts)], rows, kind="sortable")
+    return table(caption, ["Text", "Positions", *(own.name for own in evaluation.artifacts)], rows, kind="sortable")
 
 
 def router_table(evaluation: Evaluation) -> Markup:

@@ -9,6 +9,7 @@ what is not known is a dash, never a zero.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -18,6 +19,7 @@ UNKNOWN = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
 PER_CENT = f"{100 * INTERVAL:g} %"
 MOST_STEPS = 4  # findings of one sort that are spelled out
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 # --------------------------------------------------------------------------------------------------------------- numbers
 
@@ -50,6 +52,12 @@ def interval(estimate: Estimate, digits: int = 3) -> str:
         return f"{number(estimate.low, digits)} to {number(estimate.high, digits)}"
     decimals = _decimals(estimate.value, digits)
     return f"{estimate.low:,.{decimals}f} to {estimate.high:,.{decimals}f}".replace("-", MINUS)
+
+
+def named_interval(estimate: Estimate) -> str:
+    """``interval 0.0181 to 0.0193``, or ``no interval``."""
+    ends = interval(estimate)
+    return "no interval" if ends == UNKNOWN else f"interval {ends}"
 
 
 def ratio(value: float) -> str:
@@ -115,6 +123,11 @@ def many(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
+def one_line(text: str) -> str:
+    """Text whose line breaks are spaces, and whose other control characters, which a terminal would obey, are seen as such."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", " ".join(text.split()))
+
+
 def role(name: str) -> str:
     """``routed expert``, ``dense MLP``."""
     return " ".join({"mlp": "MLP", "lm": "LM"}.get(word, word) for word in name.split("_"))
@@ -163,8 +176,25 @@ def significant(estimate: Estimate) -> bool | None:
     return estimate.low > 0 or estimate.high < 0
 
 
+def nothing_between(estimate: Estimate) -> bool:
+    """Whether a difference is exactly zero, in every window as far as there are intervals."""
+    return estimate.value == 0 and not estimate.low < 0 and not estimate.high > 0
+
+
+def identical(evaluation: Evaluation, first: ArtifactEvaluation, second: ArtifactEvaluation) -> bool:
+    """Whether two artifacts gave the same results, as the same weights in two formats do."""
+    pair = difference(evaluation, first, second)
+    return pair is not None and _same(pair)
+
+
+def _same(pair: Difference) -> bool:
+    return nothing_between(pair.divergence) and nothing_between(pair.log_perplexity)
+
+
 def verdict(estimate: Estimate) -> str:
     """A difference in one or two words."""
+    if nothing_between(estimate):
+        return "no difference"
     return {None: "no interval", True: "significant", False: "not significant"}[significant(estimate)]
 
 
@@ -185,6 +215,10 @@ def headline(evaluation: Evaluation) -> str:
             f"finds the same next token most likely as the reference at {percent(closest.scores.agreement.value, 1)} of positions"
         )
         return f"{closest.name}, {size(closest.bytes)}, {shared}"
+    others = [artifact for artifact in evaluation.artifacts if artifact is not closest]
+    if all(identical(evaluation, closest, other) for other in others):
+        smallest = f"; {closest.name} is the smallest" if any(other.bytes > closest.bytes for other in others) else ""
+        return f"All {len(evaluation.artifacts)} artifacts gave the same results{smallest}"
     if len(best) == 1:
         return f"{closest.name} is both the smallest and the closest to the reference"
     smaller = best[1:] if len(best) <= 4 else [best[len(best) // 3], best[2 * len(best) // 3], best[-1]]
@@ -206,7 +240,7 @@ def summary(evaluation: Evaluation) -> list[str]:
     same = f"finds the same token most likely at {percent(scores.agreement.value)} of {scores.positions:,} positions"
     lines = [f"{closest.name} takes {of}. It has {figures} {ratio(scores.ratio.value)} times the reference's, and {same}."]
     others = [artifact for artifact in ranked(evaluation) if artifact is not closest]
-    if others and (len(best) == 1 or others[0] is not best[1]):
+    if others and (len(best) == 1 or others[0] is not best[1]) and not identical(evaluation, closest, others[0]):
         lines.append(_lead(evaluation, closest, others[0]))
     behind = [artifact for artifact in others if artifact not in best]
     certain = _all_certain(evaluation, best, behind)
@@ -218,7 +252,8 @@ def summary(evaluation: Evaluation) -> list[str]:
     lines += _behind(evaluation, best, behind)
     if others and certain:
         lines.append(f"All differences named here are more than noise: their {PER_CENT} intervals leave out zero.")
-    if others and all(significant(pair.divergence) is None for pair in evaluation.differences):
+    apart = [pair for pair in evaluation.differences if not _same(pair)]
+    if others and (apart or not evaluation.differences) and all(significant(pair.divergence) is None for pair in apart):
         lines.append(
             "Whether these differences are more than noise cannot be said: they have no intervals, as with a single window of text."
         )
@@ -258,9 +293,10 @@ def _rival(best: Sequence[ArtifactEvaluation], artifact: ArtifactEvaluation) -> 
 
 
 def _all_certain(evaluation: Evaluation, best: Sequence[ArtifactEvaluation], behind: Sequence[ArtifactEvaluation]) -> bool:
-    """Whether every difference that the findings name is significant."""
+    """Whether every difference that the findings name is significant; where results are the same there is none."""
     known = [artifact for artifact in behind if not math.isnan(artifact.scores.divergence.value)]
     pairs = [*pairwise(best), *((_rival(best, artifact), artifact) for artifact in known)]
+    pairs = [(first, second) for first, second in pairs if not identical(evaluation, first, second)]
     return bool(pairs) and all(_known(evaluation, first, second) for first, second in pairs)
 
 
@@ -277,9 +313,14 @@ def _behind(evaluation: Evaluation, best: Sequence[ArtifactEvaluation], artifact
         if artifact.name in unknown:
             continue
         rival = _rival(best, artifact)
-        if (rival.scores.divergence.value, rival.bytes) == (artifact.scores.divergence.value, artifact.bytes):
-            lines.append(f"{artifact.name} is as large and as close as {rival.name}.")
+        as_close = rival.scores.divergence.value == artifact.scores.divergence.value
+        if as_close and (rival.bytes == artifact.bytes or identical(evaluation, rival, artifact)):
+            lines.append(_equal(evaluation, rival, artifact))
             names.append(f"{artifact.name} (equal to {rival.name})")
+            continue
+        if as_close:
+            lines.append(f"{artifact.name}, at {size(artifact.bytes)}, is as close as {rival.name}, which is smaller.")
+            names.append(f"{artifact.name} ({rival.name}, as close)")
             continue
         doubt = ", though that may be noise" if _known(evaluation, rival, artifact) is False else ""
         place = f"at {size(artifact.bytes)} and a divergence of {number(artifact.scores.divergence.value)}"
@@ -288,6 +329,13 @@ def _behind(evaluation: Evaluation, best: Sequence[ArtifactEvaluation], artifact
     if len(lines) > MOST_STEPS:
         lines = [f"These are behind another, named in brackets, that is no larger and closer to the reference: {listing(names)}."]
     return lines + ([f"No divergence is known of {listing(unknown)}."] if unknown else [])
+
+
+def _equal(evaluation: Evaluation, rival: ArtifactEvaluation, artifact: ArtifactEvaluation) -> str:
+    if not identical(evaluation, rival, artifact):
+        return f"{artifact.name} is as large and as close as {rival.name}."
+    sizes = "as large" if rival.bytes == artifact.bytes else f"larger, {size(artifact.bytes)} against {size(rival.bytes)}"
+    return f"{artifact.name} gave the same results as {rival.name}; it is {sizes}."
 
 
 Column = tuple[str, Callable[[ArtifactEvaluation], str], Callable[[ArtifactEvaluation], str]]
