@@ -95,6 +95,9 @@ class EvaluationDisplay:
 
 def _position(progress: EvaluationProgress) -> str:
     """The model, and the layer where there are layers to go through."""
+    from quantkit.report.words import one_line
+
+    model = one_line(progress.model)
     if progress.layers:
-        return f"{progress.model}, layer {min(progress.layer + 1, progress.layers)} of {progress.layers}"
-    return progress.model
+        return f"{model}, layer {min(progress.layer + 1, progress.layers)} of {progress.layers}"
+    return model

@@ -1,4 +1,4 @@
-"""An evaluation as rich tables that fit 80 columns."""
+"""An evaluation as rich tables that fit 80 columns; where names are longer, names and not figures are broken."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from . import text
-from .tables import make_table, many, print_heading
+from .tables import UNBOUNDED, make_table, many, print_heading, print_table, without_edge
 
 if TYPE_CHECKING:
-    from quantkit.evaluation import ArtifactEvaluation, Evaluation, Scores
+    from quantkit.evaluation import ArtifactEvaluation, Difference, Evaluation, Scores
 
 MOST_PAIRS = 15
 WIDE = 104  # columns of a terminal that has room for more figures
@@ -22,33 +22,40 @@ WORST = 5  # kinds of text that are named
 
 def print_evaluation(console: Console, evaluation: Evaluation) -> None:
     """All figures of one artifact, or of several side by side, and what they amount to."""
-    from quantkit.report.words import summary
+    from quantkit.report.words import one_line, summary
 
+    console = without_edge(console)
     if len(evaluation.artifacts) == 1:
         _print_one(console, evaluation, evaluation.artifacts[0])
     else:
         _print_several(console, evaluation)
     if evaluation.golden:
         print_heading(console, "Golden set")
-        console.print(_golden_table(evaluation))
+        print_table(console, _golden_table(evaluation))
     for own in evaluation.artifacts:
         for line in own.fallbacks:
-            console.print(Text(f"Note: {own.name}: {line}", style="yellow"), soft_wrap=True)
+            console.print(Text(one_line(f"Note: {own.name}: {line}"), style="yellow"), soft_wrap=True)
     if len(evaluation.artifacts) > 1:
         print_heading(console, "Findings")
         findings = Table.grid(padding=(0, 1))
-        for line in summary(evaluation):
-            findings.add_row("-", Text(line))
-        console.print(findings)
+        findings.add_column()
+        findings.add_column(overflow="fold")
+        for line in map(one_line, summary(evaluation)):
+            if console.width == UNBOUNDED:
+                console.print(Text(f"- {line}"), soft_wrap=True)
+            else:
+                findings.add_row("-", Text(line))
+        if findings.row_count:
+            console.print(findings)
     console.print()
     of = f"{many(evaluation.windows, 'window')} of {evaluation.window:,} tokens, convention {evaluation.convention}"
     console.print(Text(f"{of}; {text.duration(evaluation.seconds)}. Brackets: 95 % intervals.", style="dim"), soft_wrap=True)
 
 
 def _print_one(console: Console, evaluation: Evaluation, own: ArtifactEvaluation) -> None:
-    from quantkit.report.words import interval, main_columns, number, percent
+    from quantkit.report.words import interval, main_columns, number, one_line, percent
 
-    print_heading(console, f"{own.name} beside {evaluation.reference}")
+    print_heading(console, one_line(f"{own.name} beside {evaluation.reference}"))
     table = make_table(("figure",), ("value", "interval"))
     for name, figure, ends in main_columns():
         table.add_row(name, figure(own), ends(own))
@@ -62,11 +69,11 @@ def _print_one(console: Console, evaluation: Evaluation, own: ArtifactEvaluation
         table.add_row("Router agreement, mean", percent(sum(share for share, _ in known) / len(known)), "")
         lowest, layer = min(known)
         table.add_row("Router agreement, lowest", percent(lowest), f"layer {layer}")
-    console.print(table)
+    print_table(console, table)
     if len(own.kinds) > 1:
         worst = sorted(own.kinds.items(), key=_divergence, reverse=True)[:WORST]
         parts = (f"{kind} {number(scores.divergence.value)}" for kind, scores in worst)
-        console.print(Text(f"Most divergent kinds of text: {', '.join(parts)}"), soft_wrap=True)
+        console.print(Text(one_line(f"Most divergent kinds of text: {', '.join(parts)}")), soft_wrap=True)
 
 
 def _divergence(item: tuple[str, Scores]) -> float:
@@ -75,9 +82,9 @@ def _divergence(item: tuple[str, Scores]) -> float:
 
 
 def _print_several(console: Console, evaluation: Evaluation) -> None:
-    from quantkit.report.words import interval, number, percent, ratio, signed, size, verdict
+    from quantkit.report.words import interval, number, one_line, percent, ratio, signed, size, verdict
 
-    print_heading(console, f"Compared with {evaluation.reference}, {size(evaluation.reference_bytes)}")
+    print_heading(console, one_line(f"Compared with {evaluation.reference}, {size(evaluation.reference_bytes)}"))
     wide = console.width >= WIDE
     more = ("perplexity", "99 %") if wide else ()
     table = make_table(("artifact",), ("size", "bits", "ratio", "mean KLD", "interval", "top-1", *more), wrap="artifact")
@@ -86,21 +93,28 @@ def _print_several(console: Console, evaluation: Evaluation) -> None:
         figures = (ratio(scores.ratio.value), number(scores.divergence.value), interval(scores.divergence))
         tail = (number(scores.perplexity.value, 4), number(scores.divergence_percentiles.get("99", math.nan))) if wide else ()
         same = percent(scores.agreement.value, 1)
-        table.add_row(Text(own.name), size(own.bytes), f"{own.bits_per_weight:.2f}", *figures, same, *tail)
-    console.print(table)
+        table.add_row(Text(one_line(own.name)), size(own.bytes), f"{own.bits_per_weight:.2f}", *figures, same, *tail)
+    print_table(console, table)
     if 0 < len(evaluation.differences) <= MOST_PAIRS:
-        table = make_table(("artifact", "minus"), ("mean KLD", "interval", "verdict"))
+        names = ("artifact", "minus")
+        table = make_table(names, ("mean KLD", "interval", "verdict"), wrap=names)
         for pair in evaluation.differences:
             apart = pair.divergence
-            table.add_row(Text(pair.first), Text(pair.second), signed(apart.value), interval(apart), verdict(apart))
-        console.print(table)
+            table.add_row(*_names(pair), signed(apart.value), interval(apart), verdict(apart))
+        print_table(console, table)
+
+
+def _names(pair: Difference) -> tuple[Text, Text]:
+    from quantkit.report.words import one_line
+
+    return Text(one_line(pair.first)), Text(one_line(pair.second))
 
 
 def _golden_table(evaluation: Evaluation) -> Table:
-    from quantkit.report.words import number, percent, percent_interval, seconds, size
+    from quantkit.report.words import number, one_line, percent, percent_interval, seconds, size
 
     table = make_table(("model",), ("size", "right", "interval", "time", "tokens/s"), wrap="model")
     for one in evaluation.golden:
         right = (percent(one.accuracy.value, 1), percent_interval(one.accuracy, 1))
-        table.add_row(Text(one.name), size(one.bytes), *right, seconds(one.latency), number(one.tokens_per_second))
+        table.add_row(Text(one_line(one.name)), size(one.bytes), *right, seconds(one.latency), number(one.tokens_per_second))
     return table

@@ -1,4 +1,7 @@
-"""Results as rich tables that fit 80 columns."""
+"""Results as rich tables that fit 80 columns.
+
+What goes to a file, a pipe or a log has no edge: there no line is broken and nothing is cut.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich import box
+from rich.cells import cell_len
 from rich.columns import Columns
 from rich.console import Console
 from rich.table import Table
@@ -31,11 +35,29 @@ if TYPE_CHECKING:
     from .presets import GgufRow, PresetRow
 
 
-def make_table(left: Sequence[str], right: Sequence[str] = (), wrap: str | None = None) -> Table:
-    """A table with text columns on the left and number columns on the right; only the column ``wrap`` may break its lines."""
+UNBOUNDED = 10_000  # columns of output that is no terminal
+SHORTEST_NAME = 8  # columns that a name keeps, however many lines it then takes
+
+
+def without_edge(console: Console) -> Console:
+    """A console as it is, or without an edge where it is no terminal."""
+    return console if console.is_terminal else Console(file=console.file, width=UNBOUNDED)
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Print a table with every figure in full: names break their lines, and what is still too wide goes on beyond the edge."""
+    for column in table.columns:
+        longest = max(cell_len(str(cell)) for cell in (column.header, *column.cells))
+        column.min_width = longest if column.no_wrap else min(longest, SHORTEST_NAME)
+    console.print(table, crop=False)
+
+
+def make_table(left: Sequence[str], right: Sequence[str] = (), wrap: str | Sequence[str] = ()) -> Table:
+    """A table with text columns on the left and number columns on the right; only the columns ``wrap`` may break their lines."""
+    breaking = (wrap,) if isinstance(wrap, str) else wrap
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in left:
-        table.add_column(name, no_wrap=name != wrap, overflow="fold")
+        table.add_column(name, no_wrap=name not in breaking, overflow="fold")
     for name in right:
         table.add_column(name, justify="right", no_wrap=True)
     return table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 from quantkit.errors import CheckpointError, Interrupted
 from quantkit.evaluate import EvaluationProgress, evaluate
 from quantkit.evaluation import Evaluation
+from quantkit.report.words import interval, number, percent, percent_interval, ratio, signed, size, summary, verdict
 from quantkit_cli.evaluation import compare_command, evaluate_command
 from quantkit_cli.evaluation_progress import EvaluationDisplay
 from quantkit_cli.evaluation_tables import print_evaluation
@@ -212,7 +214,7 @@ def test_the_commands_start_without_the_library() -> None:
 
 
 def shown(evaluation: Evaluation, width: int = 80) -> str:
-    console = Console(file=io.StringIO(), width=width)
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
     print_evaluation(console, evaluation)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
@@ -225,6 +227,71 @@ def test_tables_fit_a_terminal(count: int) -> None:
     assert max(map(len, table)) <= 80
     for own in sample(count, 4, 4).artifacts:
         assert own.name in text
+
+
+LONG = "the-name-of-an-artifact-that-says-how-it-was-made-with-all-its-options-" + "x" * 60
+
+
+def renamed(evaluation: Evaluation, name: str) -> Evaluation:
+    """With the name before that of every artifact."""
+    artifacts = tuple(replace(own, name=name + own.name) for own in evaluation.artifacts)
+    pairs = tuple(replace(pair, first=name + pair.first, second=name + pair.second) for pair in evaluation.differences)
+    golden = tuple(replace(one, name=name + one.name) for one in evaluation.golden)
+    return replace(evaluation, artifacts=artifacts, differences=pairs, golden=golden)
+
+
+def all_figures(evaluation: Evaluation) -> list[str]:
+    """What a comparison shows at least."""
+    figures = []
+    for own in evaluation.artifacts:
+        figures += [
+            size(own.bytes),
+            f"{own.bits_per_weight:.2f}",
+            ratio(own.scores.ratio.value),
+            percent(own.scores.agreement.value, 1),
+        ]
+        figures += [number(own.scores.divergence.value), interval(own.scores.divergence)]
+    for pair in evaluation.differences:
+        figures += [signed(pair.divergence.value), interval(pair.divergence), verdict(pair.divergence)]
+    for one in evaluation.golden:
+        figures += [percent(one.accuracy.value, 1), percent_interval(one.accuracy, 1), number(one.tokens_per_second)]
+    return [*figures, "mean KLD", "interval", "top-1", "verdict", "tokens/s"]
+
+
+def test_without_a_terminal_nothing_is_cut_or_broken(stub: Stub, tmp_path: Path) -> None:
+    evaluation = renamed(with_golden(sample()), LONG)
+    stub.answer = evaluation
+    result = run("compare", "a", "b", "--reference", "m", "-o", tmp_path / "r")
+    assert result.exit_code == 0, result.output
+    assert "…" not in result.stdout
+    lines = result.stdout.splitlines()
+    for own in evaluation.artifacts:
+        row = next(line for line in lines if line.startswith((own.name, f" {own.name}")))
+        assert size(own.bytes) in row
+        assert all(figure in row for figure in (ratio(own.scores.ratio.value), interval(own.scores.divergence)))
+    for figure in (*all_figures(evaluation), "perplexity", "99 %"):
+        assert figure in result.stdout, figure
+    assert [line[2:] for line in lines if line.startswith("- ")] == summary(evaluation)
+    stub.answer = renamed(sample(1), LONG)
+    one = run("eval", "a", "--reference", "m").stdout
+    assert f"{LONG}fp8-dynamic beside" in one and "…" not in one
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_on_a_terminal_names_are_broken_and_figures_are_not(width: int) -> None:
+    evaluation = renamed(with_golden(sample()), LONG)
+    text = shown(evaluation, width)
+    assert "…" not in text
+    for figure in all_figures(evaluation):
+        assert figure in text, figure
+
+
+def test_names_with_control_characters_keep_lines_whole() -> None:
+    evaluation = renamed(with_golden(sample(3, 4, 4)), "two\nlines\r\x1b[31m\u2028")
+    for text in (shown(evaluation, 300), shown(renamed(sample(1, 4, 4), "two\nlines\x1b"), 300)):
+        assert "two lines" in text
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f\u2028]", text)
+        assert all("two lines" in line for line in text.splitlines() if "two" in line)
 
 
 def test_tables_of_what_is_not_known() -> None:
@@ -250,6 +317,18 @@ def test_progress_without_a_terminal_is_plain_lines() -> None:
     assert lines[1].endswith(" left")
     assert lines[-1] == "Scoring: w4a16, 25 %"
     assert len(lines) == 5
+
+
+def test_progress_keeps_to_its_line_whatever_the_name() -> None:
+    console = Console(file=io.StringIO(), force_terminal=False)
+    with EvaluationDisplay(console, threading.Event()) as display:
+        display.update(EvaluationProgress("artifact", "two\nlines\x1b[2J", 0, 4, 100, 4000, 0.0))
+        display.update(EvaluationProgress("scores", "two\nlines", 0, 0, 100, 400, 41.0))
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue().splitlines() == [
+        "Artifact: two lines\N{REPLACEMENT CHARACTER}[2J, layer 1 of 4, 2 %",
+        "Scoring: two lines, 25 %",
+    ]
 
 
 def test_progress_on_a_terminal_is_live() -> None:
