@@ -6,6 +6,7 @@ crossed gate ends the command with its own exit code, so that a failed job still
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import threading
@@ -47,7 +48,7 @@ TextFile = Annotated[
     ),
 ]
 TextRevision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub dataset.", rich_help_panel=_MEASURE)]
-Window = Annotated[int, typer.Option(metavar="N", min=2, help="Tokens of a window.", rich_help_panel=_MEASURE)]
+Window = Annotated[int, typer.Option(metavar="N", min=3, help="Tokens of a window.", rich_help_panel=_MEASURE)]
 Windows = Annotated[int | None, typer.Option(metavar="COUNT", min=1, help="Windows. Default: all.", rich_help_panel=_MEASURE)]
 Convention = Annotated[
     Literal["full", "llama.cpp"],
@@ -83,7 +84,7 @@ BatchTokens = Annotated[
     ),
 ]
 WindowSeed = Annotated[
-    int, typer.Option("--seed", metavar="N", help="Chooses windows, and draws intervals.", rich_help_panel=_MEASURE)
+    int, typer.Option("--seed", metavar="N", min=0, help="Chooses windows, and draws intervals.", rich_help_panel=_MEASURE)
 ]
 Resamples = Annotated[
     int, typer.Option(metavar="N", min=0, help="Draws for the intervals; 0: no intervals.", rich_help_panel=_MEASURE)
@@ -129,6 +130,7 @@ class _Job:
     force: bool
     quiet: bool
     as_json: bool
+    skipped: list[str] | None = None
 
     def run(self) -> None:
         gates = self._gates()
@@ -154,7 +156,9 @@ class _Job:
                 if failed:
                     raise failure(failed)
                 return
-            crossed = {"failed_gates": [_gate_data(one) for one in failed]} if gates else {}
+            crossed: dict[str, Any] = {"failed_gates": [_gate_data(one) for one in failed]} if gates else {}
+            if self.skipped is not None:
+                crossed["skipped"] = self.skipped
             if failed:
                 error = failure(failed)
                 crossed |= error_data(type(error).__name__, str(error), error.exit_code)
@@ -312,7 +316,26 @@ def compare_command(
         resamples=resamples,
         float_activations=float_activations,
     )
-    _Job(artifacts, options, save, fail_if or [], output, title, force, quiet, as_json).run()
+    chosen, skipped = _models_among(artifacts)
+    for path in skipped:
+        print(f"Skipped: {path} (no config.json, GGUF or packed file in it)", file=sys.stderr)
+    _Job(chosen, options, save, fail_if or [], output, title, force, quiet, as_json, skipped).run()
+
+
+def _models_among(paths: list[str]) -> tuple[list[str], list[str]]:
+    """Models, and directories that hold none, such as calibrations, which ``out/*`` names too; one path alone is always meant."""
+    empty = [path for path in paths if _is_empty(path)]
+    chosen = [path for path in paths if path not in empty]
+    return (chosen, empty) if chosen else (paths, [])
+
+
+def _is_empty(path: str) -> bool:
+    """Whether this is a directory without files of a model.  One that cannot be listed is left to the library to complain about."""
+    try:
+        names = os.listdir(path) if os.path.isdir(path) else ["config.json"]
+    except OSError:
+        return False
+    return not any(name == "config.json" or name.endswith((".gguf", ".packed")) for name in names)
 
 
 def _options(*, golden: str | None, cache: str | None, float_activations: bool, **others: object) -> dict[str, Any]:

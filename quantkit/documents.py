@@ -139,7 +139,7 @@ def _collect(origin: dict[str, Any], files: Iterable[tuple[str, bytes]]) -> Docu
         elif text.strip():
             documents.append(Document(Path(name).stem, name, text, plain=True))
     if not documents:
-        raise CorpusError(f"The corpus {origin['source']} is empty: no document in {len(record)} files. Give text to calibrate on.")
+        raise CorpusError(f"The corpus {origin['source']} is empty: no document in {len(record)} files. Give a text that is not.")
     return Documents({**origin, "files": record}, tuple(documents))
 
 

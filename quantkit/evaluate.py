@@ -26,17 +26,28 @@ import torch
 import xxhash
 
 from quantkit import metrics
+from quantkit.calibration import CalibrationOptions
 from quantkit.errors import ArtifactError, Interrupted
 from quantkit.estimate import available_cores
 from quantkit.evaluation import ArtifactEvaluation, Difference, Evaluation, Scores
 from quantkit.evaluation_cache import EvaluationCache
-from quantkit.evaluation_checks import check_files, check_same_model, check_same_tokenizer, model_directory, read_manifest
+from quantkit.evaluation_checks import (
+    check_arguments,
+    check_distinct,
+    check_files,
+    check_same_model,
+    check_same_tokenizer,
+    model_directory,
+    open_artifact,
+    open_reference,
+    read_manifest,
+)
 from quantkit.evaluation_pass import STOPPED, EvaluationProgress, ModelPass, Sweep, Watch, cut_sweeps
 from quantkit.evaluation_provenance import Provenance, read_provenance
 from quantkit.evaluation_scores import Scorer, SweepScores
 from quantkit.golden import answer_golden
 from quantkit.golden_set import read_questions
-from quantkit.stored_model import StoredModel, open_model
+from quantkit.stored_model import StoredModel
 from quantkit.team import Team
 from quantkit.version import __version__
 from quantkit.windows import Convention, Windows, load_windows
@@ -47,7 +58,7 @@ Progress = Callable[[EvaluationProgress], None]
 
 
 def evaluate(
-    artifacts: Sequence[str | Path],
+    artifacts: str | Path | Sequence[str | Path],
     reference: str | Path,
     *,
     text: str | Path | None = None,
@@ -59,14 +70,14 @@ def evaluate(
     device: str = "cpu",
     workers: int | None = None,
     batch_tokens: int | None = None,
-    cache: Path | None = None,
+    cache: str | Path | None = None,
     resamples: int = 1000,
     round_activations: bool = True,
     golden: str | Path | None = None,
     progress: Progress | None = None,
     stop: threading.Event | None = None,
 ) -> Evaluation:
-    """Compare ``artifacts`` (directories or GGUF files) with ``reference``, the checkpoint that they were made from.
+    """Compare ``artifacts`` (directories or GGUF files, or one of them) with ``reference``, the checkpoint they were made from.
 
     text, revision, window, windows, convention, seed: see :func:`quantkit.windows.load_windows`.  workers: threads, None for one a
     core.  batch_tokens: tokens held in memory at once, None for what suits the width of the model.  cache: a directory for what can
@@ -74,17 +85,22 @@ def evaluate(
     round_activations: round the inputs of matrices as clients do where a scheme asks for it.  golden: questions that reference and
     artifacts answer besides, a file as :func:`quantkit.golden_set.read_questions` takes, or "bundled".
 
-    Raises ArtifactError, CheckpointError, CorpusError, OutputError (the cache cannot be written), and Interrupted when ``stop`` was
-    set or Ctrl-C pressed; then the same call goes on from there.
+    Raises ArtifactError, CheckpointError (of the reference), CorpusError, CalibrationError (no such device), RecipeError (a number
+    that means nothing), OutputError (the cache cannot be written), and Interrupted when ``stop`` was set or Ctrl-C pressed; then
+    the same call goes on from there.
     """
-    if not artifacts:
+    paths = [artifacts] if isinstance(artifacts, str | Path) else list(artifacts)
+    if not paths:
         raise ArtifactError("No artifact was given. Give the directory or the GGUF file of at least one.")
+    check_arguments(window=window, windows=windows, seed=seed, workers=workers, batch_tokens=batch_tokens, resamples=resamples)
+    where = CalibrationOptions(device=device).accelerator()
     questions = () if golden is None else read_questions(golden)  # what is wrong with them is said before the work
     watch = Watch(progress, stop)
     with ExitStack() as opened:
         try:
-            base = opened.enter_context(open_model(reference))
-            models = [opened.enter_context(open_model(path)) for path in artifacts]
+            base = opened.enter_context(open_reference(reference))
+            models = [opened.enter_context(open_artifact(path)) for path in paths]
+            check_distinct(models)
             names = _names(models)
             for model in models:
                 check_same_model(base, model)
@@ -100,10 +116,11 @@ def evaluate(
                 revision=revision,
                 vocab_size=base.config.vocab_size,
             )
-            store = EvaluationCache(cache or Path.home() / ".cache" / "quantkit" / "evaluation")
+            store = EvaluationCache(
+                Path.home() / ".cache" / "quantkit" / "evaluation" if cache is None else Path(cache).expanduser()
+            )
             keys, provenances = _checked(base, models, watch)  # which takes a while: all other errors come first
             team = opened.enter_context(Team(workers or available_cores()))
-            where = None if device == "cpu" else torch.device(device)
             sweeps = cut_sweeps(cut, base.config.hidden_size, batch_tokens)
             passes = [
                 ModelPass(
@@ -148,7 +165,7 @@ def evaluate(
             reference_fingerprint=base.fingerprint(),
             text=cut.description,
             convention=convention,
-            window=window,
+            window=cut.tokens.shape[1],
             windows=len(cut.lengths),
             rounded_activations=round_activations,
             environment=_environment(device),
@@ -178,11 +195,7 @@ def _checked(base: StoredModel, models: Sequence[StoredModel], watch: Watch) -> 
 def _names(models: Sequence[StoredModel]) -> list[str]:
     """What tables call the artifacts: their names; of those that share one, the paths."""
     seen = Counter(model.name for model in models)
-    names = [model.name if seen[model.name] == 1 else str(model.path) for model in models]
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise ArtifactError(f"{twice[0]} was given twice. Give each artifact once.")
-    return names
+    return [model.name if seen[model.name] == 1 else str(model.path) for model in models]
 
 
 def _key(files: str, windows: Windows, device: str, round_activations: bool, sweeps: Sequence[Sweep]) -> str:

@@ -28,7 +28,7 @@ import math
 import os
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -37,6 +37,7 @@ import torch
 import xxhash
 
 from quantkit.datafiles import allocate_file
+from quantkit.errors import OutputError
 from quantkit.journal import output_errors, sync_directory, write_all
 
 MAGIC = b"qkcache1"
@@ -92,14 +93,19 @@ class EvaluationCache:
     def __init__(self, directory: Path) -> None:
         """Raises OutputError when the directory cannot be made or written to."""
         self.directory = directory
-        with output_errors(f"write to the evaluation cache {directory}"):
+        with _cache_errors(f"write to the evaluation cache {directory}"):
             directory.mkdir(parents=True, exist_ok=True)
             if not os.access(directory, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, "not writable")
 
     def open(self, name: str) -> Entry | None:
-        """The entry, read through; None when there is none, or none that is sound."""
+        """The entry, read through; None when there is none, or none that is sound.  Raises OutputError for a strange place."""
         path = self.directory / name
+        for place, usual in ((path.parent, "directory"), (path, "file")):
+            if os.path.lexists(place) and os.path.isdir(place) is (usual == "file"):  # nothing of ours
+                raise OutputError(
+                    f"{place} is no {usual}, as the cache needs. Remove it, or choose another cache directory (--cache)."
+                )
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -122,7 +128,7 @@ class EvaluationCache:
     def save(self, name: str, arrays: Mapping[str, torch.Tensor]) -> None:
         """Write an entry, replacing any of that name.  Raises OutputError."""
         path = self.directory / name
-        with output_errors(f"write {path}", resumable=True):
+        with _cache_errors(f"write {path}", resumable=True):
             path.parent.mkdir(exist_ok=True)
             _remove_stale(path.parent)
             temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -138,12 +144,22 @@ class EvaluationCache:
     def remove(self, name: str) -> None:
         """Remove an entry, if it is there, and its folder when that is empty then.  Raises OutputError."""
         path = self.directory / name
-        with output_errors(f"remove {path}"):
+        with _cache_errors(f"remove {path}"):
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
             if path.parent != self.directory:
                 with contextlib.suppress(OSError):  # not empty, or not there: all the same
                     path.parent.rmdir()
+
+
+@contextlib.contextmanager
+def _cache_errors(doing: str, *, resumable: bool = False) -> Iterator[None]:
+    """As :func:`quantkit.journal.output_errors`, with the cache in place of an output."""
+    try:
+        with output_errors(doing, resumable=resumable):
+            yield
+    except OutputError as error:
+        raise OutputError(str(error).replace("output directory", "cache directory (--cache)")) from error.__cause__
 
 
 def _header(arrays: Mapping[str, torch.Tensor]) -> bytes:

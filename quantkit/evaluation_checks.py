@@ -6,6 +6,9 @@ tensor is found by its sha256, not by a strange perplexity.
 
 Text goes through the models as token ids, so what must agree of two tokenizers is what each id stands for.  Equal files need no
 closer look; others (clients write ``tokenizer.json`` anew) are compared token by token.  GGUF files hold the tokens themselves.
+
+Where a fault lies shows in the class of its error, and with it in the exit code: what is wrong with an artifact is an
+ArtifactError, what is wrong with the reference a CheckpointError, although both are read by the same code.
 """
 
 from __future__ import annotations
@@ -14,7 +17,9 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +27,10 @@ import xxhash
 from gguf.constants import Keys
 
 from quantkit.corpus import load_tokenizer
-from quantkit.errors import ArtifactError, CheckpointError, LedgerError
+from quantkit.errors import AlreadyQuantizedError, ArtifactError, CheckpointError, CorpusError, LedgerError, RecipeError
 from quantkit.formats.gguf_tokenizer import TOKENIZER_FILE, tokenizer_metadata
-from quantkit.stored_model import CheckpointModel, GgufModel, StoredModel
+from quantkit.scheme import KEEP
+from quantkit.stored_model import CheckpointModel, GgufModel, StoredModel, open_model
 from quantkit.strict_json import brief, parse_object
 from quantkit.tensor_files import SIDECAR_BYTES, read_small_file
 from quantkit.verify import check_manifest
@@ -47,7 +53,74 @@ _SHAPES = (
     "use_qk_norm",
     "rms_norm_eps",
 )
+_FLOATING = frozenset((KEEP, "F32", "F16", "BF16"))
+_SHOWN = 3  # schemes that a message names
+_AGAIN = re.compile(
+    r"\b(?:copy or )?download (it|them|this file|the files?|the index|the model's safetensors shards)(?: again| and \S+)"
+    r"(?:, from one revision)?",
+    re.IGNORECASE,
+)
 _CLOSE = 1e-5  # relative, for numbers that GGUF files hold as float32
+
+
+def check_arguments(
+    *, window: int, windows: int | None, seed: int, workers: int | None, batch_tokens: int | None, resamples: int
+) -> None:
+    """Raise CorpusError for numbers that choose no text, RecipeError for others that mean nothing."""
+    chosen = (("window", window, 3), ("windows", windows, 1), ("seed", seed, 0))
+    others = (("workers", workers, 1), ("batch_tokens", batch_tokens, 1), ("resamples", resamples, 0))
+    for numbers, kind in ((chosen, CorpusError), (others, RecipeError)):
+        for name, value, least in numbers:
+            if value is None and name in ("windows", "workers", "batch_tokens"):
+                continue
+            if type(value) is not int or value < least:
+                raise kind(f"{name} is {value!r}; expected an integer of at least {least}")
+
+
+@contextmanager
+def artifact_errors() -> Iterator[None]:
+    """What is wrong with a checkpoint in the body is wrong with an artifact, which is copied or converted, not downloaded."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise ArtifactError(_AGAIN.sub(_made_again, str(error))) from error
+
+
+def _made_again(found: re.Match[str]) -> str:
+    return f"{'Copy' if found[0][0].isupper() else 'copy'} {found[1]} again, or convert again"
+
+
+def open_artifact(path: str | Path) -> StoredModel:
+    """Open what shall be measured.  Raises ArtifactError."""
+    with artifact_errors():
+        return open_model(path)
+
+
+def open_reference(path: str | Path) -> StoredModel:
+    """Open the unquantized model: a checkpoint, or GGUF files of floats.  Raises CheckpointError, AlreadyQuantizedError."""
+    try:
+        model = open_model(path)
+    except ArtifactError as error:
+        raise CheckpointError(f"the reference cannot be used: {error}") from error
+    schemes = sorted(set(model.schemes.values()) - _FLOATING)
+    if schemes:
+        model.close()
+        named = ", ".join(schemes[:_SHOWN]) + (", ..." if len(schemes) > _SHOWN else "")
+        raise AlreadyQuantizedError(
+            f"{path}: the reference is quantized ({named}). Give the BF16 checkpoint that the artifacts were made from."
+        )
+    return model
+
+
+def check_distinct(models: Sequence[StoredModel]) -> None:
+    """Raise ArtifactError when two are the same files, whatever their paths look like."""
+    seen: dict[tuple[str, ...], Path] = {}
+    for model in models:
+        files = tuple(sorted(map(os.path.realpath, (model_directory(model), *model.files.paths))))
+        first = seen.setdefault(files, model.path)
+        if first is not model.path:
+            other = "" if str(first) == str(model.path) else f", the second time as {model.path}"
+            raise ArtifactError(f"{first} was given twice{other}. Give each artifact once.")
 
 
 def model_directory(model: StoredModel) -> Path:
@@ -135,7 +208,11 @@ def check_same_tokenizer(reference: StoredModel, artifact: StoredModel) -> None:
     theirs = model_directory(artifact)
     if not os.path.isfile(theirs / TOKENIZER_FILE) or os.path.samefile(ours, theirs):
         return
-    (one, one_digest), (other, other_digest) = load_tokenizer(ours), load_tokenizer(theirs)
+    one, one_digest = load_tokenizer(ours)
+    try:
+        other, other_digest = load_tokenizer(theirs)
+    except CorpusError as error:
+        raise ArtifactError(_AGAIN.sub(_made_again, str(error))) from error
     if one_digest != other_digest:
         ids = range(reference.config.vocab_size)
         _compare(artifact, ours, [other.id_to_token(token) for token in ids], [one.id_to_token(token) for token in ids])

@@ -16,15 +16,17 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from quantkit.errors import ArtifactError, CheckpointError, Interrupted
 from quantkit.evaluation_cache import Entry, EvaluationCache, decode_rows, encode_rows
+from quantkit.evaluation_checks import artifact_errors
 from quantkit.inference import Inference
 from quantkit.layer_pass import PORTION, Samples
-from quantkit.stored_model import UNQUANTIZED, StoredModel
+from quantkit.stored_model import StoredModel
 from quantkit.team import Team, spans
 from quantkit.windows import Windows
 
@@ -118,7 +120,7 @@ class ModelPass:
         self.seconds = 0.0  # of work for this model
         self._windows, self._team, self._cache, self._watch = windows, team, cache, watch
         self._device, self._round = device, round_activations
-        self._phase = "reference" if is_reference else "artifact"
+        self._is_reference, self._phase = is_reference, "reference" if is_reference else "artifact"
         self._inference: Inference | None = None
         self._done, self._total = 0, sum(windows.lengths) * model.config.num_layers
 
@@ -133,7 +135,9 @@ class ModelPass:
         try:
             entry = self._cache.open(name)
             if entry is None:
-                self._cache.save(name, self._compute(sweep))
+                with self._own_errors():
+                    computed = self._compute(sweep)
+                self._cache.save(name, computed)
                 entry = self._cache.open(name)
             self._cache.remove(self._unfinished(sweep))
             if entry is None:
@@ -151,18 +155,19 @@ class ModelPass:
         """Logits of some predicting rows: float32 ``[rows, vocabulary]`` on the CPU, in ``out`` unless the device is another."""
         began = time.monotonic()
         hidden = decode_rows(states.read("halves", rows), states.read("exponents", rows))
-        if self._device is None:
-            self._running().logits(hidden, out)
-        else:
-            there = torch.empty(out.shape, device=self._device)
-            out.copy_(self._running().logits(hidden.to(self._device), there))
+        with self._own_errors():
+            if self._device is None:
+                self._running().logits(hidden, out)
+            else:
+                there = torch.empty(out.shape, device=self._device)
+                out.copy_(self._running().logits(hidden.to(self._device), there))
         self.seconds += time.monotonic() - began
         return out
 
     def failure(self, what: str, window: str) -> ArtifactError | CheckpointError:
         """An error about values that are not finite."""
         message = f"{self.model.path}: {what} of window {window} are not finite numbers. Its weights or scales are damaged"
-        if self.model.format == UNQUANTIZED:
+        if self._is_reference:
             return CheckpointError(f"{message}: download it again.")
         return ArtifactError(f"{message}: run `quantkit verify` on it, or convert again.")
 
@@ -171,6 +176,9 @@ class ModelPass:
         self._inference = None
 
     # ------------------------------------------------------------------------------------------------------------- layers
+
+    def _own_errors(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._is_reference else artifact_errors()
 
     def _running(self) -> Inference:
         if self._inference is None:

@@ -118,7 +118,8 @@ def load_windows(
             vocab_size=vocab_size,
         )
         kinds = tuple(corpus.kinds[number] for number in corpus.token_kinds[:, 0].tolist())
-        tokens, lengths = corpus.tokens.to(torch.int64), tuple(corpus.lengths.tolist())
+        lengths = tuple(corpus.lengths.tolist())
+        tokens = corpus.tokens[:, : max(lengths)].to(torch.int64).contiguous()  # a text may be shorter than what was asked
         return _described(Windows(tokens, lengths, 0, kinds, corpus.sample_names, corpus.description), convention)
     return _second_halves(text, Path(tokenizer_directory), window, windows, seed, revision, vocab_size)
 
