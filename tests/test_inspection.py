@@ -16,6 +16,8 @@ from quantkit.convert import convert
 from quantkit.errors import ArtifactError, CheckpointError, QuantkitError
 from quantkit.inspection import inspect, role_of
 from quantkit.llama4 import inventory, parse_config
+from quantkit.packed_header import BlockContent
+from tests.test_packed_header import write_file
 
 DEMO = Path(__file__).parent.parent / "demo" / "tiny-scout"
 
@@ -65,6 +67,18 @@ def test_what_cannot_be_read_is_a_documented_error(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(b"\xff" * 64)
     with pytest.raises(CheckpointError, match=r"x.safetensors"):
         inspect(tmp_path / "x.safetensors")
+
+
+def test_a_packed_file_of_a_newer_version_is_inspected_with_a_note(tmp_path: Path) -> None:
+    name = "language_model.model.layers.0.feed_forward.experts.0"
+    tensors = [("gate_proj.codes", "I32", (4, 64)), ("gate_proj.scale", "BF16", (1, 4)), ("up_proj.codes", "I32", (4, 64))]
+    schemes = {"gate_proj": "ternary-g7", "up_proj": "int4-channel"}
+    file = write_file(tmp_path / "model.packed", [BlockContent(name, schemes, tensors)])
+    result = inspect(file)
+    assert any(note.startswith("a scheme quantkit does not know: 'ternary-g7'") for note in result.notes)
+    assert result.parameters == 4 * 64 + 4 * 512  # as stored; 64 words of 8 codes
+    only = write_file(tmp_path / "scale.packed", [BlockContent(name, schemes, tensors[1:2])])
+    assert inspect(only).roles[0].bits_per_weight > 0
 
 
 @pytest.fixture(scope="module")
