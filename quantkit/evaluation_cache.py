@@ -159,7 +159,8 @@ def _cache_errors(doing: str, *, resumable: bool = False) -> Iterator[None]:
         with output_errors(doing, resumable=resumable):
             yield
     except OutputError as error:
-        raise OutputError(str(error).replace("output directory", "cache directory (--cache)")) from error.__cause__
+        text = str(error).replace("an output directory", "a cache directory (--cache)")
+        raise OutputError(text.replace("output directory", "cache directory (--cache)")) from error.__cause__
 
 
 def _header(arrays: Mapping[str, torch.Tensor]) -> bytes:
