@@ -60,6 +60,7 @@ _AGAIN = re.compile(
     r"(?:, from one revision)?",
     re.IGNORECASE,
 )
+_WANTED_CHECKPOINT = "Give the directory of a Llama 4 checkpoint as downloaded."
 _CLOSE = 1e-5  # relative, for numbers that GGUF files hold as float32
 
 
@@ -83,7 +84,12 @@ def artifact_errors() -> Iterator[None]:
     try:
         yield
     except CheckpointError as error:
-        raise ArtifactError(_AGAIN.sub(_made_again, str(error))) from error
+        raise _of_artifact(error) from error
+
+
+def _of_artifact(error: Exception) -> ArtifactError:
+    text = str(error).replace(_WANTED_CHECKPOINT, "Give the directory of a finished artifact, or a GGUF file.")
+    return ArtifactError(_AGAIN.sub(_made_again, text))
 
 
 def _made_again(found: re.Match[str]) -> str:
@@ -212,7 +218,7 @@ def check_same_tokenizer(reference: StoredModel, artifact: StoredModel) -> None:
     try:
         other, other_digest = load_tokenizer(theirs)
     except CorpusError as error:
-        raise ArtifactError(_AGAIN.sub(_made_again, str(error))) from error
+        raise _of_artifact(error) from error
     if one_digest != other_digest:
         ids = range(reference.config.vocab_size)
         _compare(artifact, ours, [other.id_to_token(token) for token in ids], [one.id_to_token(token) for token in ids])
