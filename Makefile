@@ -25,7 +25,7 @@ demo: $(VENV)/.installed
 		--cache $(DEMO_OUTPUT)/cache --force
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
