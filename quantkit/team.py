@@ -41,7 +41,8 @@ class Team:
     def __enter__(self) -> Self:
         torch.set_num_threads(1)
         if self.threads > 1:
-            self._executor = ThreadPoolExecutor(self.threads, thread_name_prefix="quantkit-team")
+            # BLAS keeps the number of its threads by thread: a new one would begin with as many as there are cores.
+            self._executor = ThreadPoolExecutor(self.threads, "quantkit-team", torch.set_num_threads, (1,))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -174,3 +174,15 @@ def test_bits_do_not_depend_on_the_number_of_threads_in_real_tiles() -> None:
         results.append((product, gram, factor))
     for other in results[1:]:
         assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+
+
+def test_threads_leave_blas_to_themselves() -> None:
+    """A new thread would begin with a BLAS of all cores, which adds up the last rows of small products otherwise."""
+    left = torch.randn(11, 256, generator=torch.Generator().manual_seed(4))
+    right = torch.randn(256, 64, generator=torch.Generator().manual_seed(5))
+    found: list[tuple[int, torch.Tensor]] = []
+    with Team(1) as team:
+        team.run(lambda _: found.append((torch.get_num_threads(), left @ right)), range(1))
+    with Team(3) as team:
+        team.run(lambda _: found.append((torch.get_num_threads(), left @ right)), range(30))
+    assert all(threads == 1 and torch.equal(product, found[0][1]) for threads, product in found)
