@@ -110,8 +110,8 @@ def _write(
         + f"{arguments.model.name}; the reference is computed anew each time.\n\n"
         + common.table(("", *repetitions, "median"), [(name, *(f"{value:.1f}" for value in row)) for name, *row in seconds])
         + f"\nquantkit is **{theirs / ours:.1f} times** as fast.  Of transformers' time {loading:.1f} s are spent on loading "
-        + "artifacts.\n\nThe figures of both, over the windows that each took.  transformers rounds dequantized weights to BF16 when it loads them,\n"
-        + "which is the difference:\n\n"
+        + "artifacts.\n\nThe figures of both, over the windows that each took.  transformers rounds dequantized weights to BF16\n"
+        + "when it loads them, which is the difference:\n\n"
         + common.table(columns, rows),
     )
 
