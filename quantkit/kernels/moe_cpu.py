@@ -41,6 +41,7 @@ T = TypeVar("T")
 TILE = 256  # rows of a weight that are dequantized and multiplied at once
 SMALL_TILE, FEW = 64, 64  # the same for at most so many tokens
 PORTION_BYTES = 256 << 20  # rows, inner and the tiles' buffers
+COUNTED = 2  # threads whose buffers count as part of a portion: it must not depend on how many there are
 GATHERED = 64 * 5120  # numbers that a thread gathers and rounds at a time
 ENOUGH, LEAST_BLOCK = 32, 512  # tiles times blocks, if blocks have at least so many tokens
 
@@ -103,7 +104,7 @@ class _Run:
         width, hidden = shape_of(weights.gate)
         factors = tuple(_factor(weight, len(tokens)) for weight in (weights.gate, weights.up, weights.down))
         two = self._round and not same_inputs(weights.gate, weights.up)
-        each = 4 * (hidden * (1 + two) + width + 2 * self._team.threads * TILE)
+        each = 4 * (hidden * (1 + two) + width + 2 * COUNTED * TILE)
         for part in spans(len(tokens), max(16, PORTION_BYTES // each)):
             self._portion(x, weights, factors, tokens[part], None if scores is None else scores[part], two, result)
 
