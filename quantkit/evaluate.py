@@ -30,7 +30,7 @@ from quantkit.calibration import CalibrationOptions
 from quantkit.errors import ArtifactError, Interrupted
 from quantkit.estimate import available_cores
 from quantkit.evaluation import ArtifactEvaluation, Difference, Evaluation, Scores
-from quantkit.evaluation_cache import EvaluationCache
+from quantkit.evaluation_cache import LIMIT_BYTES, EvaluationCache
 from quantkit.evaluation_checks import (
     check_arguments,
     check_distinct,
@@ -44,7 +44,7 @@ from quantkit.evaluation_checks import (
 )
 from quantkit.evaluation_pass import STOPPED, EvaluationProgress, ModelPass, Sweep, Watch, cut_sweeps
 from quantkit.evaluation_provenance import Provenance, read_provenance
-from quantkit.evaluation_scores import Scorer, SweepScores
+from quantkit.evaluation_scores import Scorer, SweepScores, scores_folder
 from quantkit.golden import answer_golden
 from quantkit.golden_set import read_questions
 from quantkit.stored_model import StoredModel
@@ -71,6 +71,7 @@ def evaluate(
     workers: int | None = None,
     batch_tokens: int | None = None,
     cache: str | Path | None = None,
+    cache_limit: int | None = None,
     resamples: int = 1000,
     round_activations: bool = True,
     golden: str | Path | None = None,
@@ -81,7 +82,8 @@ def evaluate(
 
     text, revision, window, windows, convention, seed: see :func:`quantkit.windows.load_windows`.  workers: threads, None for one a
     core.  batch_tokens: tokens held in memory at once, None for what suits the width of the model.  cache: a directory for what can
-    be used again, None for ``~/.cache/quantkit/evaluation``.  resamples: of the bootstrap; 0 for figures without intervals.
+    be used again, None for ``~/.cache/quantkit/evaluation``.  cache_limit: bytes that may lie there, None for 20 GB: what was not
+    used for longest makes room.  resamples: of the bootstrap; 0 for figures without intervals.
     round_activations: round the inputs of matrices as clients do where a scheme asks for it.  golden: questions that reference and
     artifacts answer besides, a file as :func:`quantkit.golden_set.read_questions` takes, or "bundled".
 
@@ -92,7 +94,15 @@ def evaluate(
     paths = [artifacts] if isinstance(artifacts, str | Path) else list(artifacts)
     if not paths:
         raise ArtifactError("No artifact was given. Give the directory or the GGUF file of at least one.")
-    check_arguments(window=window, windows=windows, seed=seed, workers=workers, batch_tokens=batch_tokens, resamples=resamples)
+    check_arguments(
+        window=window,
+        windows=windows,
+        seed=seed,
+        workers=workers,
+        batch_tokens=batch_tokens,
+        resamples=resamples,
+        cache_limit=cache_limit,
+    )
     where = CalibrationOptions(device=device).accelerator()
     questions = () if golden is None else read_questions(golden)  # what is wrong with them is said before the work
     watch = Watch(progress, stop)
@@ -116,9 +126,8 @@ def evaluate(
                 revision=revision,
                 vocab_size=base.config.vocab_size,
             )
-            store = EvaluationCache(
-                Path.home() / ".cache" / "quantkit" / "evaluation" if cache is None else Path(cache).expanduser()
-            )
+            place = Path.home() / ".cache" / "quantkit" / "evaluation" if cache is None else Path(cache).expanduser()
+            store = opened.enter_context(EvaluationCache(place, LIMIT_BYTES if cache_limit is None else cache_limit))
             keys, provenances = _checked(base, models, watch)  # which takes a while: all other errors come first
             team = opened.enter_context(Team(workers or available_cores()))
             sweeps = cut_sweeps(cut, base.config.hidden_size, batch_tokens)
@@ -137,6 +146,7 @@ def evaluate(
                 )
                 for model, name, key in zip((base, *models), (base.name, *names), keys, strict=True)
             ]
+            store.hold([one.key for one in passes] + [scores_folder(one, passes[0]) for one in passes[1:]])
             scores = _measure(passes[0], passes[1:], cut, sweeps, team, store, watch)
             answers = []
             for one in passes if questions else ():

@@ -65,14 +65,24 @@ _CLOSE = 1e-5  # relative, for numbers that GGUF files hold as float32
 
 
 def check_arguments(
-    *, window: int, windows: int | None, seed: int, workers: int | None, batch_tokens: int | None, resamples: int
+    *,
+    window: int,
+    windows: int | None,
+    seed: int,
+    workers: int | None,
+    batch_tokens: int | None,
+    resamples: int,
+    cache_limit: int | None,
 ) -> None:
     """Raise CorpusError for numbers that choose no text, RecipeError for others that mean nothing."""
     chosen = (("window", window, 3), ("windows", windows, 1), ("seed", seed, 0))
-    others = (("workers", workers, 1), ("batch_tokens", batch_tokens, 1), ("resamples", resamples, 0))
+    others = (
+        *(("workers", workers, 1), ("batch_tokens", batch_tokens, 1)),
+        *(("resamples", resamples, 0), ("cache_limit", cache_limit, 0)),
+    )
     for numbers, kind in ((chosen, CorpusError), (others, RecipeError)):
         for name, value, least in numbers:
-            if value is None and name in ("windows", "workers", "batch_tokens"):
+            if value is None and name in ("windows", "workers", "batch_tokens", "cache_limit"):
                 continue
             if type(value) is not int or value < least:
                 raise kind(f"{name} is {value!r}; expected an integer of at least {least}")

@@ -107,7 +107,12 @@ class Scorer:
         self._cache.save(self._name(artifact, sweep), arrays)
 
     def _name(self, artifact: ModelPass, sweep: Sweep) -> str:
-        return f"{artifact.key}-{self._reference.key}/scores-{sweep.number:05d}"
+        return f"{scores_folder(artifact, self._reference)}/scores-{sweep.number:05d}"
+
+
+def scores_folder(artifact: ModelPass, reference: ModelPass) -> str:
+    """Where the cache keeps the scores of an artifact."""
+    return f"{artifact.key}-{reference.key}"
 
 
 def _portion(vocabulary: int) -> int:

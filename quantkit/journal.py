@@ -49,7 +49,7 @@ _ADVICE = {
     errno.EMFILE: "too many open files: raise the limit (ulimit -n) or choose larger shards",
 }
 _RESUMABLE = ". Finished units are kept: run the same command again to continue"
-_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # errors of file systems without them
 
 
 @contextmanager
@@ -137,7 +137,7 @@ class Journal:
                 f"{self.path.parent} is being written by {holder}: wait until it has finished or stop it, then run again"
             ) from None
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in NO_LOCKS:
                 raise OutputError(f"cannot lock {self.path}: {error.strerror}") from error
             _logger.warning("%s: this file system has no locks; make sure that no other run writes there", self.path.parent)
         if not self.path.exists() or not os.path.samestat(os.fstat(self._descriptor), self.path.stat()):
