@@ -52,14 +52,7 @@ SETTINGS: dict[str, Any] = {
 }
 TOLERANCE = 1e-4  # of a Hessian, relative to its diagonal; both sides run the model in float32
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    """For transformers: these weights are tiny."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @pytest.fixture(scope="module", params=["scout", "maverick"])

@@ -50,6 +50,8 @@ RECIPES = {**PRESETS, **MIXED}
 NAMES = {"scout": list(PRESETS), "maverick": list(RECIPES)}
 every_artifact = pytest.mark.parametrize(("model", "name"), [(model, name) for model, names in NAMES.items() for name in names])
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 
 @dataclass(frozen=True)
 class Models:
@@ -63,7 +65,7 @@ class Models:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Models]:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     output = tmp_path_factory.mktemp("clients")
     write_tiny_model(output / "maverick-source", "maverick", seed=3)
     made = Models({"scout": DEMO, "maverick": output / "maverick-source"}, output)
@@ -72,10 +74,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Models]:
         convert(source, [recipe for recipe in recipes if not recipe.needs_calibration], output / model, max_shard_bytes=4_000_000)
         for recipe in (recipe for recipe in recipes if recipe.needs_calibration):
             write_calibrated(source, recipe, output / model)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the weights are tiny
-    yield made
-    torch.set_num_threads(threads)
+    return made
 
 
 # ------------------------------------------------------------------------------------------------------------ transformers

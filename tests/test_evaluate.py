@@ -7,12 +7,10 @@ import logging
 import math
 import shutil
 import threading
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from quantkit import evaluation_cache
@@ -22,16 +20,15 @@ from quantkit.evaluation import ArtifactEvaluation, Evaluation
 from tests.evaluation_models import COUNT, WINDOW, Made, make_maverick, make_scout, small
 from tests.gguf_models import DEMO, write_source
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Made]]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the weights are tiny
-    yield {
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
+    return {
         "scout": make_scout(tmp_path_factory.mktemp("scout"), ("w4a16-rtn", "fp8-dynamic", "Q8_0")),
         "maverick": make_maverick(tmp_path_factory.mktemp("maverick"), ("w4a16-rtn",)),
     }
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,17 +24,16 @@ Logits = Callable[[list[int]], torch.Tensor]  # of one window, float32 [length, 
 COMPRESSED = ("w4a16-rtn", "fp8-dynamic", "w8a8-rtn")
 GGUF = ("F32", "Q8_0", "Q4_K_M")
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Made]]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the weights are tiny
-    yield {
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
+    return {
         "scout": make_scout(tmp_path_factory.mktemp("scout"), (*COMPRESSED, *GGUF)),
         "maverick": make_maverick(tmp_path_factory.mktemp("maverick"), COMPRESSED),
         "maverick of llama.cpp": make_maverick(tmp_path_factory.mktemp("maverick"), GGUF[:2], 128),
     }
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

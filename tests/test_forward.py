@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +65,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 SEEDS = (0, 1, 2)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    """For transformers: these weights are tiny."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 def some_tokens(samples: int = 3, length: int = 100, vocabulary: int = 256, seed: int = 0) -> torch.Tensor:

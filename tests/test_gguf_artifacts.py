@@ -9,12 +9,10 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from gguf import GGUFReader
 
 from quantkit.calibration import CalibrationOptions
@@ -37,14 +35,7 @@ FREE = ["Q4_K_M", "Q8_0", "fp8-dynamic"]
 SPLIT = 1_500_000  # bytes of a file
 CALIBRATION = CalibrationOptions(samples=3, sequence_length=128)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    """These weights are tiny."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @pytest.fixture(scope="module")

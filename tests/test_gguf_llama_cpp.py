@@ -9,7 +9,6 @@ weights to these types), which no file can change.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,14 +31,7 @@ QUANTIZED = [name for name, kind in TYPES.items() if not kind.floating]
 NEEDS_IMPORTANCE = {name for name in QUANTIZED if name.startswith(("IQ1", "IQ2", "IQ3"))}
 TEXT = (Path(__file__).parent.parent / "LICENSE").read_text()
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    """These weights are tiny."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 def random_window(seed: int = 0) -> list[int]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from compressed_tensors.quantization.lifecycle.forward import dequantize as library_dequantize
@@ -15,14 +13,7 @@ from quantkit.scheme import KEEP, Scheme, parse_scheme, scheme_names
 
 SCHEMES = [scheme for name in scheme_names() if name != KEEP and (scheme := parse_scheme(name))]
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors are small here: threads of torch would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 by_name = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)

@@ -34,6 +34,8 @@ SETTINGS: dict[str, Any] = {
     "num_hidden_layers": 4,
 }
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 
 @dataclass
 class Recorder:
@@ -95,15 +97,6 @@ class Recorder:
         tokens = torch.cat([tokens for tokens, _ in parts])
         order = torch.argsort(tokens)
         return tokens[order], torch.cat([rows for _, rows in parts])[order]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    """For transformers: these weights are tiny."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=["scout", "maverick"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,8 @@ EVERYTHING = Rule("fp8-tensor-static", (*FEED_FORWARD_ROLES, "attention"))
 ATTENTION = Recipe("static-attention", (EVERYTHING, Rule("keep")), kv_cache="fp8")
 RECIPES = {recipe.name: recipe for recipe in (STATIC, STATIC_KV, INT4_KV, ATTENTION)}
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -43,14 +44,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def artifacts(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def artifacts(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("artifacts")
     for recipe in RECIPES.values():
         write_calibrated(source, recipe, output, max_shard_bytes=2_000_000)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the weights are tiny
-    yield output
-    torch.set_num_threads(threads)
+    return output
 
 
 def stored(artifact: Path) -> dict[str, torch.Tensor]:
