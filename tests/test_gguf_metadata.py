@@ -336,7 +336,9 @@ def test_without_a_card(tmp_path: Path, content: str) -> None:
 
 @given(st.text(st.sampled_from("ab:-[]|>#'\"\n ,&*!license"), max_size=200))
 def test_any_card(content: str) -> None:
-    parse_model_card(f"---\n{content}\n---\n")
+    card = parse_model_card(f"---\n{content}\n---\n")
+    texts = (card.license_name, card.license_link, *card.license.split(","), *card.tags, *card.languages, *card.base_models)
+    assert all(text in content for text in texts)  # nothing is made up
 
 
 def test_a_card_that_cannot_be_read(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from quantkit.errors import ArtifactError, CheckpointError, QuantkitError
 from quantkit.inspection import inspect, role_of
 from quantkit.llama4 import inventory, parse_config
 from quantkit.packed_header import BlockContent
+from tests.mutated_json import any_json, places
 from tests.test_packed_header import write_file
 
 DEMO = Path(__file__).parent.parent / "demo" / "tiny-scout"
@@ -157,17 +158,7 @@ def test_a_directory_of_another_quantizer_is_inspected(artifact: Path) -> None:
     assert (result.kind, result.format) == ("artifact", "fbgemm_fp8")
 
 
-_json = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["re:(", "re:.*", "Linear", 10**400]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=5,
-)
-
-
-def places(value: Any) -> list[tuple[Any, Any]]:
-    """Every place in a JSON value that can be assigned to: (container, key)."""
-    keys = list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
-    return [place for key in keys for place in [(value, key), *places(value[key])]]
+_json = any_json("re:(", "re:.*", "Linear", 10**400)
 
 
 @settings(max_examples=60, deadline=None)

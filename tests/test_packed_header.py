@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from quantkit.errors import CheckpointError, OutputError
 from quantkit.packed_files import PackedFiles
 from quantkit.packed_header import MAX_HEADER_BYTES, BlockContent, build_header, model_of, parse_header, read_header, tensor_bytes
+from tests.mutated_json import any_json, places
 from tests.packed_decoder import read_file, read_json
-from tests.test_verify import places
 
 BLOCKS = [
     BlockContent("a.experts.0", {"up": "int4-g128"}, [("up.codes", "I32", (8, 16)), ("up.scale", "BF16", (1, 8))]),
@@ -222,16 +222,7 @@ def test_names_that_meet_are_refused(tmp_path: Path) -> None:
         read_header(path)
 
 
-_json = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text()
-    | st.sampled_from([2**63, 2**64, 4096, "F32", "Q4_K", 10**40]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=5,
-)
+_json = any_json(2**63, 2**64, 4096, "F32", "Q4_K", 10**40)
 
 
 @settings(max_examples=150, deadline=None)

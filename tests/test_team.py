@@ -76,8 +76,10 @@ def test_a_failing_item_is_heard_of_and_torch_gets_its_threads_back(threads: int
 
 def test_work_is_spread_over_the_threads() -> None:
     meeting = threading.Barrier(3, timeout=30)  # passed only when three items are worked on at the same time
+    arrived: list[int] = []
     with Team(3) as team:
-        team.run(lambda _: meeting.wait(), range(3))
+        team.run(lambda _: arrived.append(meeting.wait()), range(3))
+    assert sorted(arrived) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(("count", "size"), [(0, 4), (1, 4), (4, 4), (9, 4), (12, 4)])

@@ -25,7 +25,7 @@ from quantkit.errors import RecipeError
 from quantkit.grid import QuantizationStatistics, QuantizedTensor, dequantize
 from quantkit.llama4 import parse_config
 from quantkit.methods import METHODS
-from quantkit.plan import make_plan
+from quantkit.plan import Plan, make_plan
 from quantkit.recipe import Recipe, Rule
 from quantkit.scheme import IN_WORDS, Scheme, parse_scheme, scheme_names
 from quantkit.team import Team
@@ -364,10 +364,10 @@ def test_awq_needs_groups(name: str) -> None:
 # ------------------------------------------------------------------------------------------------------------------ formats
 
 
-def plan_of(name: str, form: str) -> None:
+def plan_of(name: str, form: str) -> Plan:
     config = tiny_config()
     recipe = Recipe("own", (Rule(name, ("routed_expert", "shared_expert")), Rule("keep")), format=form)
-    make_plan(json.dumps(config), parse_config(config), [recipe])
+    return make_plan(json.dumps(config), parse_config(config), [recipe])
 
 
 @by_name
@@ -383,7 +383,12 @@ def test_compressed_tensors_says_which_format_to_take(scheme: Scheme) -> None:
 
 @pytest.mark.parametrize("number", IN_WORDS)
 def test_compressed_tensors_holds_the_others(number: str) -> None:
-    plan_of(f"{number}-g32", "compressed-tensors")
+    [artifact] = plan_of(f"{number}-g32", "compressed-tensors").artifacts
+    planned = {tensor.name: (tensor.dtype, tensor.shape) for outputs in artifact.outputs.values() for tensor in outputs}
+    down = "language_model.model.layers.0.feed_forward.experts.0.down_proj"  # [128, 256]
+    packed = 256 * {"int4": 4, "int8": 8}[number] // 32
+    assert planned[f"{down}.weight_packed"] == ("I32", (128, packed))
+    assert planned[f"{down}.weight_scale"] == ("BF16", (128, 256 // 32))
 
 
 def test_gguf_holds_none_of_them() -> None:
