@@ -20,8 +20,7 @@ from quantkit.errors import CorpusError
 from quantkit.evaluation import Estimate, GoldenAnswers
 from quantkit.generation import Prompt, end_tokens, generate
 from quantkit.golden_set import KINDS, Question, read_questions
-from quantkit.inference import Inference
-from quantkit.kept_model import KEPT_BYTES, KeptModel
+from quantkit.inference import keeping_inference
 from quantkit.likelihood import log_likelihoods
 from quantkit.stored_model import StoredModel
 from quantkit.team import Team
@@ -38,7 +37,7 @@ def golden_answers(
     team: Team,
     device: torch.device | None = None,
     round_activations: bool = True,
-    kept_bytes: int = KEPT_BYTES,
+    kept_bytes: int | None = None,
     progress: Progress | None = None,
     stop: threading.Event | None = None,
 ) -> tuple[GoldenAnswers, ...]:
@@ -68,16 +67,18 @@ def answer_golden(
     team: Team,
     device: torch.device | None = None,
     round_activations: bool = True,
-    kept_bytes: int = KEPT_BYTES,
+    kept_bytes: int | None = None,
     progress: Progress | None = None,
     stop: threading.Event | None = None,
 ) -> GoldenAnswers:
     """Ask ``model`` all questions: those that are generated together, then the choices together.
 
-    tokenizer_directory: of the reference.  kept_bytes: weights that may stay in memory between tokens.
+    tokenizer_directory: of the reference.  kept_bytes: of weights that stay between tokens, see
+    :func:`~quantkit.inference.keeping_inference`.
 
     The interval of the accuracy is Wilson's.  A latency is the time from when a question was asked, together with the others, to
-    the end of its answer; so it compares models that were asked the same questions.
+    the end of its answer; so it compares models that were asked the same questions.  On a device the time in
+    which weights are first brought there, and kernels are compiled, does not count.
 
     Raises CorpusError for what the tokenizer or the chat template cannot take, ArtifactError for a tokenizer of another model,
     Interrupted when ``stop`` is set.
@@ -96,8 +97,9 @@ def answer_golden(
             progress(model.name, done, len(questions))
 
     tell(0)
-    kept = KeptModel(model, kept_bytes, device)
-    inference = Inference(kept, team, device=device, round_activations=round_activations)
+    inference = keeping_inference(model, team, device, kept_bytes, round_activations)
+    if device is not None:
+        log_likelihoods(inference, [Continuation((0,), (0,))], stop=stop)
     generation = generate(
         inference,
         prompts,
@@ -109,7 +111,6 @@ def answer_golden(
     began = time.perf_counter()
     likelihoods = iter(log_likelihoods(inference, [option for listed in options for option in listed], stop=stop))
     seconds = time.perf_counter() - began
-    kept.close()
     results: dict[int, tuple[str, bool, float]] = {}  # what was answered, whether it is right, seconds
     for number, answer in zip(generated, generation.answers, strict=True):
         results[number] = (answer.text, is_right(questions[number], answer.text), answer.seconds)

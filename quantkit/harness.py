@@ -28,8 +28,7 @@ import torch
 from quantkit.encoder import Continuation, Encoder
 from quantkit.errors import CorpusError, QuantkitError
 from quantkit.generation import Prompt, end_tokens, generate
-from quantkit.inference import Inference
-from quantkit.kept_model import KEPT_BYTES, KeptModel
+from quantkit.inference import keeping_inference
 from quantkit.likelihood import log_likelihoods
 from quantkit.stored_model import open_model
 from quantkit.team import Team
@@ -69,13 +68,14 @@ def model_class(base: type[Any] | None = None) -> type[Any]:
             device: str | None = None,
             max_length: int = MAX_LENGTH,
             max_gen_toks: int = MAX_TOKENS,
-            kept_bytes: int = KEPT_BYTES,
+            kept_bytes: int | None = None,
             round_activations: bool = True,
             **ignored: Any,
         ) -> None:
             """path: what :func:`~quantkit.stored_model.open_model` opens.  tokenizer: directory of the tokenizer files, those of
-            ``path`` by default.  threads: of the CPU, all by default.  device: None and ``cpu`` are the CPU.  kept_bytes: weights
-            that may stay in memory.  ignored: what the harness's command line gives to every model, such as ``batch_size``."""
+            ``path`` by default.  threads: of the CPU, all by default.  device: None and ``cpu`` are the CPU.  kept_bytes: of
+            weights that stay from one step to the next, see :func:`~quantkit.inference.keeping_inference`.  ignored: what the
+            harness's command line gives to every model, such as ``batch_size``."""
             super().__init__()
             self._open(path, tokenizer, threads, device, max_length, max_gen_toks, kept_bytes, round_activations)
 
@@ -93,7 +93,7 @@ class _Requests:
         device: str | None,
         max_length: int,
         max_gen_toks: int,
-        kept_bytes: int,
+        kept_bytes: int | None,
         round_activations: bool,
     ) -> None:
         if max_length < 2 or max_gen_toks < 1:
@@ -104,9 +104,7 @@ class _Requests:
         self._max_length, self._max_tokens = max_length, max_gen_toks
         where = None if device in (None, "cpu") else torch.device(str(device))
         self._team = Team(threads or os.cpu_count() or 1)
-        self._inference = Inference(
-            KeptModel(self._model, kept_bytes, where), self._team, device=where, round_activations=round_activations
-        )
+        self._inference = keeping_inference(self._model, self._team, where, kept_bytes, round_activations)
 
     def close(self) -> None:
         """Close the files of the model."""

@@ -5,11 +5,12 @@ kernels (:mod:`quantkit.kernels.dispatch`), which take each matrix as it is stor
 :mod:`quantkit.forward`, in float32.  On the CPU the bytes do not depend on the number of threads (see :mod:`quantkit.team`).
 
 With a cache of keys and values the same layers continue texts: then the tokens given are those that follow what the cache holds.
+Which weights stay in memory is decided by :mod:`quantkit.ready_weights` and, on the CPU, :mod:`quantkit.kept_model`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -17,17 +18,18 @@ import torch
 
 from quantkit import forward
 from quantkit.errors import ArtifactError
-from quantkit.kernels.device_weights import DeviceWeight, build
+from quantkit.kept_model import KEPT_BYTES, KeptModel
+from quantkit.kernels.device_weights import DeviceWeight
 from quantkit.kernels.dispatch import Backend, dequant_matmul, moe_forward
-from quantkit.kernels.weights import Mlp, Weight
-from quantkit.language_model import TABLE_ROWS, embedding_name, gather, head_name
+from quantkit.kernels.weights import Weight
 from quantkit.layer_pass import PORTION, Samples
 from quantkit.llama4 import Unit
+from quantkit.ready_weights import DeviceWeights, ReadyWeights, StoredWeights
 from quantkit.stored_model import StoredModel
 from quantkit.team import Team, multiply, spans
 from quantkit.workspace import Workspace
 
-KEPT_TABLE_BYTES = 256 << 20  # of the head in float32; a larger one is read again for every call
+LOGITS_ROWS = 512  # that a device multiplies at a time: the bits of a product may depend on how many there are
 NORMALIZED = 64 * 5120  # numbers that a thread normalizes at a time, so that they stay in its cache
 
 Heads = tuple[slice, slice, slice]  # samples, and columns of queries and of keys
@@ -52,17 +54,24 @@ class KeyValueCache:
 class Inference:
     """model: what runs.  team: threads, single-threaded BLAS each.  device: where products are computed, None for the CPU.
 
-    round_activations: round inputs of matrices as clients do where a scheme asks for it.
+    round_activations: round inputs of matrices as clients do where a scheme asks for it.  kept_bytes: of layers and embedding that
+    stay on the device from one call to the next, None for as many as it has room for.
     """
 
     def __init__(
-        self, model: StoredModel, team: Team, *, device: torch.device | None = None, round_activations: bool = True
+        self,
+        model: StoredModel,
+        team: Team,
+        *,
+        device: torch.device | None = None,
+        round_activations: bool = True,
+        kept_bytes: int | None = 0,
     ) -> None:
         self.model, self.config = model, model.config
         self._team, self._device, self._round = team, device, round_activations
         self._backend: Backend | None = None if device is None else "triton"
         self._workspace = Workspace()
-        self._head: torch.Tensor | None = None  # [vocabulary, hidden], of small models
+        self._weights: ReadyWeights = StoredWeights(model) if device is None else DeviceWeights(model, device, kept_bytes)
         self._layers: dict[int, list[Unit]] = {layer: [] for layer in range(self.config.num_layers)}
         for unit in model.units:
             if unit.layer is not None:
@@ -79,30 +88,19 @@ class Inference:
             raise ArtifactError(
                 f"{self.model.path} has no token {wrong}: its vocabulary has {vocabulary:,}. The tokenizer is another model's."
             )
-        hidden = torch.empty(len(tokens), self.config.hidden_size)
-        gather(self.model.rows(embedding_name(self.config), TABLE_ROWS), tokens, hidden)
-        return hidden if self._device is None else hidden.to(self._device)
+        return self._weights.embed(tokens)
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Final norm and head: ``hidden [count, hidden]``, the rows wanted, to ``out`` float32 ``[count, vocabulary]``."""
-        norm = self._vector(f"{self.config.prefix}model.norm.weight")
-        rows = self._normalized(hidden, None, norm)
-        for first, table in self._head_rows():
+        rows = self._normalized(hidden, None, self._weights.vector(f"{self.config.prefix}model.norm.weight"))
+        for first, table in self._weights.head():
             target = out[:, first : first + len(table)]
             if self._device is None:
                 multiply(self._team, rows, table.t(), target)
-            else:
-                torch.mm(rows, table.to(self._device).t(), out=target)
+                continue
+            for part in spans(len(rows), LOGITS_ROWS):
+                torch.mm(rows[part], table.t(), out=target[part])
         return out
-
-    def _head_rows(self) -> Iterator[tuple[int, torch.Tensor]]:
-        name, hidden = head_name(self.config), self.config.hidden_size
-        if 4 * self.config.vocab_size * hidden > KEPT_TABLE_BYTES:
-            yield from self.model.rows(name, TABLE_ROWS)
-            return
-        if self._head is None:
-            self._head = torch.cat([table.clone() for _, table in self.model.rows(name, TABLE_ROWS)])
-        yield 0, self._head
 
     # ------------------------------------------------------------------------------------------------------------- layers
 
@@ -117,16 +115,16 @@ class Inference:
         base = f"{self.config.prefix}model.layers.{number}."
         matrices = {unit.key.rpartition(".")[2]: unit for unit in self._layers[number] if unit.matrices and unit.expert is None}
         self._attention(number, base, matrices, hidden, samples, cache)
-        rows = self._normalized(hidden, tokens, self._vector(f"{base}post_attention_layernorm.weight"))
-        own = self._mlp(matrices["gate_up_proj"], matrices["down_proj"])
+        rows = self._normalized(hidden, tokens, self._weights.vector(f"{base}post_attention_layernorm.weight"))
+        own = matrices["gate_up_proj"], matrices["down_proj"]
         routing = None
         if self.config.moe_layers[number]:
-            experts = _Experts(self, [unit for unit in self._layers[number] if unit.expert is not None])
+            experts, shared = self._weights.mixture([unit for unit in self._layers[number] if unit.expert is not None], own)
             result, routing = moe_forward(
                 self._inputs(rows),
-                self._vector(f"{base}feed_forward.router.weight"),
+                self._weights.vector(f"{base}feed_forward.router.weight"),
                 experts,
-                own,
+                shared,
                 experts_per_token=self.config.experts_per_token,
                 backend=self._backend,
                 round_activations=self._round,
@@ -134,7 +132,7 @@ class Inference:
                 workspace=self._workspace,
             )
         else:
-            result = self._dense(rows, own)
+            result = self._dense(rows, *own)
         if tokens is None:
             hidden += result
         else:
@@ -151,9 +149,9 @@ class Inference:
         cache: KeyValueCache | None,
     ) -> None:
         config = self.config
-        norm = self._vector(f"{base}input_layernorm.weight")
-        joined = [self._ready(weight) for weight in self._read(matrices["qkv"])]
-        [out] = [self._ready(weight) for weight in self._read(matrices["o_proj"])]
+        norm = self._weights.vector(f"{base}input_layernorm.weight")
+        joined = self._weights.matrices(matrices["qkv"])
+        [out] = self._weights.matrices(matrices["o_proj"])
         biases = [self._bias(f"{base}self_attn.{name}.bias") for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
         for group in _groups(samples, cache is not None):
             tokens = torch.cat([torch.arange(begin, begin + length) for begin, length in group])
@@ -245,9 +243,10 @@ class Inference:
         )
         return None if past is None else (past[0][None], past[1][None])
 
-    def _dense(self, rows: torch.Tensor, weights: Mlp) -> torch.Tensor:
+    def _dense(self, rows: torch.Tensor, gate_up: Unit, down_unit: Unit) -> torch.Tensor:
         parts = []
-        gate, up, down = (self._ready(weight) for weight in (weights.gate, weights.up, weights.down))
+        gate, up = self._weights.matrices(gate_up)
+        [down] = self._weights.matrices(down_unit)
         for part in spans(len(rows), PORTION):
             inner = forward.gated(self._product(rows[part], gate), self._product(rows[part], up))
             parts.append(self._product(inner, down))
@@ -264,41 +263,25 @@ class Inference:
         )
         return product.to(torch.float32)
 
-    def _ready(self, weight: Weight) -> Weight | DeviceWeight:
-        """Brought to the device once, where there is one, for products with several portions of tokens."""
-        return weight if self._device is None else build(weight, self._device)
-
     def _inputs(self, rows: torch.Tensor) -> torch.Tensor:
         """As the kernels of the device take them."""
         return rows if self._device is None else rows.to(self._device, torch.bfloat16)
 
-    # -------------------------------------------------------------------------------------------------------------- parts
-
-    def _mlp(self, gate_up: Unit, down: Unit) -> Mlp:
-        return Mlp(*self._read(gate_up), *self._read(down))
-
-    def _read(self, unit: Unit) -> list[Weight]:
-        return [self.model.read(matrix) for matrix in unit.matrices]
-
-    def _vector(self, name: str) -> torch.Tensor:
-        vector = self.model.vector(name)
-        return vector if self._device is None else vector.to(self._device)
-
     def _bias(self, name: str) -> torch.Tensor | None:
-        return self._vector(name) if self.model.has(name) else None
+        return self._weights.vector(name) if self.model.has(name) else None
 
 
-class _Experts(Sequence[Mlp]):
-    """The routed experts of a layer, read when asked for."""
+def keeping_inference(
+    model: StoredModel, team: Team, device: torch.device | None, kept_bytes: int | None, round_activations: bool = True
+) -> Inference:
+    """For many steps: at most ``kept_bytes`` of weights stay between them, on the device or in memory.
 
-    def __init__(self, inference: Inference, units: Sequence[Unit]) -> None:
-        self._inference, self._units = inference, units
-
-    def __len__(self) -> int:
-        return len(self._units) // 2
-
-    def __getitem__(self, index: int) -> Mlp:  # type: ignore[override]
-        return self._inference._mlp(self._units[2 * index], self._units[2 * index + 1])
+    None: as many as the device has room for, ``KEPT_BYTES`` of memory.
+    """
+    if device is not None:
+        return Inference(model, team, device=device, round_activations=round_activations, kept_bytes=kept_bytes)
+    kept = KeptModel(model, KEPT_BYTES if kept_bytes is None else kept_bytes)
+    return Inference(kept, team, round_activations=round_activations)
 
 
 def _groups(samples: Samples, mixed: bool) -> Iterator[list[tuple[int, int]]]:

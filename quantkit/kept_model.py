@@ -4,15 +4,16 @@ Generating reads every weight once per token.  Of a model that fits into memory 
 than once; one that does not fit is read again each time, but for the part that the budget holds.  Which part hardly matters, since
 each step needs all of it: what is asked for first is kept.
 
-Numbers do not change.  On the CPU matrices are kept in float32, which is what products there are made in, when the whole model fits
-that way; otherwise, or where a scheme also says how inputs are rounded, as they are stored.
+Numbers do not change.  Matrices are kept in float32, which is what products on the CPU are made in, when the whole model fits that
+way; otherwise, or where a scheme also says how inputs are rounded, as they are stored.  What a device keeps is the business of
+:mod:`quantkit.ready_weights`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -26,16 +27,13 @@ KEPT_BYTES = 2 << 30
 
 
 class KeptModel(StoredModel):
-    """``model``, with at most ``budget`` bytes of it in memory.  Closing this one leaves ``model`` open.
+    """``model``, with at most ``budget`` bytes of it in memory.  Closing this one leaves ``model`` open."""
 
-    device: where matrices are kept, None for the CPU.
-    """
-
-    def __init__(self, model: StoredModel, budget: int = KEPT_BYTES, device: torch.device | None = None) -> None:
+    def __init__(self, model: StoredModel, budget: int = KEPT_BYTES) -> None:
         self.path, self.config, self.units = model.path, model.config, model.units
         self.schemes, self.frequencies, self.format, self.files = model.schemes, model.frequencies, model.format, model.files
-        self._model, self._left, self._device = model, budget, device
-        self._as_floats = device is None and 4 * model.parameters <= budget
+        self._model, self._left = model, budget
+        self._as_floats = 4 * model.parameters <= budget
         self._matrices: dict[str, Weight] = {}
         self._vectors: dict[str, torch.Tensor] = {}
         self._tables: dict[tuple[str, int], list[tuple[int, torch.Tensor]]] = {}
@@ -105,13 +103,10 @@ class KeptModel(StoredModel):
     def _kept_form(self, weight: Weight) -> Weight:
         if isinstance(weight, torch.Tensor):
             # Contiguous, so that the rest of a larger tensor that this may be a view of is not kept with it.
-            return weight.to(self._device, torch.float32 if self._as_floats else weight.dtype).contiguous()
+            return weight.to(torch.float32 if self._as_floats else weight.dtype).contiguous()
         if self._as_floats and not (weight.scheme.dynamic_activations or weight.scheme.static_activations):
             return dequantize(weight)
-        if self._device is None:
-            return weight
-        parts = {part.name: getattr(weight, part.name) for part in fields(weight) if part.name != "scheme"}
-        return replace(weight, **{name: part.to(self._device) for name, part in parts.items() if part is not None})
+        return weight
 
 
 def _size(weight: Weight) -> int:

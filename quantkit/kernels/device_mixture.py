@@ -43,6 +43,12 @@ class Mixture:
     experts: int
     stacks: tuple[Stack, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the device that it takes."""
+        weights = (weight for group in self.stacks for weight in (group.gate, group.up, group.down))
+        return sum(weight.nbytes for weight in weights if weight is not None)
+
 
 def prepare(experts: Sequence[Mlp], shared: Mlp, device: torch.device, wanted: Sequence[int] | None = None) -> Mixture:
     """Experts on the device, stacked by scheme.  wanted: the experts to ask for, ascending; None for all."""
