@@ -149,10 +149,12 @@ def cut(first: torch.Tensor, last: torch.Tensor, tokens: int, most: int) -> Tile
 
 
 def all_rows(rows: int, device: torch.device, tokens: int | None = None) -> Tiles:
-    """Tiles of all rows through the only weight of a stack."""
+    """Tiles of all rows through the only weight of a stack.  Nothing is copied from the host, which would wait for the device."""
     tokens = tokens or tokens_of_tile(rows, 1)
-    bounds = torch.tensor([[0], [rows]], device=device)
-    return cut(bounds[0], bounds[1], tokens, max(1, -(-rows // tokens)))
+    most = max(1, -(-rows // tokens))
+    first = torch.arange(0, most * tokens, tokens, dtype=torch.int32, device=device)
+    count = torch.full((1,), -(-rows // tokens), dtype=torch.int32, device=device)
+    return Tiles(torch.zeros_like(first), first, (first + tokens).clamp_(max=rows), count, most, tokens)
 
 
 def splits(blocks: int, steps: int, programs: int) -> int:
