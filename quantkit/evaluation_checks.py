@@ -106,6 +106,15 @@ def _made_again(found: re.Match[str]) -> str:
     return f"{'Copy' if found[0][0].isupper() else 'copy'} {found[1]} again, or convert again"
 
 
+@contextmanager
+def reference_errors() -> Iterator[None]:
+    """What is wrong with a file of ours in the body is wrong with the reference."""
+    try:
+        yield
+    except ArtifactError as error:
+        raise CheckpointError(f"the reference cannot be used: {error}") from error
+
+
 def open_artifact(path: str | Path) -> StoredModel:
     """Open what shall be measured.  Raises ArtifactError."""
     with artifact_errors():
@@ -114,10 +123,8 @@ def open_artifact(path: str | Path) -> StoredModel:
 
 def open_reference(path: str | Path) -> StoredModel:
     """Open the unquantized model: a checkpoint, or GGUF files of floats.  Raises CheckpointError, AlreadyQuantizedError."""
-    try:
+    with reference_errors():
         model = open_model(path)
-    except ArtifactError as error:
-        raise CheckpointError(f"the reference cannot be used: {error}") from error
     schemes = sorted(set(model.schemes.values()) - _FLOATING)
     if schemes:
         model.close()
