@@ -1,13 +1,14 @@
 """The ``quantkit`` command: a thin layer that parses, makes one library call and renders the result.
 
-    app.py       the commands: help, one library call each
-    options.py   the options that several commands share
+    app.py       the small commands, and where the others are registered with their examples
+    convert.py, calibrate.py, plan.py, repack.py, evaluation.py (eval and compare)  the others, one library call each
+    options.py, evaluation_options.py  the options that several commands share
     run.py       what every command shares: errors to messages and exit codes, JSON
     signals.py   Ctrl-C and SIGTERM
-    progress.py  the live display of a conversion, or plain lines where there is no terminal
-    tables.py    results as rich tables
+    display.py   progress: live lines, or plain ones where there is no terminal
+    progress.py, evaluation_progress.py  what these lines say of a conversion and of an evaluation
+    tables.py, evaluation_tables.py  results as rich tables
     coverage.py  what calibration saw, as tables and a heat map
-    evaluation.py, evaluation_tables.py, evaluation_progress.py  the commands eval and compare, their tables and their display
     data.py      results as JSON-able dictionaries
     presets.py   the presets, each with a line for people who choose
     text.py      sizes, durations and counts as text, and back

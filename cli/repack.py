@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import sys
-import threading
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from . import text
-from .options import AsJson, ShardSize, Workers, shard_bytes
+from .options import AsJson, QuietDirectory, Restart, ShardSize, Workers, shard_bytes
 from .run import print_json, reporting, what_calibration_left
-from .signals import stopping_on_signals
 
 
 def repack_command(
@@ -25,8 +23,8 @@ def repack_command(
     workers: Workers = None,
     max_shard_size: ShardSize = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a finished artifact of that name.")] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Discard an unfinished run instead of resuming it.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; print the directory only.")] = False,
+    restart: Restart = False,
+    quiet: QuietDirectory = False,
     as_json: AsJson = False,
 ) -> None:
     """Write an artifact in another format, without loss.
@@ -36,14 +34,12 @@ def repack_command(
     A run that was killed or stopped is resumed by the same command.
     """
     with reporting(as_json, lambda: what_calibration_left(output, sys.argv[1:])):
-        from rich.console import Console
-
         from quantkit.repack import repack
 
-        from .progress import ProgressDisplay
+        from .display import watching
+        from .progress import conversion_view
 
-        stop = threading.Event()
-        with stopping_on_signals(stop, announce=not as_json), ProgressDisplay(Console(stderr=True), stop) as display:
+        with watching(conversion_view, quiet=quiet, as_json=as_json) as (progress, stop):
             result = repack(
                 artifact,
                 output,
@@ -52,7 +48,7 @@ def repack_command(
                 workers=workers,
                 force=force,
                 restart=restart,
-                progress=None if quiet or as_json else display.update,
+                progress=progress,
                 stop=stop,
             )
         if as_json:

@@ -66,6 +66,14 @@ def _fail(kind: str, message: str, exit_code: int, as_json: bool) -> None:
     raise typer.Exit(exit_code)
 
 
+def silence_downloads(source: str) -> None:
+    """No progress bars of the hub client, which only a hub source brings in."""
+    if not os.path.exists(source):
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+
+        disable_progress_bars()
+
+
 def what_is_left(targets: Sequence[str], method: str | None, output: Path, arguments: Sequence[str]) -> str:
     """What an interrupted conversion left in ``output``, and the command that goes on from there.
 

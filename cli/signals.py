@@ -19,7 +19,6 @@ from typing import Any, NoReturn
 
 INTERRUPTED_EXIT_CODE = 130
 STDOUT, STDERR = 1, 2
-STOPPING = "Stopping: units in flight are being finished ..."
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 TOO_EARLY = "the command was stopped before it began any work"
 
@@ -51,23 +50,33 @@ def raising_on_signals() -> Iterator[None]:
 
 
 @contextmanager
-def stopping_on_signals(stop: threading.Event, announce: bool) -> Iterator[None]:
-    """Within the block, Ctrl-C and SIGTERM set ``stop`` and, the first time, raise KeyboardInterrupt in the main thread.
+def stopping_on_signals(stop: threading.Event, announce: Callable[[], None] | None) -> Iterator[None]:
+    """Within the block, Ctrl-C and SIGTERM set ``stop`` and, the first time, call ``announce`` and raise KeyboardInterrupt.
 
     The engine turns the interrupt into an orderly end: units in flight are finished and journalled.  Pressing again changes nothing
     of that, and must not raise amid it.
     """
 
     def handle(number: int, frame: FrameType | None) -> None:
-        first = not stop.is_set()
+        if stop.is_set():
+            return
         stop.set()
-        if announce and first:
-            os.write(STDERR, f"\n{STOPPING}\n".encode())  # no lock: the main thread may be amid a print
-        if first:
-            raise KeyboardInterrupt
+        if announce is not None:
+            announce()
+        raise KeyboardInterrupt
 
     with _handling(handle):
         yield
+
+
+@contextmanager
+def holding_signals() -> Iterator[None]:
+    """Within the block, Ctrl-C and SIGTERM wait for its end."""
+    held: list[int] = []
+    with _handling(lambda number, frame: held.append(number)):
+        yield
+    if held:
+        signal.raise_signal(held[-1])
 
 
 @contextmanager

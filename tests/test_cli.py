@@ -23,8 +23,9 @@ from quantkit import PRESETS, Progress
 from quantkit.methods import METHODS
 from quantkit_cli import text
 from quantkit_cli.app import app
+from quantkit_cli.display import Display, Meter
 from quantkit_cli.presets import LINES
-from quantkit_cli.progress import Meter, ProgressDisplay
+from quantkit_cli.progress import conversion_view
 from tests.tiny_models import tiny_config, write_tiny_model
 
 TARGETS = ("fp8-dynamic", "w4a16-rtn")
@@ -130,7 +131,7 @@ def test_meter_measures_the_last_seconds_only() -> None:
 
 def test_without_a_terminal_a_line_every_ten_seconds() -> None:
     stream = io.StringIO()
-    with ProgressDisplay(Console(file=stream), threading.Event()) as display:
+    with Display(Console(file=stream), threading.Event(), conversion_view) as display:
         for step in range(1, 101):
             display.update(snapshot(step, seconds=step / 4))
         display.update(snapshot(100, 26, "check"))
@@ -151,7 +152,7 @@ def test_without_a_terminal_a_line_every_ten_seconds() -> None:
 @pytest.mark.parametrize("width", [80, 140])
 def test_the_live_lines_fit_the_terminal(width: int) -> None:
     stream, stop = io.StringIO(), threading.Event()
-    display = ProgressDisplay(Console(file=stream, force_terminal=True, width=width, color_system=None), stop)
+    display = Display(Console(file=stream, force_terminal=True, width=width, color_system=None), stop, conversion_view)
     with display:
         for step in range(11):
             display.update(snapshot(10 + step, 1 + step, resumed=9))

@@ -26,7 +26,8 @@ from quantkit.errors import CalibrationError
 from quantkit.llama4 import parse_config
 from quantkit.statistics import Statistics, save_statistics
 from quantkit_cli.app import app
-from quantkit_cli.progress import ProgressDisplay, unit_progress
+from quantkit_cli.display import Display
+from quantkit_cli.progress import conversion_view, unit_progress
 from tests.sample_statistics import sample_statistics
 from tests.tiny_models import tiny_config
 
@@ -236,7 +237,7 @@ def test_help() -> None:
 
 def test_progress_without_bytes_counts_units() -> None:
     stream = io.StringIO()
-    with ProgressDisplay(Console(file=stream), threading.Event()) as display:
+    with Display(Console(file=stream), threading.Event(), conversion_view) as display:
         for done in range(1, 101):
             key = f"model.layers.2.feed_forward.experts.{done}.down_proj"
             display.update(Progress("calibrate", done, 100, 0, 0, 0, 0, key, seconds=done / 4))
@@ -247,7 +248,7 @@ def test_progress_without_bytes_counts_units() -> None:
 
 def test_progress_with_bytes() -> None:
     stream = io.StringIO()
-    with ProgressDisplay(Console(file=stream), threading.Event()) as display:
+    with Display(Console(file=stream), threading.Event(), conversion_view) as display:
         for done in range(1, 101):
             snapshot = Progress("calibrate", done, 100, 0, done * 10**9, 10**11, 0, "model.layers.2.self_attn.qkv", done / 4)
             display.update(snapshot)

@@ -21,8 +21,9 @@ from quantkit.errors import CheckpointError, Interrupted
 from quantkit.evaluate import EvaluationProgress, evaluate
 from quantkit.evaluation import Evaluation
 from quantkit.report.words import interval, number, percent, percent_interval, ratio, signed, size, summary, verdict
+from quantkit_cli.display import Display
 from quantkit_cli.evaluation import compare_command, evaluate_command
-from quantkit_cli.evaluation_progress import EvaluationDisplay
+from quantkit_cli.evaluation_progress import evaluation_view
 from quantkit_cli.evaluation_tables import print_evaluation
 from tests.sample_evaluations import sample, with_golden, without_anything
 
@@ -306,35 +307,34 @@ def test_tables_of_what_is_not_known() -> None:
 
 def test_progress_without_a_terminal_is_plain_lines() -> None:
     console = Console(file=io.StringIO(), force_terminal=False)
-    with EvaluationDisplay(console, threading.Event()) as display:
+    with Display(console, threading.Event(), evaluation_view) as display:
         for step in range(40):
             display.update(EvaluationProgress("artifact", "w4a16", step // 10, 4, 100 * step, 4000, float(step)))
         display.update(EvaluationProgress("scores", "w4a16", 0, 0, 100, 400, 41.0))
     assert isinstance(console.file, io.StringIO)
     lines = console.file.getvalue().splitlines()
-    assert lines[0] == "Artifact: w4a16, layer 1 of 4, 0 %"
-    assert lines[1].startswith("Artifact: w4a16, layer 2 of 4, 25 %, 100 token-layers/s, ")
-    assert lines[1].endswith(" left")
-    assert lines[-1] == "Scoring: w4a16, 25 %"
+    assert lines[0] == "Artifact: 0 %, w4a16, layer 1 of 4"
+    assert lines[1] == "Artifact: 25 %, 100 token-layers/s, 30 s left, w4a16, layer 2 of 4"
+    assert lines[-1] == "Scoring: 25 %, w4a16"
     assert len(lines) == 5
 
 
 def test_progress_keeps_to_its_line_whatever_the_name() -> None:
     console = Console(file=io.StringIO(), force_terminal=False)
-    with EvaluationDisplay(console, threading.Event()) as display:
+    with Display(console, threading.Event(), evaluation_view) as display:
         display.update(EvaluationProgress("artifact", "two\nlines\x1b[2J", 0, 4, 100, 4000, 0.0))
         display.update(EvaluationProgress("scores", "two\nlines", 0, 0, 100, 400, 41.0))
     assert isinstance(console.file, io.StringIO)
     assert console.file.getvalue().splitlines() == [
-        "Artifact: two lines\N{REPLACEMENT CHARACTER}[2J, layer 1 of 4, 2 %",
-        "Scoring: two lines, 25 %",
+        "Artifact: 2 %, two lines\N{REPLACEMENT CHARACTER}[2J, layer 1 of 4",
+        "Scoring: 25 %, two lines",
     ]
 
 
 def test_progress_on_a_terminal_is_live() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
     stop = threading.Event()
-    with EvaluationDisplay(console, stop) as display:
+    with Display(console, stop, evaluation_view) as display:
         for step in range(8):
             display.update(EvaluationProgress("check", "w4a16", 0, 0, 10**9 * step, 2 * 10**10, float(step)))
         first = Console(file=io.StringIO(), width=100)
