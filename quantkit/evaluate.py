@@ -130,7 +130,7 @@ def evaluate(
             store = opened.enter_context(EvaluationCache(place, LIMIT_BYTES if cache_limit is None else cache_limit))
             keys, provenances = _checked(base, models, watch)  # which takes a while: all other errors come first
             team = opened.enter_context(Team(workers or available_cores()))
-            sweeps = cut_sweeps(cut, base.config.hidden_size, batch_tokens)
+            sweeps = cut_sweeps(cut, base.config.hidden_size, batch_tokens, where)
             passes = [
                 ModelPass(
                     model,
@@ -148,18 +148,21 @@ def evaluate(
             ]
             store.hold([one.key for one in passes] + [scores_folder(one, passes[0]) for one in passes[1:]])
             scores = _measure(passes[0], passes[1:], cut, sweeps, team, store, watch)
+            for one in passes:
+                one.release()  # what lies on a device makes room for the weights that stay there while questions are answered
             answers = []
             for one in passes if questions else ():
-                given = answer_golden(
-                    one.model,
-                    questions,
-                    directory,
-                    team=team,
-                    device=where,
-                    round_activations=round_activations,
-                    progress=lambda name, done, total: watch.tell("golden", name, done, total),
-                    stop=stop,
-                )
+                with one.own_errors():
+                    given = answer_golden(
+                        one.model,
+                        questions,
+                        directory,
+                        team=team,
+                        device=where,
+                        round_activations=round_activations,
+                        progress=lambda name, done, total: watch.tell("golden", name, done, total),
+                        stop=stop,
+                    )
                 answers.append(replace(given, name=one.name))
         except KeyboardInterrupt as error:
             raise Interrupted(STOPPED) from error

@@ -8,7 +8,7 @@ cache or was just computed never shows in a figure.
 Within a sweep the hidden states are saved after a layer when a minute has passed since the last time, so a killed run repeats at
 most about that and one layer.  How windows are cut into sweeps follows from the model's width alone, not from the memory that
 happens to be free: the bytes of a product may depend on how many rows it has, and a resumed run must give what an undisturbed one
-does.
+does.  On a device sweeps are longer, since bringing weights there takes longer than the products.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 
 from quantkit.errors import ArtifactError, CheckpointError, Interrupted
 from quantkit.evaluation_cache import Entry, EvaluationCache, decode_rows, encode_rows
-from quantkit.evaluation_checks import artifact_errors
+from quantkit.evaluation_checks import artifact_errors, reference_errors
 from quantkit.inference import Inference
 from quantkit.layer_pass import PORTION, Samples
 from quantkit.stored_model import StoredModel
@@ -32,6 +32,7 @@ from quantkit.windows import Windows
 
 SAVE_SECONDS = 60.0  # between saved states of an unfinished sweep
 SWEEP_ELEMENTS = 16384 * 5120  # of the hidden states of a sweep: 16,384 tokens of a Scout
+DEVICE_SWEEP_ELEMENTS = 4 * SWEEP_ELEMENTS  # some 6 GB of a device while a layer is computed
 STOPPED = "Stopped. What was computed is kept: the same command goes on from there."
 
 
@@ -89,17 +90,18 @@ class Sweep:
     part: slice
 
 
-def cut_sweeps(windows: Windows, hidden_size: int, batch_tokens: int | None) -> list[Sweep]:
+def cut_sweeps(windows: Windows, hidden_size: int, batch_tokens: int | None, device: torch.device | None = None) -> list[Sweep]:
     """All windows in order; ``batch_tokens`` (None: by the model's width) at a time, at least one window."""
     count, length = windows.tokens.shape
-    tokens = batch_tokens or SWEEP_ELEMENTS // hidden_size
+    tokens = batch_tokens or (SWEEP_ELEMENTS if device is None else DEVICE_SWEEP_ELEMENTS) // hidden_size
     return [Sweep(number, part) for number, part in enumerate(spans(count, max(1, tokens // length)))]
 
 
 class ModelPass:
     """The windows through one model.
 
-    name: as tables show it.  key: names everything that its states depend on; also its folder in the cache.
+    name: as tables show it.  key: names everything that its states depend on; also its folder in the cache.  device: where it runs,
+    None for the CPU.
     """
 
     def __init__(
@@ -119,7 +121,7 @@ class ModelPass:
         self.model, self.name, self.key = model, name, key
         self.seconds = 0.0  # of work for this model
         self._windows, self._team, self._cache, self._watch = windows, team, cache, watch
-        self._device, self._round = device, round_activations
+        self.device, self._round = device, round_activations
         self._is_reference, self._phase = is_reference, "reference" if is_reference else "artifact"
         self._inference: Inference | None = None
         self._done, self._total = 0, sum(windows.lengths) * model.config.num_layers
@@ -135,7 +137,7 @@ class ModelPass:
         try:
             entry = self._cache.open(name)
             if entry is None:
-                with self._own_errors():
+                with self.own_errors():
                     computed = self._compute(sweep)
                 self._cache.save(name, computed)
                 entry = self._cache.open(name)
@@ -152,15 +154,11 @@ class ModelPass:
         self._cache.remove(f"{self.key}/states-{sweep.number:05d}")
 
     def logits(self, states: Entry, rows: slice, out: torch.Tensor) -> torch.Tensor:
-        """Logits of some predicting rows: float32 ``[rows, vocabulary]`` on the CPU, in ``out`` unless the device is another."""
+        """Logits of some predicting rows to ``out``, float32 ``[rows, vocabulary]`` on the device."""
         began = time.monotonic()
         hidden = decode_rows(states.read("halves", rows), states.read("exponents", rows))
-        with self._own_errors():
-            if self._device is None:
-                self._running().logits(hidden, out)
-            else:
-                there = torch.empty(out.shape, device=self._device)
-                out.copy_(self._running().logits(hidden.to(self._device), there))
+        with self.own_errors():
+            self._running().logits(hidden if self.device is None else hidden.to(self.device), out)
         self.seconds += time.monotonic() - began
         return out
 
@@ -171,18 +169,24 @@ class ModelPass:
             return CheckpointError(f"{message}: download it again.")
         return ArtifactError(f"{message}: run `quantkit verify` on it, or convert again.")
 
+    def own_errors(self) -> AbstractContextManager[None]:
+        """In it an error about files is one about this model's: of the reference a CheckpointError, else an ArtifactError."""
+        return reference_errors() if self._is_reference else artifact_errors()
+
+    def rest(self) -> None:
+        """Give back memory between two sweeps: on the CPU all of it, on a device all but what is there for the next sweep, too."""
+        if self.device is None:
+            self.release()
+
     def release(self) -> None:
         """Give back the memory that layers and head were computed in."""
         self._inference = None
 
     # ------------------------------------------------------------------------------------------------------------- layers
 
-    def _own_errors(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._is_reference else artifact_errors()
-
     def _running(self) -> Inference:
         if self._inference is None:
-            self._inference = Inference(self.model, self._team, device=self._device, round_activations=self._round)
+            self._inference = Inference(self.model, self._team, device=self.device, round_activations=self._round)
         return self._inference
 
     def _unfinished(self, sweep: Sweep) -> str:
@@ -218,7 +222,7 @@ class ModelPass:
         if entry is not None:
             with entry:
                 hidden, routes = entry.read("hidden"), entry.read("routes")
-                return int(entry.read("layer")), hidden if self._device is None else hidden.to(self._device), routes
+                return int(entry.read("layer")), hidden if self.device is None else hidden.to(self.device), routes
         hidden = self._running().embed(self._windows.tokens[sweep.part].reshape(-1))
         self._check_finite(hidden, "embeddings", sweep)
         routes = torch.empty((len(samples.tokens), 0, self.model.config.experts_per_token), dtype=torch.int16)

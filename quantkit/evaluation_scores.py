@@ -1,13 +1,13 @@
 """Reference and artifacts side by side: from final hidden states to the scores of tokens, a portion of positions at a time.
 
-Logits are never kept: those of a portion are made, compared and overwritten (:mod:`quantkit.kernels.divergence`).  The reference's
-serve all artifacts of a run.  Scores are a few numbers for each position, and are kept for each sweep and artifact, so a run that
-has them needs no hidden states.
+Logits are never kept: those of a portion are made, compared and overwritten (:mod:`quantkit.kernels.divergence`; on a device, which
+they do not leave, :mod:`quantkit.kernels.divergence_device`).  The reference's serve all artifacts of a run.  Scores are a few
+numbers for each position, and are kept for each sweep and artifact, so a run that has them needs no hidden states.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 
@@ -17,8 +17,10 @@ from quantkit.errors import ArtifactError
 from quantkit.estimate import available_memory
 from quantkit.evaluation_cache import Entry, EvaluationCache
 from quantkit.evaluation_pass import ModelPass, Sweep, Watch
-from quantkit.kernels.divergence import ComparedRows, compare_rows, reference_rows
+from quantkit.kernels import divergence, divergence_device
+from quantkit.kernels.divergence import ComparedRows
 from quantkit.metrics import TokenScores, same_routes
+from quantkit.ready_weights import device_memory
 from quantkit.team import Team, spans
 from quantkit.windows import Windows
 
@@ -26,6 +28,7 @@ from quantkit.windows import Windows
 # multiples of the tiles of a product, so figures do not depend on their number.
 LEAST_PORTION, LARGEST_PORTION = 512, 4096
 MEMORY_SHARE = 16  # of the free memory that logits may take
+DEVICE_SHARE = 8  # of the free memory of a device
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Scorer:
                 found.append(SweepScores(compared[artifact], same, len(routes)))
                 self._save(artifact, sweep, found[-1])
         for one in (self._reference, *artifacts):
-            one.release()
+            one.rest()
         for artifact in artifacts:
             if artifact.key != self._reference.key:  # the reference's are used again
                 artifact.forget(sweep)
@@ -74,15 +77,15 @@ class Scorer:
         self, states: Mapping[ModelPass, Entry], artifacts: Sequence[ModelPass], sweep: Sweep
     ) -> dict[ModelPass, TokenScores]:
         rows, targets = self._windows.predictions(sweep.part)
-        vocabulary = self._reference.model.config.vocab_size
-        portion = max(1, min(_portion(vocabulary), len(rows)))
-        left, right = torch.empty(portion, vocabulary), torch.empty(portion, vocabulary)
+        vocabulary, device = self._reference.model.config.vocab_size, self._reference.device
+        portion = max(1, min(_portion(vocabulary, device), len(rows)))
+        left, right = torch.empty(2, portion, vocabulary, device=device)
         parts: dict[ModelPass, list[TokenScores]] = {artifact: [] for artifact in artifacts}
         for part in spans(len(rows), portion):
             count = part.stop - part.start
             reference_logits = self._reference.logits(states[self._reference], part, left[:count])
             try:
-                reference = reference_rows(reference_logits, self._team)
+                compare = self._comparison(reference_logits, targets[part])
             except ArtifactError:
                 raise self._failure(self._reference, reference_logits, rows[part], sweep) from None
             for artifact in artifacts:
@@ -90,15 +93,23 @@ class Scorer:
                 self._watch.check()
                 logits = artifact.logits(states[artifact], part, right[:count])
                 try:
-                    compared = compare_rows(reference_logits, reference, logits, targets[part], self._team)
+                    compared = compare(logits)
                 except ArtifactError:
                     raise self._failure(artifact, logits, rows[part], sweep) from None
                 parts[artifact].append(_token_scores(compared))
         return {artifact: TokenScores.joined(found) for artifact, found in parts.items()}
 
+    def _comparison(self, reference_logits: torch.Tensor, targets: torch.Tensor) -> Callable[[torch.Tensor], ComparedRows]:
+        """What compares logits of an artifact with these.  Both raise ArtifactError for logits that are not finite."""
+        if self._reference.device is None:
+            known = divergence.reference_rows(reference_logits, self._team)
+            return lambda logits: divergence.compare_rows(reference_logits, known, logits, targets, self._team)
+        there, wanted = divergence_device.reference_rows(reference_logits), targets.to(reference_logits.device)
+        return lambda logits: divergence_device.compare_rows(reference_logits, there, logits, wanted)
+
     def _failure(self, one: ModelPass, logits: torch.Tensor, rows: torch.Tensor, sweep: Sweep) -> Exception:
         finite = torch.isfinite(logits).all(-1)
-        row = int(rows[int(finite.to(torch.int8).argmin())])
+        row = int(rows[int(finite.to("cpu", torch.int8).argmin())])
         return one.failure("logits", self._windows.names[sweep.part.start + row // self._windows.tokens.shape[1]])
 
     def _save(self, artifact: ModelPass, sweep: Sweep, scores: SweepScores) -> None:
@@ -115,9 +126,10 @@ def scores_folder(artifact: ModelPass, reference: ModelPass) -> str:
     return f"{artifact.key}-{reference.key}"
 
 
-def _portion(vocabulary: int) -> int:
+def _portion(vocabulary: int, device: torch.device | None) -> int:
     """Positions whose logits of two models are held at a time."""
-    fitting = available_memory() // MEMORY_SHARE // (2 * 4 * vocabulary)
+    room = available_memory() // MEMORY_SHARE if device is None else device_memory(device) // DEVICE_SHARE
+    fitting = room // (2 * 4 * vocabulary)
     return max(LEAST_PORTION, min(LARGEST_PORTION, fitting // LEAST_PORTION * LEAST_PORTION))
 
 

@@ -82,12 +82,22 @@ def reference_rows(logits: torch.Tensor, team: Team | None = None, name: str = "
 
     _on_threads(team, work, tokens)
     if not finite.all():
-        row = int(np.argmin(finite))
-        raise ArtifactError(
-            f"{name}: position {row} of {tokens} has logits that are not finite numbers; its weights or scales are damaged, or do "
-            "not belong to this config. Run `quantkit verify` on it."
-        )
+        raise not_finite(name, int(np.argmin(finite)), tokens)
     return found
+
+
+def not_finite(name: str, row: int, tokens: int) -> ArtifactError:
+    """The error about a row of logits."""
+    return ArtifactError(
+        f"{name}: position {row} of {tokens} has logits that are not finite numbers; its weights or scales are damaged, or do "
+        "not belong to this config. Run `quantkit verify` on it."
+    )
+
+
+def check_shapes(reference_logits: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor, rows: int) -> None:
+    """Raise ValueError unless all are of the same positions and, ``rows`` of them, already known of the reference."""
+    if reference_logits.shape != logits.shape or len(targets) != len(logits) or rows != len(logits):
+        raise ValueError(f"logits {list(logits.shape)} against {list(reference_logits.shape)}, {len(targets)} targets")
 
 
 def target_loss(logits: torch.Tensor, rows: ReferenceRows, targets: torch.Tensor) -> NDArray[np.float64]:
@@ -112,8 +122,7 @@ def compare_rows(
     targets: int64 ``[tokens]``, the right token, negative where there is none.  Raises ArtifactError for a logit of the artifact
     that is not finite, ValueError for shapes that differ.
     """
-    if reference_logits.shape != logits.shape or len(targets) != len(logits) or len(reference.top) != len(logits):
-        raise ValueError(f"logits {list(logits.shape)} against {list(reference_logits.shape)}, {len(targets)} targets")
+    check_shapes(reference_logits, logits, targets, len(reference.top))
     own = reference_rows(logits, team, name)
     left, right = reference_logits.numpy(), logits.numpy()
     divergence = np.empty(len(logits))
