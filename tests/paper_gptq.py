@@ -20,13 +20,6 @@ from quantkit.workspace import Workspace
 TIE = 1e-3  # steps by which float32 may miss the middle between two codes
 
 
-def evidence_of(rows: torch.Tensor, missing: torch.Tensor | None = None, counted: float = 0.0) -> Evidence:
-    """counted: ``Evidence.rows``; with 0 the damping is the usual 1 %."""
-    double = rows.to(torch.float64)
-    hessian = (double.t() @ double / len(rows)).to(torch.float32)
-    return Evidence(len(rows), rows.square().mean(0), rows.abs().amax(0), hessian, missing, counted)
-
-
 def quantize(
     weights: list[torch.Tensor], scheme: Scheme, evidence: Evidence, *, clip_search: bool = False, threads: int = 2
 ) -> list[tuple[QuantizedTensor, QuantizationStatistics]]:
@@ -119,10 +112,3 @@ def paper(target: torch.Tensor, quantized: QuantizedTensor, hessian: torch.Tenso
 
 def activation_order(hessian: torch.Tensor) -> torch.Tensor:
     return torch.argsort(hessian.diagonal(), descending=True, stable=True)
-
-
-def output_error(weight: torch.Tensor, quantized: QuantizedTensor, rows: torch.Tensor) -> float:
-    """Relative L2 error of the outputs for these inputs."""
-    exact, inputs = weight.to(torch.float64), rows.to(torch.float64)
-    difference = (exact - grid.dequantize(quantized).to(torch.float64)) @ inputs.t()
-    return float(difference.norm() / (exact @ inputs.t()).norm())

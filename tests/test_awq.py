@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from calibrated_methods import assert_same, assert_threads_change_nothing, evidence_of, output_error
 from matrices import correlated, gaussian, heavy_tailed
 
 from quantkit import grid
@@ -34,12 +35,6 @@ pytestmark = pytest.mark.usefixtures("one_torch_thread")
 # ------------------------------------------------------------------------------------------------------------------- parts
 
 
-def evidence_of(rows: torch.Tensor, missing: torch.Tensor | None = None) -> Evidence:
-    double = rows.to(torch.float64)
-    hessian = (double.t() @ double / len(rows)).to(torch.float32)
-    return Evidence(len(rows), rows.square().mean(0), rows.abs().amax(0), hessian, missing)
-
-
 def quantize(
     weights: list[torch.Tensor], scheme: Scheme, evidence: Evidence, threads: int = 2
 ) -> list[tuple[QuantizedTensor, QuantizationStatistics]]:
@@ -55,23 +50,6 @@ def one(weight: torch.Tensor, scheme: Scheme, evidence: Evidence) -> tuple[Quant
 def rounded(weight: torch.Tensor, scheme: Scheme) -> QuantizedTensor:
     ((quantized, _),) = rtn.quantize([weight], scheme, clip_search=True, workspace=Workspace())
     return quantized
-
-
-def output_error(weight: torch.Tensor, quantized: QuantizedTensor, rows: torch.Tensor) -> float:
-    """Relative L2 error of the outputs for these inputs."""
-    exact, inputs = weight.to(torch.float64), rows.to(torch.float64)
-    difference = (exact - grid.dequantize(quantized).to(torch.float64)) @ inputs.t()
-    return float(difference.norm() / (exact @ inputs.t()).norm())
-
-
-def assert_same(
-    left: tuple[QuantizedTensor, QuantizationStatistics], right: tuple[QuantizedTensor, QuantizationStatistics]
-) -> None:
-    for name in ("codes", "scale", "zero_point"):
-        mine, other = getattr(left[0], name), getattr(right[0], name)
-        assert (mine is None) == (other is None)
-        assert mine is None or torch.equal(mine.view(torch.uint8), other.view(torch.uint8)), name
-    assert left[1] == right[1]
 
 
 # -------------------------------------------------------------------------------------------------------------- the oracle
@@ -201,10 +179,7 @@ def test_only_the_upper_triangle_is_read() -> None:
 def test_bytes_do_not_depend_on_the_number_of_threads(lacks: bool) -> None:
     evidence = evidence_of(correlated(900, 640, 18), gaussian(1500, 640, 19).to(torch.float32) * 0.01 if lacks else None)
     weights = [gaussian(1500, 640, 20), *([] if lacks else [heavy_tailed(700, 640, 21)])]
-    first = quantize(weights, INT4, evidence, threads=1)
-    for threads in (2, 3):
-        for mine, other in zip(quantize(weights, INT4, evidence, threads=threads), first, strict=True):
-            assert_same(mine, other)
+    assert_threads_change_nothing(lambda threads: quantize(weights, INT4, evidence, threads=threads))
 
 
 # ------------------------------------------------------------------------------------------------------------- what it gains

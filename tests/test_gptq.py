@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from calibrated_methods import assert_same, assert_threads_change_nothing, evidence_of, output_error
 from matrices import correlated, gaussian, heavy_tailed
-from paper_gptq import TIE, activation_order, damped, evidence_of, one, output_error, paper, quantize
+from paper_gptq import TIE, activation_order, damped, one, paper, quantize
 
 from quantkit import grid, team
 from quantkit.errors import CalibrationError, RecipeError, WeightError
 from quantkit.evidence import Evidence
-from quantkit.grid import QuantizationStatistics, QuantizedTensor
+from quantkit.grid import QuantizedTensor
 from quantkit.methods import gptq, rtn
 from quantkit.scheme import Scheme, parse_scheme
 from quantkit.workspace import Workspace
@@ -53,16 +54,6 @@ pytestmark = pytest.mark.usefixtures("one_torch_thread")
 def rounded(weight: torch.Tensor, scheme: Scheme, *, clip_search: bool = False) -> QuantizedTensor:
     ((quantized, _),) = rtn.quantize([weight], scheme, clip_search=clip_search, workspace=Workspace())
     return quantized
-
-
-def assert_same(
-    left: tuple[QuantizedTensor, QuantizationStatistics], right: tuple[QuantizedTensor, QuantizationStatistics]
-) -> None:
-    for name in ("codes", "scale", "zero_point"):
-        mine, other = getattr(left[0], name), getattr(right[0], name)
-        assert (mine is None) == (other is None)
-        assert mine is None or torch.equal(mine.view(torch.uint8), other.view(torch.uint8)), name
-    assert left[1] == right[1]
 
 
 def assert_is_the_paper_s(weight: torch.Tensor, scheme: Scheme, rows: torch.Tensor, *, clip_search: bool = False) -> None:
@@ -146,10 +137,7 @@ def test_bytes_do_not_depend_on_the_number_of_threads(missing: bool) -> None:
     weights, evidence = [gaussian(1500, 640, 17), gaussian(1100, 640, 18)], evidence_of(correlated(900, 640, 19), counted=900.0)
     if missing:
         weights, evidence = weights[:1], replace(evidence, missing=gaussian(1500, 640, 20).to(torch.float32) * 0.01)
-    first = quantize(weights, INT4, evidence, threads=1)
-    for threads in (2, 3):
-        for mine, other in zip(quantize(weights, INT4, evidence, threads=threads), first, strict=True):
-            assert_same(mine, other)
+    assert_threads_change_nothing(lambda threads: quantize(weights, INT4, evidence, threads=threads))
 
 
 # ------------------------------------------------------------------------------------------------------------- what it gains

@@ -7,16 +7,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from calibrated_methods import assert_threads_change_nothing, evidence_of, output_error
 from llama_cpp import ggml_dequantize
 from matrices import correlated, gaussian, heavy_tailed
-from paper_gptq import TIE, activation_order, damped, evidence_of, lattice, one, output_error, paper, quantize
+from paper_gptq import TIE, activation_order, damped, lattice, one, paper, quantize
 
 from quantkit import grid
 from quantkit.errors import CalibrationError, RecipeError, WeightError
 from quantkit.evidence import Evidence
 from quantkit.formats import ggml_blocks
 from quantkit.ggml import TYPES
-from quantkit.grid import QuantizationStatistics, QuantizedTensor
+from quantkit.grid import QuantizedTensor
 from quantkit.methods import blocks, gptq
 from quantkit.recipe import Recipe, Rule
 from quantkit.scheme import Scheme, parse_scheme
@@ -44,16 +45,6 @@ def weighted(weight: torch.Tensor, scheme: Scheme, evidence: Evidence, clip_sear
         [weight], scheme, clip_search=clip_search, workspace=Workspace(), evidence=evidence
     )
     return quantized
-
-
-def assert_same(
-    left: tuple[QuantizedTensor, QuantizationStatistics], right: tuple[QuantizedTensor, QuantizationStatistics]
-) -> None:
-    for name in FIELDS:
-        mine, other = getattr(left[0], name), getattr(right[0], name)
-        assert (mine is None) == (other is None)
-        assert mine is None or torch.equal(mine.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)), name
-    assert left[1] == right[1]
 
 
 def assert_is_the_paper_s(weight: torch.Tensor, name: str, rows: torch.Tensor, *, clip_search: bool = False) -> None:
@@ -114,10 +105,7 @@ def test_what_llama_cpp_reads_is_what_was_rounded_to(name: str) -> None:
 def test_bytes_do_not_depend_on_the_number_of_threads(name: str) -> None:
     weights = [gaussian(600, 512, 9), heavy_tailed(200, 512, 10)]
     evidence = evidence_of(correlated(900, 512, 11), counted=900.0)
-    first = quantize(weights, scheme_of(name), evidence, clip_search=True, threads=1)
-    for threads in (1, 2, 3):
-        for mine, other in zip(quantize(weights, scheme_of(name), evidence, clip_search=True, threads=threads), first, strict=True):
-            assert_same(mine, other)
+    assert_threads_change_nothing(lambda threads: quantize(weights, scheme_of(name), evidence, clip_search=True, threads=threads))
 
 
 @pytest.mark.parametrize("name", ["Q5_K", "Q3_K"])

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from calibrated_methods import evidence_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matrices import correlated, gaussian, heavy_tailed
 from numpy.typing import NDArray
-from paper_gptq import evidence_of
 
 from quantkit.assignment import MAXIMUM_ERROR
 from quantkit.errors import RecipeError
