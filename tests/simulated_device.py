@@ -341,6 +341,7 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
     torch.Tensor.contiguous: _contiguous,
     torch.Tensor.nonzero: _nonzero,
     torch.nonzero: _nonzero,
+    torch.Tensor.__invert__: lambda simulation, func, tensor: torch.bitwise_not(tensor),
     torch.Tensor.data_ptr: _address,
 }
 

@@ -68,7 +68,7 @@ RIGHT: dict[str, Program] = {
     "through a view": lambda here, there: _doubled(there.clone()),
     "turned": lambda here, there: there.t().contiguous(),
     "types": lambda here, there: there.to(torch.bfloat16).to(torch.float32),
-    "choice": lambda here, there: torch.where(there > 5, there, 1.0),
+    "choice": lambda here, there: torch.where(~(there > 5), there, 1.0),
     "sorted": lambda here, there: torch.sort(there.flatten(), descending=True, stable=True)[0],
     "found": lambda here, there: torch.searchsorted(there.flatten(), there[1].contiguous()),
     "largest": lambda here, there: torch.topk(there, 2)[1],
