@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -15,3 +16,17 @@ def one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def bytes_read(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Tells how many bytes ``os.preadv`` has read since the test began."""
+    original, counts = os.preadv, [0]
+
+    def counting(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        count = original(descriptor, buffers, offset)
+        counts.append(count)
+        return count
+
+    monkeypatch.setattr(os, "preadv", counting)
+    return lambda: sum(counts)

@@ -20,7 +20,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,11 @@ CALLS = ("open", "pwrite", "fsync", "fdatasync", "posix_fallocate", "ftruncate",
 FORMER = {"manifest.json": b'{"quantkit_manifest": 1}', "old.safetensors": b"former weights"}
 
 
-def kill_before(call: int) -> None:
-    """Patch this process to die just before its ``call``-th change of the disk; half of a write that it hits is done."""
+def kill_before(call: int, calls: Sequence[str] = CALLS) -> None:
+    """Patch this process to die just before its ``call``-th change of the disk; half of a write that it hits is done.
+
+    calls: names of the functions of ``os`` that count, besides ``flock``.
+    """
     lock, count = threading.Lock(), 0
 
     def deadly(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -51,7 +54,7 @@ def kill_before(call: int) -> None:
 
         return patched
 
-    for name in CALLS:
+    for name in calls:
         setattr(os, name, deadly(name, getattr(os, name)))
     fcntl.flock = deadly("flock", fcntl.flock)
 

@@ -8,12 +8,9 @@ Its figures must be those of an undisturbed run, bit for bit.
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
-import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,31 +19,10 @@ import torch
 from quantkit import evaluation_pass
 from quantkit.convert import convert
 from quantkit.evaluate import evaluate
-from tests.crash_points import demand, in_child
+from tests.crash_points import demand, in_child, kill_before
 from tests.speaking_models import write_random_texts, write_speaking_model
 
 CALLS = ("pwrite", "fsync", "replace", "unlink", "rmdir")
-
-
-def kill_before(call: int) -> None:
-    """From now on, end this process at the ``call``-th of the calls that change files."""
-    count = 0
-
-    def deadly(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        def patched(*arguments: Any, **options: Any) -> Any:
-            nonlocal count
-            count += 1
-            if count == call:
-                if name == "pwrite":
-                    descriptor, data, offset = arguments
-                    original(descriptor, data[: len(data) // 2], offset)
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*arguments, **options)
-
-        return patched
-
-    for name in CALLS:
-        setattr(os, name, deadly(name, getattr(os, name)))
 
 
 def run(directory: Path, cache: Path, result: Path) -> None:
@@ -70,7 +46,7 @@ def main(directory: Path, stride: int) -> None:
 
     def attempt(deadline: int, to: Path) -> bool:
         def work() -> None:
-            kill_before(deadline)
+            kill_before(deadline, CALLS)
             run(directory, cache, to)
 
         return in_child(work)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from gguf import GGUFReader
 
 from quantkit.formats import ggml_blocks
+from quantkit.gguf_header import MetadataEntry, build_header, parse_header
 from quantkit.grid import dequantize
 from quantkit.llama4 import Role
 from quantkit.recipe import Recipe, Rule
@@ -73,6 +75,15 @@ def vision_file(directory: Path) -> Path:
     """The vision tower's file of an artifact."""
     [path] = directory.glob("mmproj-*.gguf")
     return path
+
+
+def change_metadata(path: Path, change: Callable[[dict[str, MetadataEntry]], object]) -> None:
+    """Write the same file with other metadata."""
+    header = parse_header(path)
+    metadata = dict(header.metadata)
+    change(metadata)
+    listed = [(tensor.name, tensor.type, tensor.shape) for tensor in header.tensors.values()]
+    path.write_bytes(build_header(list(metadata.values()), listed)[0] + path.read_bytes()[header.data_start :])
 
 
 def stored_tensors(path: Path) -> dict[str, tuple[str, np.ndarray[Any, Any], tuple[int, ...]]]:

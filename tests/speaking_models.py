@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,7 +52,3 @@ def write_random_texts(path: Path, *, documents: int = 6, seed: int = 0) -> Path
 def options(texts: Path, **others: Any) -> CalibrationOptions:
     """Each document is a sample, cut at ``LENGTH`` tokens."""
     return CalibrationOptions(texts, **{"sequence_length": LENGTH, "packing": "documents", **others})
-
-
-def digests(directory: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(directory.iterdir())}

@@ -25,18 +25,17 @@ from quantkit.calibration_state import CalibrationState
 from quantkit.checkpoint import Checkpoint
 from quantkit.convert import Progress, convert
 from quantkit.errors import CalibrationError, Interrupted, OutputError, ResumeError
-from quantkit.ledger import read_ledger
 from quantkit.llama4 import units
 from quantkit.recipe import PRESETS, Recipe
 from quantkit.statistics import load_statistics
 from quantkit.verify import verify
 from quantkit_cli.app import app
+from tests.artifact_files import digests, entries
 from tests.reference_model import load_reference
 from tests.speaking_models import (
     ASYMMETRIC,
     EVERYWHERE,
     LENGTH,
-    digests,
     options,
     write_random_texts,
     write_speaking_model,
@@ -124,10 +123,7 @@ def test_every_calibrated_preset_loads_and_computes_what_its_bytes_say(kind: str
 
 def test_what_gptq_stores_is_nearer_in_its_outputs_and_farther_in_its_weights(models: Models, tmp_path: Path) -> None:
     result = convert(models.sources["scout"], ["w4a16-gptq", "w4a16-rtn"], tmp_path, calibration=models.options)
-    learned, plain = (
-        {entry.name: entry for entry in read_ledger((artifact.directory / "ledger.json").read_bytes())}
-        for artifact in result.artifacts
-    )
+    learned, plain = (entries(artifact.directory) for artifact in result.artifacts)
     quantized = [name for name, entry in learned.items() if entry.method == "gptq"]
     assert len(quantized) == 2 * 3 * (4 + 1)
     for name in quantized:

@@ -27,14 +27,13 @@ from quantkit.errors import CalibrationError
 from quantkit.evidence import Evidence
 from quantkit.formats import compressed_tensors
 from quantkit.grid import cover_peak, dequantize
-from quantkit.ledger import read_ledger
 from quantkit.llama4 import Unit, units
 from quantkit.statistics import Statistics, load_statistics
 from quantkit.team import Team
+from tests.artifact_files import digests, entries
 from tests.reference_model import load_reference, reference_cache
 from tests.speaking_models import (
     EVERYWHERE,
-    digests,
     options,
     random_tokens,
     write_random_texts,
@@ -433,7 +432,7 @@ def test_experts_that_see_little_are_finite_honest_and_better_than_rounded(starv
     scores = (rows @ router.t()).sigmoid()
     assert torch.equal(scores.argmax(1), starved.layer_experts)
 
-    ledger = {entry.name: entry for entry in read_ledger((made["w4a16-gptq"] / "ledger.json").read_bytes())}
+    ledger = entries(made["w4a16-gptq"])
     for expert, own in ((1, REPEATED + 2), (2, 0), (3, 1)):
         for projection, inputs in (("gate", 128), ("up", 128), ("down", 256)):
             entry = ledger[f"{base}.experts.{expert}.{projection}_proj"]

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 import quantkit
 from quantkit.errors import CalibrationError, LedgerError, WeightError
 from quantkit_cli.app import app
-from tests.speaking_models import LENGTH, digests, options, write_random_texts, write_speaking_model, write_texts
+from tests.artifact_files import digests
+from tests.speaking_models import LENGTH, options, write_random_texts, write_speaking_model, write_texts
 from tests.tiny_models import write_files
 
 BASE = "language_model.model.layers"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,13 +17,10 @@ from quantkit.errors import Interrupted, LedgerError, OutputError, RecipeError, 
 from quantkit.formats.base import DTYPE_BYTES
 from quantkit.recipe import PRESETS, parse_recipe
 from quantkit.verify import verify
+from tests.artifact_files import digests, stop_after
 from tests.tiny_models import write_tiny_model
 
 DEMO = Path(__file__).parent.parent / "demo" / "tiny-scout"
-
-
-def digests(directory: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(directory.iterdir())}
 
 
 @pytest.fixture(scope="module")
@@ -56,20 +53,9 @@ def test_bytes_do_not_depend_on_workers_or_on_company(maverick: Path, tmp_path: 
         assert digests(tmp_path / "alone" / name) == expected
 
 
-def test_every_weight_is_read_once_for_all_artifacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-
-    read = {"bytes": 0}
-    original = os.preadv
-
-    def counting(descriptor: int, buffers: list[memoryview], offset: int) -> int:
-        count = original(descriptor, buffers, offset)
-        read["bytes"] += count
-        return count
-
-    monkeypatch.setattr(os, "preadv", counting)
+def test_every_weight_is_read_once_for_all_artifacts(tmp_path: Path, bytes_read: Callable[[], int]) -> None:
     result = convert(DEMO, ["w4a16-rtn", "fp8-dynamic", "w8a16"], tmp_path)
-    assert result.source_bytes <= read["bytes"] < 1.01 * result.source_bytes
+    assert result.source_bytes <= bytes_read() < 1.01 * result.source_bytes
 
 
 def test_kept_tensors_and_carried_files_are_equal_to_the_source(tmp_path: Path) -> None:
@@ -122,9 +108,7 @@ def test_stop_then_resume_gives_the_same_bytes_and_redoes_nothing(tmp_path: Path
 
 
 def test_a_run_may_be_resumed_with_more_targets(tmp_path: Path) -> None:
-    stop = threading.Event()
-    with pytest.raises(Interrupted):
-        convert(DEMO, ["w8a8-rtn"], tmp_path, progress=lambda event: stop.set() if event.units_done == 20 else None, stop=stop)
+    stop_after(20, DEMO, ["w8a8-rtn"], tmp_path)
     first, second = convert(DEMO, ["w8a8-rtn", "mxfp4a16"], tmp_path).artifacts
     assert first.units_resumed >= 20
     assert second.units_resumed == 0
@@ -133,9 +117,7 @@ def test_a_run_may_be_resumed_with_more_targets(tmp_path: Path) -> None:
 
 
 def test_another_recipe_or_source_may_not_resume(tmp_path: Path, maverick: Path) -> None:
-    stop = threading.Event()
-    with pytest.raises(Interrupted):
-        convert(DEMO, ["w8a8-rtn"], tmp_path, progress=lambda event: stop.set() if event.units_done == 20 else None, stop=stop)
+    stop_after(20, DEMO, ["w8a8-rtn"], tmp_path)
     with pytest.raises(ResumeError, match="source"):
         convert(maverick, ["w8a8-rtn"], tmp_path)
     [made] = convert(maverick, ["w8a8-rtn"], tmp_path, restart=True).artifacts
@@ -276,9 +258,7 @@ def test_wrong_options_are_refused_before_any_output(tmp_path: Path, workers: in
 
 
 def test_another_shard_size_does_not_resume(tmp_path: Path) -> None:
-    stop = threading.Event()
-    with pytest.raises(Interrupted):
-        convert(DEMO, "w8a8-rtn", tmp_path, progress=lambda event: stop.set() if event.units_done == 20 else None, stop=stop)
+    stop_after(20, DEMO, "w8a8-rtn", tmp_path)
     with pytest.raises(ResumeError, match="max_shard_bytes: was usual, is now 2000000"):
         convert(DEMO, "w8a8-rtn", tmp_path, max_shard_bytes=2_000_000)
 

@@ -16,12 +16,12 @@ from quantkit.checkpoint import Checkpoint
 from quantkit.convert import convert
 from quantkit.embedding_metric import MANY, SHARE_OF_OTHERS, embedding_evidence
 from quantkit.errors import QuantkitError
-from quantkit.ledger import LedgerEntry, read_ledger
 from quantkit.llama4 import units
 from quantkit.methods.gptq import DAMPING, usual_damping
 from quantkit.recipe import Recipe, Rule
 from quantkit.team import Team
 from quantkit.verify import verify
+from tests.artifact_files import entries
 from tests.gguf_models import stored_values, text_file, write_source
 
 CALIBRATION = CalibrationOptions(samples=2, sequence_length=128)
@@ -67,10 +67,6 @@ def metric_of(source: Path) -> torch.Tensor:
     assert torch.equal(evidence.mean_square, evidence.hessian.diagonal()) and evidence.missing is None
     assert usual_damping(evidence) == DAMPING and evidence.rows == MANY
     return evidence.hessian.triu()
-
-
-def entries(directory: Path) -> dict[str, LedgerEntry]:
-    return {entry.name: entry for entry in read_ledger((directory / "ledger.json").read_bytes())}
 
 
 def embedding_of(directory: Path) -> torch.Tensor:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
-import threading
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +16,15 @@ from quantkit.calibration import CalibrationOptions
 from quantkit.convert import convert, plan
 from quantkit.errors import (
     CheckpointError,
-    Interrupted,
     OutputError,
     QuantkitError,
     RecipeError,
     ResumeError,
     UnsupportedModelError,
 )
-from quantkit.ledger import LedgerEntry, read_ledger
 from quantkit.recipe import Recipe, Rule, parse_recipe
 from quantkit.verify import verify
+from tests.artifact_files import digests, entries, run_killed, stop_after
 from tests.gguf_models import pure, stored_tensors, text_file, vision_file, write_source
 
 FREE = ["Q4_K_M", "Q8_0", "fp8-dynamic"]
@@ -44,19 +40,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_source(tmp_path_factory.mktemp("source") / "Tiny-Scout", seed=7, num_hidden_layers=2)
 
 
-def digests(directory: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(directory.iterdir())}
-
-
 @pytest.fixture(scope="module")
 def alone(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
     """Digests of the files of artifacts that were made by themselves, by one worker."""
     output = tmp_path_factory.mktemp("alone")
     return {name: digests(convert(source, name, output, workers=1).artifacts[0].directory) for name in FREE}
-
-
-def entries(directory: Path) -> dict[str, LedgerEntry]:
-    return {entry.name: entry for entry in read_ledger((directory / "ledger.json").read_bytes())}
 
 
 def types(directory: Path) -> dict[str, str]:
@@ -79,18 +67,9 @@ def test_bytes_depend_neither_on_workers_nor_on_company(
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FREE)
 
 
-def test_every_weight_is_read_once_for_all_formats(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = {"bytes": 0}
-    original = os.preadv
-
-    def counting(descriptor: int, buffers: list[memoryview], offset: int) -> int:
-        count = original(descriptor, buffers, offset)
-        read["bytes"] += count
-        return count
-
-    monkeypatch.setattr(os, "preadv", counting)
+def test_every_weight_is_read_once_for_all_formats(source: Path, tmp_path: Path, bytes_read: Callable[[], int]) -> None:
     result = convert(source, FREE, tmp_path)
-    assert result.source_bytes <= read["bytes"] < 1.02 * result.source_bytes
+    assert result.source_bytes <= bytes_read() < 1.02 * result.source_bytes
 
 
 def test_calibrated_files_share_a_pass_with_calibrated_safetensors(source: Path, tmp_path: Path) -> None:
@@ -131,17 +110,7 @@ def test_a_split_model_holds_the_same_tensors(source: Path, alone: dict[str, dic
 def test_a_stopped_run_resumes_to_the_same_bytes(count: int, max_shard_bytes: int | None, source: Path, tmp_path: Path) -> None:
     targets = ["Q8_0", "Q4_K_M"]
     straight = convert(source, targets, tmp_path / "straight", max_shard_bytes=max_shard_bytes)
-    stop = threading.Event()
-    with pytest.raises(Interrupted, match="same command"):
-        convert(
-            source,
-            targets,
-            tmp_path / "stopped",
-            max_shard_bytes=max_shard_bytes,
-            workers=2,
-            progress=lambda event: stop.set() if event.phase == "convert" and event.units_done >= count else None,
-            stop=stop,
-        )
+    stop_after(count, source, targets, tmp_path / "stopped", max_shard_bytes=max_shard_bytes, workers=2)
     assert sorted(path.name for path in (tmp_path / "stopped").iterdir()) == ["Q4_K_M.partial", "Q8_0.partial"]
     resumed = convert(source, targets, tmp_path / "stopped", max_shard_bytes=max_shard_bytes)
     for one, two in zip(straight.artifacts, resumed.artifacts, strict=True):
@@ -167,10 +136,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     call: int, size: int, source: Path, alone: dict[str, dict[str, str]], tmp_path: Path
 ) -> None:
     """Killed just before a change of the disk; half of a write that it hits is done."""
-    command = [sys.executable, "-c", KILLED, str(source), str(tmp_path / "out"), str(call), str(size)]
-    root = Path(__file__).parent.parent
-    killed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    assert killed.returncode == -9, killed.stderr
+    run_killed(KILLED, source, tmp_path / "out", call, size)
     assert not (tmp_path / "out" / "Q8_0").exists()
     [made] = convert(source, "Q8_0", tmp_path / "out", max_shard_bytes=size or None).artifacts
     if size:
@@ -182,9 +148,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(
 
 
 def test_another_size_of_files_does_not_resume(source: Path, tmp_path: Path) -> None:
-    stop = threading.Event()
-    with pytest.raises(Interrupted):
-        convert(source, "Q8_0", tmp_path, progress=lambda event: stop.set() if event.units_done == 5 else None, stop=stop)
+    stop_after(5, source, "Q8_0", tmp_path)
     with pytest.raises(ResumeError, match=f"max_shard_bytes: was usual, is now {SPLIT}"):
         convert(source, "Q8_0", tmp_path, max_shard_bytes=SPLIT)
 

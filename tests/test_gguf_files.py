@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from quantkit.errors import CheckpointError
 from quantkit.gguf_files import GgufFiles, file_sets, is_gguf
-from quantkit.gguf_header import GGUFValueType, MetadataEntry, build_header, parse_header
+from quantkit.gguf_header import GGUFValueType, MetadataEntry
+from tests.gguf_models import change_metadata
 
 TENSORS = {f"blk.{number}.attn_q.weight": np.random.default_rng(number).standard_normal((4, 64), np.float32) for number in range(5)}
 STACK = np.random.default_rng(9).standard_normal((3, 4, 64)).astype(np.float32)  # [experts, out, in]
@@ -46,15 +47,6 @@ def split(tmp_path: Path) -> Path:
     write_model(directory / "model.gguf", split=2)
     assert sorted(path.name for path in directory.iterdir()) == SPLIT_NAMES
     return directory
-
-
-def rewrite(path: Path, change: Callable[[dict[str, MetadataEntry]], object]) -> None:
-    """The same file with other metadata."""
-    header = parse_header(path)
-    metadata = dict(header.metadata)
-    change(metadata)
-    listed = [(tensor.name, tensor.type, tensor.shape) for tensor in header.tensors.values()]
-    path.write_bytes(build_header(list(metadata.values()), listed)[0] + path.read_bytes()[header.data_start :])
 
 
 @pytest.mark.parametrize("parts", [0, 2, 4])
@@ -118,24 +110,24 @@ def _uint16(key: str, value: int) -> MetadataEntry:
         ),
         (lambda d: (d / SPLIT_NAMES[2]).rename(d / "last.gguf"), "last.gguf is one of 3 files, but is not named"),
         (
-            lambda d: rewrite(d / SPLIT_NAMES[0], lambda keys: keys.update({"split.count": _uint16("split.count", 4)})),
+            lambda d: change_metadata(d / SPLIT_NAMES[0], lambda keys: keys.update({"split.count": _uint16("split.count", 4)})),
             "split.count is 4; expected 3",
         ),
         (
-            lambda d: rewrite(
+            lambda d: change_metadata(
                 d / SPLIT_NAMES[1],
                 lambda keys: keys.update({"split.tensors.count": MetadataEntry("split.tensors.count", GGUFValueType.INT32, 5)}),
             ),
             "split.tensors.count is 5; expected 6",
         ),
         (
-            lambda d: rewrite(
+            lambda d: change_metadata(
                 d / SPLIT_NAMES[1],
                 lambda keys: keys.update({"split.no": MetadataEntry("split.no", GGUFValueType.UINT32, 1)}),
             ),
             "split.no is UINT32; expected UINT16",
         ),
-        (lambda d: rewrite(d / SPLIT_NAMES[1], lambda keys: keys.pop("split.no")), "split.no is missing; expected UINT16"),
+        (lambda d: change_metadata(d / SPLIT_NAMES[1], lambda keys: keys.pop("split.no")), "split.no is missing; expected UINT16"),
         (lambda d: [(d / name).write_bytes(b"GGUF") for name in SPLIT_NAMES[:2]], "2 of 3 gguf files are damaged"),
     ],
 )

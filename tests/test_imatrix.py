@@ -18,19 +18,8 @@ from hypothesis import strategies as st
 
 from quantkit.errors import CalibrationError, OutputError
 from quantkit.imatrix import Imatrix, Importance, read_imatrix, write_imatrix
+from tests.importance_files import Array, tensors_by_gguf, written
 from tests.llama_cpp import library
-
-Array = np.ndarray[Any, Any]
-
-
-def written(tmp_path: Path, imatrix: Imatrix, *, legacy: bool = False) -> Path:
-    path = tmp_path / ("importance.dat" if legacy else "importance.gguf")
-    write_imatrix(path, imatrix, legacy=legacy, force=True)
-    return path
-
-
-def tensors_by_gguf(path: Path) -> dict[str, Array]:
-    return {tensor.name: np.array(tensor.data) for tensor in gguf.GGUFReader(path).tensors}
 
 
 def sample(seed: int = 0) -> Imatrix:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
@@ -21,10 +19,10 @@ from quantkit.imatrix import (
     imatrix_from_statistics,
     read_imatrix,
     statistics_from_imatrix,
-    write_imatrix,
 )
 from quantkit.llama4 import Llama4Config, parse_config, units
 from quantkit.statistics import Statistics
+from tests.importance_files import tensors_by_gguf, written
 from tests.sample_statistics import PROVENANCE, sample_statistics
 from tests.tiny_models import tiny_config
 
@@ -32,17 +30,6 @@ DEMO = Path(__file__).resolve().parent.parent / "demo" / "tiny-scout"
 SCOUT = parse_config(json.loads((DEMO / "config.json").read_text()))
 MAVERICK = parse_config(tiny_config("maverick"))
 CONFIGS = {"scout": SCOUT, "maverick": MAVERICK}
-Array = np.ndarray[Any, Any]
-
-
-def written(tmp_path: Path, imatrix: Imatrix, *, legacy: bool = False) -> Path:
-    path = tmp_path / ("importance.dat" if legacy else "importance.gguf")
-    write_imatrix(path, imatrix, legacy=legacy, force=True)
-    return path
-
-
-def tensors_by_gguf(path: Path) -> dict[str, Array]:
-    return {tensor.name: np.array(tensor.data) for tensor in gguf.GGUFReader(path).tensors}
 
 
 def close(left: torch.Tensor, right: torch.Tensor) -> bool:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-import subprocess
-import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,19 +13,19 @@ import torch
 
 from quantkit.calibration import CalibrationOptions
 from quantkit.convert import convert, plan
-from quantkit.errors import AlreadyQuantizedError, ArtifactError, Interrupted, OutputError, RecipeError, ResumeError
+from quantkit.errors import AlreadyQuantizedError, ArtifactError, OutputError, RecipeError, ResumeError
 from quantkit.formats import packed
 from quantkit.grid import QuantizedTensor, dequantize
 from quantkit.inspection import inspect
-from quantkit.ledger import LedgerEntry, read_ledger
 from quantkit.packed_files import PackedFiles
 from quantkit.recipe import PACKED_PRESETS, Recipe, Rule, parse_recipe, resolve_recipe
 from quantkit.scheme import parse_scheme
 from quantkit.stored_model import open_model
 from quantkit.verify import verify
+from tests.artifact_files import digests, entries, run_killed, sign_again, stop_after
 from tests.gguf_models import write_source
 from tests.packed_decoder import read_file
-from tests.test_verify import list_files, sign_again
+from tests.test_verify import list_files
 
 CHECKS = ["manifest", "headers", "tensors", "blocks", "scales", "ledger"]
 SPLIT = 1_500_000  # bytes of a file
@@ -85,14 +81,6 @@ def artifact(source: Path, recipe: Recipe, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture
 def copy(artifact: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(artifact, tmp_path / "copy"))
-
-
-def digests(directory: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(directory.iterdir())}
-
-
-def entries(directory: Path) -> dict[str, LedgerEntry]:
-    return {entry.name: entry for entry in read_ledger((directory / "ledger.json").read_bytes())}
 
 
 # --------------------------------------------------------------------------------------------------------- whole artifacts
@@ -241,17 +229,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes(
     count: int, max_shard_bytes: int | None, source: Path, recipe: Recipe, tmp_path: Path
 ) -> None:
     [straight] = convert(source, recipe, tmp_path / "straight", max_shard_bytes=max_shard_bytes).artifacts
-    stop = threading.Event()
-    with pytest.raises(Interrupted, match="same command"):
-        convert(
-            source,
-            recipe,
-            tmp_path / "stopped",
-            max_shard_bytes=max_shard_bytes,
-            workers=2,
-            progress=lambda event: stop.set() if event.phase == "convert" and event.units_done >= count else None,
-            stop=stop,
-        )
+    stop_after(count, source, recipe, tmp_path / "stopped", max_shard_bytes=max_shard_bytes, workers=2)
     [resumed] = convert(source, recipe, tmp_path / "stopped", max_shard_bytes=max_shard_bytes).artifacts
     assert digests(straight.directory) == digests(resumed.directory)
     assert resumed.units_resumed >= count
@@ -273,9 +251,7 @@ convert(source, load_recipe(Path(recipe)), output, workers=2)
 def test_a_killed_run_resumes_to_the_same_bytes(call: int, source: Path, recipe: Recipe, artifact: Path, tmp_path: Path) -> None:
     """Killed just before a change of the disk, the writing of a checksum among them; half of a write that it hits is done."""
     (tmp_path / "mine.toml").write_text(RECIPE)
-    command = [sys.executable, "-c", KILLED, str(source), str(tmp_path / "mine.toml"), str(tmp_path / "out"), str(call)]
-    killed = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
-    assert killed.returncode == -9, killed.stderr
+    run_killed(KILLED, source, tmp_path / "mine.toml", tmp_path / "out", call)
     assert not (tmp_path / "out" / "mine").exists()
     [made] = convert(source, recipe, tmp_path / "out").artifacts
     assert digests(made.directory) == digests(artifact)
@@ -283,9 +259,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(call: int, source: Path, recipe:
 
 
 def test_another_size_of_files_does_not_resume_and_an_artifact_is_kept(source: Path, recipe: Recipe, tmp_path: Path) -> None:
-    stop = threading.Event()
-    with pytest.raises(Interrupted):
-        convert(source, recipe, tmp_path, progress=lambda event: stop.set() if event.units_done == 5 else None, stop=stop)
+    stop_after(5, source, recipe, tmp_path)
     with pytest.raises(ResumeError, match="max_shard_bytes"):
         convert(source, recipe, tmp_path, max_shard_bytes=SPLIT)
     convert(source, recipe, tmp_path)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,7 @@ from quantkit.scheme import parse_scheme
 from quantkit.tensor_files import TensorFiles
 from quantkit.verify import verify
 from quantkit_cli.repack import repack_command
+from tests.artifact_files import digests, run_killed
 from tests.calibrated_artifact import write_calibrated
 from tests.tiny_models import write_tiny_model
 
@@ -64,10 +62,6 @@ def artifact(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def repacked(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return repack(artifact, tmp_path_factory.mktemp("repacked") / "mixed", workers=1).directory
-
-
-def digests(directory: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(directory.iterdir())}
 
 
 def different(one: Path, two: Path) -> list[str]:
@@ -286,9 +280,7 @@ repack(Path(artifact), Path(output), workers=2)
 
 @pytest.mark.parametrize("call", [30, 200])
 def test_a_killed_run_resumes_to_the_same_bytes(call: int, artifact: Path, repacked: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", KILLED, str(artifact), str(tmp_path / "out"), str(call)]
-    killed = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
-    assert killed.returncode == -9, killed.stderr
+    run_killed(KILLED, artifact, tmp_path / "out", call)
     assert not (tmp_path / "out").exists()
     repack(artifact, tmp_path / "out")
     assert different(repacked, tmp_path / "out") == [] and [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -22,8 +22,8 @@ from quantkit.inspection import inspect
 from quantkit.llama4 import parse_config, units
 from quantkit.recipe import FEED_FORWARD_ROLES, PRESETS, Recipe, Rule, parse_recipe
 from quantkit.verify import verify
+from tests.artifact_files import sign_again
 from tests.calibrated_artifact import peaks, write_calibrated
-from tests.test_verify import sign_again
 from tests.tiny_models import write_tiny_model
 
 STATIC = PRESETS["fp8-static"]

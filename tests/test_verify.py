@@ -18,6 +18,7 @@ from quantkit.convert import convert
 from quantkit.errors import ArtifactError, CheckpointError
 from quantkit.recipe import parse_recipe
 from quantkit.verify import verify
+from tests.artifact_files import sign_again
 from tests.mutated_json import any_json, check_verification, places
 
 DEMO = Path(__file__).parent.parent / "demo" / "tiny-scout"
@@ -32,17 +33,6 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copy(artifact: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(artifact, tmp_path / "copy"))
-
-
-def sign_again(directory: Path) -> None:
-    """Make the manifest agree with changed files, so that the checks behind it are what finds the change."""
-    import hashlib
-
-    manifest = json.loads((directory / "manifest.json").read_text())
-    for name in manifest["files"]:
-        data = (directory / name).read_bytes()
-        manifest["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    (directory / "manifest.json").write_text(json.dumps(manifest))
 
 
 def list_files(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:

@@ -20,12 +20,14 @@ from quantkit.convert import convert
 from quantkit.errors import ArtifactError
 from quantkit.ggml import TYPES
 from quantkit.gguf_artifact import finite_scales
-from quantkit.gguf_header import GGUFValueType, MetadataEntry, build_header, parse_header
+from quantkit.gguf_header import GGUFValueType, MetadataEntry, parse_header
 from quantkit.recipe import Recipe, Rule
 from quantkit.verify import verify
+from tests.artifact_files import sign_again
+from tests.gguf_models import DEMO, change_metadata, text_file, vision_file
 from tests.llama_cpp import ggml_quantize, library
 from tests.mutated_json import any_json, check_verification, places
-from tests.test_verify import DEMO, list_files, sign_again
+from tests.test_verify import list_files
 from tests.tiny_models import write_tiny_model
 
 CHECKS = ["manifest", "headers", "tensors", "metadata", "scales", "ledger"]
@@ -67,15 +69,6 @@ def parts(in_parts: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(in_parts, tmp_path / "copy"))
 
 
-def text_path(directory: Path) -> Path:
-    return min(path for path in directory.glob("*.gguf") if not path.name.startswith("mmproj"))
-
-
-def vision_path(directory: Path) -> Path:
-    [path] = directory.glob("mmproj-*.gguf")
-    return path
-
-
 def change_bytes(directory: Path, tensor: str, change: Callable[[np.ndarray[Any, Any]], object], sign: bool = True) -> None:
     """Change the bytes of one tensor in place."""
     for path in directory.glob("*.gguf"):
@@ -94,12 +87,8 @@ def change_bytes(directory: Path, tensor: str, change: Callable[[np.ndarray[Any,
 
 
 def change_header(path: Path, change: Callable[[dict[str, MetadataEntry]], object]) -> None:
-    """The same file with other metadata."""
-    header = parse_header(path)
-    metadata = dict(header.metadata)
-    change(metadata)
-    listed = [(tensor.name, tensor.type, tensor.shape) for tensor in header.tensors.values()]
-    path.write_bytes(build_header(list(metadata.values()), listed)[0] + path.read_bytes()[header.data_start :])
+    """The same artifact with other metadata in one of its files."""
+    change_metadata(path, change)
     sign_again(path.parent)
 
 
@@ -183,12 +172,12 @@ def _forget(directory: Path, path: Path) -> None:
             lambda d: change_bytes(d, "output.weight", lambda a: a.__setitem__((0, 9), a[0, 9] ^ 1), sign=False),
             "has another sha256",
         ),
-        (lambda d: _cut(text_path(d)), r"manifest: .*bytes; the manifest says [^$]*headers: .*truncated: tensor"),
-        (lambda d: vision_path(d).unlink(), r"manifest: mmproj-.* is missing\n  tensors: the ledger lists a vision tower"),
-        (lambda d: _forget(d, vision_path(d)), "the ledger lists a vision tower, but no file holds one"),
-        (lambda d: text_path(d).unlink(), "expected one llama4 model and at most one vision tower, found mmproj-"),
+        (lambda d: _cut(text_file(d)), r"manifest: .*bytes; the manifest says [^$]*headers: .*truncated: tensor"),
+        (lambda d: vision_file(d).unlink(), r"manifest: mmproj-.* is missing\n  tensors: the ledger lists a vision tower"),
+        (lambda d: _forget(d, vision_file(d)), "the ledger lists a vision tower, but no file holds one"),
+        (lambda d: text_file(d).unlink(), "expected one llama4 model and at most one vision tower, found mmproj-"),
         (lambda d: [path.unlink() for path in d.glob("*.gguf")], "headers: .* holds no GGUF files"),
-        (lambda d: shutil.copy(text_path(d), d / "copy.gguf"), r"copy.gguf is not listed[^$]*headers: .*different models"),
+        (lambda d: shutil.copy(text_file(d), d / "copy.gguf"), r"copy.gguf is not listed[^$]*headers: .*different models"),
         (lambda d: (d / "manifest.json").unlink(), r"manifest.json cannot be read[^$]*tensors: .*manifest.json cannot be read"),
         (
             lambda d: (d / "ledger.json").write_text("{}"),
@@ -286,7 +275,7 @@ def test_wrong_data_is_found_behind_a_valid_manifest(
 def test_an_edited_header_is_found_behind_a_valid_manifest(
     copy: Path, change: Callable[[dict[str, MetadataEntry]], object], message: str, needs_source: bool
 ) -> None:
-    change_header(text_path(copy), change)
+    change_header(text_file(copy), change)
     if needs_source:
         verify(copy)
     with pytest.raises(ArtifactError, match=message):
@@ -294,7 +283,7 @@ def test_an_edited_header_is_found_behind_a_valid_manifest(
 
 
 def test_the_name_of_the_model_and_its_card_may_differ(copy: Path) -> None:
-    change_header(text_path(copy), set_key("general.name", "Something Else", GGUFValueType.STRING))
+    change_header(text_file(copy), set_key("general.name", "Something Else", GGUFValueType.STRING))
     assert [check.name for check in verify(copy, DEMO).checks if check.ok] == [*CHECKS, "source"]
 
 
@@ -311,7 +300,7 @@ def test_the_name_of_the_model_and_its_card_may_differ(copy: Path) -> None:
 def test_an_edited_header_of_the_vision_tower_is_found(
     copy: Path, change: Callable[[dict[str, MetadataEntry]], object], message: str
 ) -> None:
-    change_header(vision_path(copy), change)
+    change_header(vision_file(copy), change)
     with pytest.raises(ArtifactError, match=message):
         verify(copy)
 
@@ -379,7 +368,7 @@ def test_mutated_json_fails_verification_and_nothing_else(artifact: Path, spare:
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_a_mutated_header_fails_verification_and_nothing_else(artifact: Path, spare: Path, data: st.DataObject) -> None:
-    path = data.draw(st.sampled_from([text_path(spare), vision_path(spare)]))
+    path = data.draw(st.sampled_from([text_file(spare), vision_file(spare)]))
     header = parse_header(path)
     content = bytearray(path.read_bytes())
     # the vocabulary takes most of a text model's header; what is worth damaging stands before and behind it
