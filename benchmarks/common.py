@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime as dt
+import functools
 import importlib.metadata
 import mmap
 import os
@@ -16,8 +17,9 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -215,3 +217,17 @@ def _git(*arguments: str) -> str:
 
 def _read(path: str) -> str:
     return Path(path).read_text(encoding="utf-8")
+
+
+def timed(seconds: dict[str, float], step: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, with its wall time added to ``seconds[step]``."""
+
+    @functools.wraps(function)
+    def wrapper(*arguments: Any, **options: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return function(*arguments, **options)
+        finally:
+            seconds[step] = seconds.get(step, 0.0) + time.perf_counter() - started
+
+    return wrapper

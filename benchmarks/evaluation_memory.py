@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import common
-from memory import TOKENIZER_FILES, status, watch
+from memory import TOKENIZER_FILES, run_watched, status
 
 BOUND = 3 * 2**30
 VOCABULARY = 202_048
@@ -43,16 +41,10 @@ def measure_child(artifact: Path, reference: Path, window: int, windows: int, ca
 
 def measure(artifact: Path, arguments: argparse.Namespace, reference: Path) -> dict[str, float]:
     """One evaluation in a fresh process."""
-    with tempfile.TemporaryDirectory(dir=arguments.directory) as cache, tempfile.TemporaryDirectory() as compiled:
+    with tempfile.TemporaryDirectory(dir=arguments.directory) as cache:
         sizes = ["--window", str(arguments.window), "--windows", str(arguments.windows)]
         command = [sys.executable, __file__, "--directory", cache, "--child", str(artifact), str(reference), *sizes]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "NUMBA_CACHE_DIR": compiled})
-        anonymous, mapped = watch(process)
-        text, _ = process.communicate()
-    if process.returncode:
-        raise SystemExit(f"evaluating {artifact.name} failed")
-    result: dict[str, float] = json.loads(text.splitlines()[-1])
-    return result | {"anonymous": anonymous, "mapped": mapped}
+        return run_watched(command, f"evaluating {artifact.name}")
 
 
 def main() -> None:

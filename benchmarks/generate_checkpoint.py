@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from quantkit.llama4 import SourceTensor, inventory, parse_config
 from quantkit.safetensors_header import build_header
+from tests.releases import release as release_of_any_size
 
 SHARD_BYTES = 5_000_000_000
 BLOCK_ELEMENTS = 8 << 20
@@ -59,62 +60,23 @@ RELEASES: dict[str, dict[str, Any]] = {
         "rope_scaling": None,
     },
 }
-VISION: dict[str, Any] = {
-    "attention_dropout": 0.0,
-    "hidden_act": "gelu",
-    "hidden_size": 1408,
-    "image_size": 336,
-    "initializer_range": 0.02,
-    "intermediate_size": 5632,
-    "model_type": "llama4_vision_model",
-    "multi_modal_projector_bias": False,
-    "norm_eps": 1e-05,
-    "num_attention_heads": 16,
-    "num_channels": 3,
-    "patch_size": 14,
-    "pixel_shuffle_ratio": 0.5,
-    "projector_dropout": 0.0,
-    "projector_input_dim": 4096,
-    "projector_output_dim": 4096,
-    "rope_theta": 10000,
-    "vision_feature_select_strategy": "default",
-    "vision_output_dim": 4096,
-}
 
 
 def release_config(release: str, layers: int, vocabulary: int, experts: int | None, vision_layers: int) -> dict[str, Any]:
     """``config.json`` as the release spells it, with that many layers."""
+    true = release_of_any_size()
     text: dict[str, Any] = {
-        "attention_bias": False,
-        "attention_chunk_size": 8192,
-        "attention_dropout": 0.0,
+        **true["text_config"],
         "attn_scale": 0.1,
         "attn_temperature_tuning": True,
         "bos_token_id": vocabulary - 48,
         "eos_token_id": [vocabulary - 47, vocabulary - 41, vocabulary - 40],
         "floor_scale": 8192,
-        "for_llm_compressor": False,
-        "head_dim": 128,
-        "hidden_act": "silu",
-        "hidden_size": 5120,
-        "initializer_range": 0.02,
-        "intermediate_size": 8192,
-        "intermediate_size_mlp": 16384,
-        "model_type": "llama4_text",
         "no_rope_layers": [int((layer + 1) % 4 != 0) for layer in range(layers)],
-        "num_attention_heads": 40,
-        "num_experts_per_tok": 1,
         "num_hidden_layers": layers,
-        "num_key_value_heads": 8,
         "output_router_logits": False,
         "pad_token_id": vocabulary - 30,
-        "rms_norm_eps": 1e-05,
-        "rope_theta": 500000.0,
-        "router_aux_loss_coef": 0.001,
-        "router_jitter_noise": 0.0,
         "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "use_cache": True,
         "vocab_size": vocabulary,
         **RELEASES[release],
     }
@@ -133,7 +95,7 @@ def release_config(release: str, layers: int, vocabulary: int, experts: int | No
         "text_config": text,
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
-        "vision_config": {**VISION, "num_hidden_layers": vision_layers},
+        "vision_config": {**true["vision_config"], "num_hidden_layers": vision_layers},
     }
 
 

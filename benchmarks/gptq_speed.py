@@ -24,8 +24,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -73,20 +71,6 @@ def make_expert(path: Path, shrink: int) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
-def timed(seconds: dict[str, float], step: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, with its wall time added to ``seconds[step]``."""
-
-    @wraps(function)
-    def wrapper(*arguments: Any, **options: Any) -> Any:
-        started = time.perf_counter()
-        try:
-            return function(*arguments, **options)
-        finally:
-            seconds[step] = seconds.get(step, 0.0) + time.perf_counter() - started
-
-    return wrapper
-
-
 def quantize_expert(
     given: dict[str, torch.Tensor], clip_search: bool, team: Team, workspace: Workspace
 ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
@@ -98,7 +82,7 @@ def quantize_expert(
     steps = {"scales": (rtn, "quantize"), "factorization": (gptq, "_factor"), "rounding": (gptq, "_round_all")}
     originals = {step: getattr(*place) for step, place in steps.items()}
     for step, (module, name) in steps.items():
-        setattr(module, name, timed(seconds, step, originals[step]))
+        setattr(module, name, common.timed(seconds, step, originals[step]))
     total = processor = 0.0
     try:
         for names, weights, inputs in (

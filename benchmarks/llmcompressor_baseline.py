@@ -20,10 +20,10 @@ import json
 import os
 import resource
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import common
 import compressed_tensors
 import llmcompressor
 import torch
@@ -38,20 +38,7 @@ from transformers import Llama4ForConditionalGeneration
 IGNORE = ["re:.*lm_head", "re:.*self_attn", "re:.*router", "re:.*vision_model.*", "re:.*multi_modal_projector.*"]
 
 seconds: dict[str, float] = {}
-
-
-def timed(step: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, with its wall time added to ``seconds[step]``."""
-
-    @functools.wraps(function)
-    def wrapper(*arguments: Any, **options: Any) -> Any:
-        started = time.perf_counter()
-        try:
-            return function(*arguments, **options)
-        finally:
-            seconds[step] = seconds.get(step, 0.0) + time.perf_counter() - started
-
-    return wrapper
+timed = functools.partial(common.timed, seconds)
 
 
 def main() -> None:

@@ -115,12 +115,20 @@ def measure(source: Path, output: Path, targets: tuple[str, ...], workers: str, 
         workers,
         *(["--calibrated"] if calibrated else []),
     ]
-    with tempfile.TemporaryDirectory() as compiled:  # no kernel is compiled yet: what a first run needs is counted
+    return run_watched(command, f"converting {source.name} to {', '.join(targets)}")
+
+
+def run_watched(command: list[str], what: str) -> dict[str, float]:
+    """What a process prints as JSON, and anonymous and mapped bytes of its largest sample.
+
+    No kernel is compiled yet, so what a first run needs is counted.
+    """
+    with tempfile.TemporaryDirectory() as compiled:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "NUMBA_CACHE_DIR": compiled})
         anonymous, mapped = watch(process)
         text, _ = process.communicate()
     if process.returncode:
-        raise SystemExit(f"converting {source.name} to {', '.join(targets)} failed")
+        raise SystemExit(f"{what} failed")
     result: dict[str, float] = json.loads(text.splitlines()[-1])
     return result | {"anonymous": anonymous, "mapped": mapped}
 
