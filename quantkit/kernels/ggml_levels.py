@@ -48,21 +48,7 @@ def quantize_iq4_xs(source: Source, target: BlockTarget, importance: Any, search
     """IQ4_XS."""
     candidates, commons, grid = CANDIDATES, COMMONS, iq4_table()
     return double_scales(
-        source,
-        target,
-        importance,
-        searched,
-        first_row,
-        last_row,
-        32,
-        candidates,
-        candidates,
-        -127.0,
-        commons,
-        4,
-        -32.0,
-        31.0,
-        grid,
+        source, target, importance, searched, first_row, last_row, 32, candidates, candidates, -127.0, commons, 4, -32.0, 31.0, grid
     )
 
 

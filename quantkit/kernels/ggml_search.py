@@ -121,14 +121,7 @@ def extreme(block: Any, start: int, count: int) -> Any:
 
 @compiled
 def best_scale(
-    block: Any,
-    start: int,
-    count: int,
-    shares: Any,
-    first: int,
-    candidates: Any,
-    top: Any,
-    grid: Any,
+    block: Any, start: int, count: int, shares: Any, first: int, candidates: Any, top: Any, grid: Any
 ) -> tuple[Any, Any]:
     """Scale with the least error and the sum of its weighted squared levels.  candidates: ``[visits, 4]``; top: see ``extreme``.
 
@@ -169,16 +162,7 @@ def level_sums(block: Any, start: int, count: int, shares: Any, first: int, scal
 
 
 @compiled
-def fitted_scale(
-    block: Any,
-    start: int,
-    count: int,
-    shares: Any,
-    first: int,
-    candidates: Any,
-    top: Any,
-    grid: Any,
-) -> Any:
+def fitted_scale(block: Any, start: int, count: int, shares: Any, first: int, candidates: Any, top: Any, grid: Any) -> Any:
     """``best_scale``, and once more the best scale for the levels that it gives."""
     scale, _ = best_scale(block, start, count, shares, first, candidates, top, grid)
     along, square = level_sums(block, start, count, shares, first, scale, grid)
@@ -186,15 +170,7 @@ def fitted_scale(
 
 
 @compiled
-def luckiest_scale(
-    block: Any,
-    start: int,
-    count: int,
-    shares: Any,
-    first: int,
-    candidates: Any,
-    top: Any,
-) -> Any:
+def luckiest_scale(block: Any, start: int, count: int, shares: Any, first: int, candidates: Any, top: Any) -> Any:
     """The candidate with the least error, for whole numbers of many bits, none of which a candidate clips.
 
     The error of any scale is then close to a twelfth of a squared step for every weight; but it scatters by 16 % from scale to
@@ -304,16 +280,7 @@ def best_multiples(
 
 
 @compiled
-def refitted_common(
-    block: Any,
-    count: int,
-    groups: int,
-    shares: Any,
-    first: int,
-    scale: Any,
-    multiples: Any,
-    grid: Any,
-) -> Any:
+def refitted_common(block: Any, count: int, groups: int, shares: Any, first: int, scale: Any, multiples: Any, grid: Any) -> Any:
     """The best scale of a block for the multiples and the levels that ``scale`` gives."""
     along, square = floats(0.0), floats(0.0)
     for group in range(groups):

@@ -66,19 +66,7 @@ Q6_K_COMMONS = np.concatenate([[-128], np.linspace(-135.7, -108.8, 23), np.linsp
 def quantize_q8_0(source: Source, target: BlockTarget, importance: Any, searched: int, first_row: int, last_row: int) -> Sums:
     """Q8_0; see ``ggml_search.luckiest_scale``."""
     few, many, grid = Q8_0_CANDIDATES, Q8_0_CANDIDATES, whole_numbers(-127.0, 127.0, 0)
-    return single_scales(
-        source,
-        target,
-        importance,
-        searched,
-        first_row,
-        last_row,
-        few,
-        many,
-        127.0,
-        0,
-        grid,
-    )
+    return single_scales(source, target, importance, searched, first_row, last_row, few, many, 127.0, 0, grid)
 
 
 @kernel
@@ -100,21 +88,7 @@ def quantize_q3_k(source: Source, target: BlockTarget, importance: Any, searched
     """Q3_K."""
     few, many, commons, grid = Q3_K_FEW, Q3_K_MANY, Q3_K_COMMONS, whole_numbers(-4.0, 3.0, 4)
     return double_scales(
-        source,
-        target,
-        importance,
-        searched,
-        first_row,
-        last_row,
-        16,
-        few,
-        many,
-        -4.0,
-        commons,
-        1,
-        -32.0,
-        31.0,
-        grid,
+        source, target, importance, searched, first_row, last_row, 16, few, many, -4.0, commons, 1, -32.0, 31.0, grid
     )
 
 
@@ -123,19 +97,5 @@ def quantize_q6_k(source: Source, target: BlockTarget, importance: Any, searched
     """Q6_K."""
     few, many, commons, grid = Q6_K_CANDIDATES, Q6_K_CANDIDATES, Q6_K_COMMONS, whole_numbers(-32.0, 31.0, 32)
     return double_scales(
-        source,
-        target,
-        importance,
-        searched,
-        first_row,
-        last_row,
-        16,
-        few,
-        many,
-        -32.0,
-        commons,
-        4,
-        -128.0,
-        127.0,
-        grid,
+        source, target, importance, searched, first_row, last_row, 16, few, many, -32.0, commons, 4, -128.0, 127.0, grid
     )
