@@ -114,6 +114,34 @@ def test_an_artifact_that_changes_while_it_is_measured(made: Made, tmp_path: Pat
         small(made, [artifact], cache, progress=progress)
 
 
+def test_files_that_change_before_the_golden_set_is_asked(made: Made, shards: Path, tmp_path: Path, cache: Path) -> None:
+    """The evaluation itself comes from the cache then, so the questions are the first to read them."""
+    reference, artifact = tmp_path / "reference", tmp_path / "artifact"
+    shutil.copytree(DEMO, reference)
+    shutil.copytree(shards, artifact)
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"kind": "exact", "prompt": "one two", "answer": "three", "max_tokens": 2}\n')
+    options: dict[str, Any] = {"window": 32, "windows": 2, "workers": 1, "resamples": 0, "cache": cache}
+    evaluate(artifact, reference, **options)
+
+    def truncating(file: Path, phase: str, name: str) -> Any:
+        def progress(event: Any) -> None:
+            if (event.phase, event.model) == (phase, name) and event.tokens == 0:
+                file.write_bytes(file.read_bytes()[:5000])
+
+        return progress
+
+    for file, name, kind in (
+        (next(artifact.glob("model-00002-of-*.safetensors")), "artifact", ArtifactError),
+        (reference / "model-00002-of-00003.safetensors", "reference", CheckpointError),
+    ):
+        whole = file.read_bytes()
+        with pytest.raises(kind, match=f"{name}/{file.name} has changed since it was opened") as caught:
+            evaluate(artifact, reference, golden=questions, progress=truncating(file, "golden", name), **options)
+        assert type(caught.value) is kind and caught.value.exit_code == (7 if kind is ArtifactError else 3)
+        file.write_bytes(whole)
+
+
 @pytest.mark.parametrize(("name", "scheme"), [("fp8-dynamic", "fp8-channel-dynamic"), ("Q8_0", "Q8_0"), ("packed-int4", "int4")])
 def test_a_quantized_reference_is_refused(name: str, scheme: str, made: Made, cache: Path) -> None:
     with pytest.raises(
