@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -147,35 +147,30 @@ def test_what_is_not_positive_definite_is_told(at: int, small_tiles: None) -> No
         assert not factor_upper(team, torch.full((100, 100), torch.nan))
 
 
-def test_bits_do_not_depend_on_the_number_of_threads(small_tiles: None) -> None:
-    left, right, matrix = normal(100, 70), normal(70, 130, seed=1), positive_definite(131)
+def assert_threads_change_no_bit(left: torch.Tensor, right: torch.Tensor, matrix: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """A product, its Gram matrix, and the factor of what ``matrix`` makes of that."""
     results = []
     for threads in THREADS:
         with Team(threads) as team:
-            product = multiply(team, left, right, torch.empty(100, 130))
-            gram = torch.zeros(130, 130)
+            product = multiply(team, left, right, torch.empty(left.shape[0], right.shape[1]))
+            gram = torch.zeros(right.shape[1], right.shape[1])
             add_gram(team, product, gram)
-            factor = matrix.clone()
-            assert factor_upper(team, factor)
-        results.append((product, mirror(gram), factor))
-    for other in results[1:]:
-        assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
-
-
-def test_bits_do_not_depend_on_the_number_of_threads_in_real_tiles() -> None:
-    """Large enough that BLAS would split it among threads if it had them."""
-    left, right = normal(600, 700), normal(700, 2100, seed=1)
-    results = []
-    for threads in THREADS:
-        with Team(threads) as team:
-            product = multiply(team, left, right, torch.empty(600, 2100))
-            gram = torch.zeros(2100, 2100)
-            add_gram(team, product, gram)
-            factor = mirror(gram)[:1100, :1100] + 1000 * torch.eye(1100)
+            factor = matrix(mirror(gram))
             assert factor_upper(team, factor)
         results.append((product, gram, factor))
     for other in results[1:]:
         assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+
+
+def test_bits_do_not_depend_on_the_number_of_threads(small_tiles: None) -> None:
+    assert_threads_change_no_bit(normal(100, 70), normal(70, 130, seed=1), lambda _: positive_definite(131))
+
+
+def test_bits_do_not_depend_on_the_number_of_threads_in_real_tiles() -> None:
+    """Large enough that BLAS would split it among threads if it had them."""
+    assert_threads_change_no_bit(
+        normal(600, 700), normal(700, 2100, seed=1), lambda gram: gram[:1100, :1100] + 1000 * torch.eye(1100)
+    )
 
 
 def test_threads_leave_blas_to_themselves() -> None:
