@@ -3,6 +3,9 @@
 Works on any Llama 4 directory (BF16 source, our artifact, somebody else's), on a single safetensors or packed file, and on GGUF
 files of any model (:mod:`quantkit.gguf_inspection`).  Each stored tensor is given its role by name, each module its scheme by the
 quantization section of the config; nothing is read but headers and JSON.
+
+Of a single file all counts are those of what lies in it.  A safetensors file does not say how it is quantized: the config.json
+beside it does, and without one all that can be counted are stored elements, of which one may be several weights.
 """
 
 from __future__ import annotations
@@ -32,6 +35,9 @@ from quantkit.writer import JOURNAL
 
 _CONFIG_LIMIT = 16 << 20  # bytes
 _UNFINISHED = "unfinished: a conversion that was stopped left this; run the same command again to complete it"
+_SINGLE = "a single file: what is counted lies in it"
+_ELEMENTS = "stored elements are counted, of which one may hold several weights"
+_UNKNOWN_MODEL = "unknown (no config.json)"
 _NO_MANIFEST = "no manifest.json: not made by quantkit, or stripped of its proof"
 
 # First match decides; the order puts the specific before the general.
@@ -51,6 +57,7 @@ _ROLE_PATTERNS: tuple[tuple[str, Role], ...] = (
 _PARTS = re.compile(
     r"\.(weight_packed|weight_scale|weight_shape|weight_zero_point|weight_global_scale|input_global_scale|input_scale|qweight|qzeros|scales|g_idx|weight|bias|codes|scale|zero_point|global_scale)$"
 )
+_CODES = re.compile(r"\.(weight_packed|weight_scale|qweight)$")  # what only quantized checkpoints have
 _KV_CACHE = (".self_attn.k_scale", ".self_attn.v_scale")  # belong to a layer's cache, not to a module that has a scheme
 
 
@@ -59,9 +66,9 @@ class Inspection:
     """What stands at ``path``.
 
     kind: ``source``, ``artifact`` (quantized), or of GGUF files also ``unquantized`` and ``importance``.  format: how it is stored.
-    parameters: of the model, by its config; without one the weights of a packed file, or
-    the stored elements.  roles: of GGUF files that are no Llama
-    4 by type, of several models by file.  notes: what a reader should know.  facts: what a GGUF file says of itself.
+    parameters: of the model, by its config; of a single file the weights in it, or the stored elements where ``notes`` say so.
+    roles: of GGUF files that are no Llama 4 by type, of several models by file.  notes: what a reader should know.  facts: what a
+    GGUF file says of itself.
     """
 
     path: Path
@@ -88,34 +95,40 @@ def inspect(path: str | Path, revision: str | None = None) -> Inspection:
     sound but says nothing that quantkit writes is no error: ``notes`` tells.
     """
     target = Path(path)
-    config: Llama4Config | None = None
-    quantization: Mapping[str, Any] | None = None
-    notes: list[str] = []
     if is_packed(target):
         return _inspect_packed(target)
     if is_gguf(target):
         return _inspect_gguf(target)
-    if target.suffix == ".safetensors" and os.path.isfile(target):
-        notes.append("a single file: the parameter count is that of the stored elements")
+    config: Llama4Config | None = None
+    notes: list[str] = []
+    single = target.suffix == ".safetensors" and os.path.isfile(target)
+    if single:
+        model, quantization, note = _beside(target)
+        notes.append(note)
     else:
         config_text, target = _config_text(path, revision)
-        raw = parse_object(config_text, str(target / CONFIG_NAME))
-        quantization = _checked(raw.pop("quantization_config", None), target)
-        config = parse_config(raw)
+        config, quantization = _read_config(config_text, target)
+        model = _describe(config)
     with TensorFiles.open(target) as files:
-        rows, unknown = _rows(files, config, lambda module, tensor: _scheme_name(module, tensor.dtype, quantization, notes))
+        rows, unknown = _rows(
+            files,
+            config,
+            lambda module, tensor: _scheme_name(module, tensor.dtype, quantization, notes),
+            lambda tensor: _weights(tensor, quantization),
+        )
         if unknown:
             notes.append(f"{len(unknown)} tensors are not Llama 4 tensors, {unknown[0]} first")
         sizes = tuple((file.name, file.stat().st_size) for file in files.paths)
         parameters = sum(row.parameters for row in rows)
-    if quantization is not None and not os.path.isfile(target / "manifest.json"):
+        quantized = quantization is not None or any(map(_CODES.search, files.tensors))
+    if quantization is not None and not single and not os.path.isfile(target / "manifest.json"):
         notes.append(_NO_MANIFEST)
     form = "safetensors"
     if quantization is not None:
         stated = quantization.get("format") or quantization.get("quant_method")
         form = stated if isinstance(stated, str) else brief(stated)
-    kind = "artifact" if quantization is not None else "source"
-    return Inspection(target, kind, form, _describe(config), parameters, sum(size for _, size in sizes), sizes, rows, tuple(notes))
+    kind = "artifact" if quantized else "source"
+    return Inspection(target, kind, form, model, parameters, sum(size for _, size in sizes), sizes, rows, tuple(notes))
 
 
 def _inspect_gguf(target: Path) -> Inspection:
@@ -131,13 +144,13 @@ def _inspect_gguf(target: Path) -> Inspection:
 
 
 def _inspect_packed(target: Path) -> Inspection:
-    config, notes = None, []
+    config, notes, model = None, [], _UNKNOWN_MODEL
     if os.path.isfile(target):
-        notes.append("a single file: the parameter count is that of its own weights")
+        model, _, _ = _beside(target)
+        notes.append(_SINGLE)
     elif os.path.isfile(target / CONFIG_NAME):
-        raw = parse_object(read_small_file(target / CONFIG_NAME, _CONFIG_LIMIT), str(target / CONFIG_NAME))
-        raw.pop("quantization_config", None)
-        config = parse_config(raw)
+        config, _ = _read_config(read_small_file(target / CONFIG_NAME, _CONFIG_LIMIT), target)
+        model = _describe(config)
     with PackedFiles.open(target) as files:
         rows, unknown = _rows(
             files,
@@ -156,7 +169,7 @@ def _inspect_packed(target: Path) -> Inspection:
     if os.path.isfile(target / JOURNAL):
         notes.append(_UNFINISHED)
     parameters, size = sum(row.parameters for row in rows), sum(size for _, size in sizes)
-    return Inspection(target, "artifact", PACKED, _describe(config), parameters, size, sizes, rows, tuple(notes), facts)
+    return Inspection(target, "artifact", PACKED, model, parameters, size, sizes, rows, tuple(notes), facts)
 
 
 def _unknown_schemes(files: PackedFiles) -> list[str]:
@@ -203,6 +216,27 @@ def _config_text(path: str | Path, revision: str | None) -> tuple[bytes, Path]:
     return text.encode(), directory
 
 
+def _read_config(text: bytes, directory: Path) -> tuple[Llama4Config, Mapping[str, Any] | None]:
+    """A config and its quantization section.  Raises CheckpointError, and ArtifactError for a malformed section."""
+    raw = parse_object(text, str(directory / CONFIG_NAME))
+    quantization = _checked(raw.pop("quantization_config", None), directory)
+    return parse_config(raw), quantization
+
+
+def _beside(file: Path) -> tuple[str, Mapping[str, Any] | None, str]:
+    """What a config.json beside a single file says: the model, the quantization section, and a note on what is counted."""
+    path = file.parent / CONFIG_NAME
+    if not os.path.isfile(path):
+        return _UNKNOWN_MODEL, None, f"a single file without {CONFIG_NAME} beside it: {_ELEMENTS}"
+    try:
+        config, quantization = _read_config(read_small_file(path, _CONFIG_LIMIT), file.parent)
+    except (CheckpointError, ArtifactError) as error:
+        return "unknown", None, f"a single file: {_ELEMENTS}, since the {CONFIG_NAME} beside it cannot be used: {error}"
+    if quantization is not None and quantization.get("quant_method") != QUANT_METHOD:
+        return _describe(config), quantization, f"a single file of another quantizer: {_ELEMENTS}"
+    return _describe(config), quantization, _SINGLE
+
+
 def _checked(found: object, target: Path) -> Mapping[str, Any] | None:
     """The quantization section, None when there is none.  Raises ArtifactError when it is malformed."""
     if found is None or found == {}:
@@ -217,9 +251,7 @@ def _checked(found: object, target: Path) -> Mapping[str, Any] | None:
     return found
 
 
-def _describe(config: Llama4Config | None) -> str:
-    if config is None:
-        return "unknown (no config.json)"
+def _describe(config: Llama4Config) -> str:
     moe = sum(config.moe_layers)
     vision = f", layers of the vision tower: {config.vision.num_hidden_layers}" if config.vision else ", text only"
     layers = f"{config.num_layers} layers, {moe} of them with {config.num_experts} experts"
@@ -230,7 +262,7 @@ def _rows(
     files: OpenFiles,
     config: Llama4Config | None,
     scheme_of: Callable[[str, TensorLocation], str],
-    weights_of: Callable[[TensorLocation], int] = lambda tensor: tensor.elements,
+    weights_of: Callable[[TensorLocation], int],
 ) -> tuple[tuple[RoleSummary, ...], list[str]]:
     """One row for each role, and the names of tensors that have none.
 
@@ -272,3 +304,19 @@ def _scheme_name(module: str, dtype: str, quantization: Mapping[str, Any] | None
             notes.append(note)
         return f"unknown ({dtype})"
     return scheme.name if scheme is not None else dtype
+
+
+def _weights(tensor: TensorLocation, quantization: Mapping[str, Any] | None) -> int:
+    """The weights that a tensor of a safetensors file stands for; its elements where nothing tells."""
+    if quantization is None or quantization.get("quant_method") != QUANT_METHOD:
+        return tensor.elements
+    if tensor.name.endswith(_KV_CACHE):
+        return 0
+    module, _, part = tensor.name.rpartition(".")
+    try:
+        scheme = compressed_tensors.scheme_of(quantization, module)
+    except ArtifactError:  # a note says so
+        return tensor.elements
+    if scheme is None or part in ("weight", "bias"):
+        return tensor.elements
+    return 8 * tensor.nbytes // scheme.bits if part == "weight_packed" else 0

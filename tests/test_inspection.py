@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from quantkit.convert import convert
 from quantkit.errors import ArtifactError, CheckpointError, QuantkitError
@@ -53,6 +55,74 @@ def test_artifact(tmp_path: Path) -> None:
     assert alone.files == ((file.name, file.stat().st_size),)
     (made.directory / "manifest.json").unlink()
     assert any("no manifest" in note for note in inspect(made.directory).notes)
+
+
+@pytest.mark.parametrize("preset", ["w4a16-rtn", "w8a16", "fp8-dynamic", "nvfp4a16", "asymmetric"])
+def test_shards_tell_their_parts_of_the_whole(preset: str, tmp_path: Path) -> None:
+    target = preset
+    if preset == "asymmetric":
+        target = str(tmp_path / "asymmetric.toml")
+        Path(target).write_text(RECIPE)
+    [made] = convert(DEMO, [target], tmp_path, max_shard_bytes=3_000_000).artifacts
+    whole = {row.role: row for row in inspect(made.directory).roles}
+    shards = [inspect(file) for file in sorted(made.directory.glob("*.safetensors"))]
+    assert len(shards) > 2
+    for role, row in whole.items():
+        parts = [part for shard in shards for part in shard.roles if part.role == role]
+        assert sum(part.parameters for part in parts) == row.parameters, role
+        assert sum(part.bytes for part in parts) == row.bytes
+        assert all(set(part.schemes) <= set(row.schemes) for part in parts)
+        assert any(part.bits_per_weight == pytest.approx(row.bits_per_weight, rel=0.02) for part in parts)
+    for shard in shards:
+        assert (shard.kind, shard.format) == ("artifact", inspect(made.directory).format)
+        assert shard.model == inspect(DEMO).model and shard.notes == ("a single file: what is counted lies in it",)
+
+
+RECIPE = """
+name = "asymmetric"
+[[rules]]
+roles = ["routed_expert"]
+scheme = "int4-g64-asym"
+method = "rtn"
+[[rules]]
+roles = ["shared_expert"]
+scheme = "int8-channel"
+method = "rtn"
+[[rules]]
+scheme = "keep"
+"""
+
+
+def test_scales_of_a_kv_cache_are_no_weights(tmp_path: Path) -> None:
+    [made] = convert(DEMO, ["fp8-dynamic"], tmp_path).artifacts
+    shutil.copy(made.directory / "config.json", tmp_path)
+    base = "language_model.model.layers.0.self_attn"
+    tensors = {f"{base}.q_proj.weight": torch.zeros(256, 256), f"{base}.k_scale": torch.ones(1), f"{base}.v_scale": torch.ones(1)}
+    save_file(tensors, tmp_path / "attention.safetensors")
+    assert inspect(tmp_path / "attention.safetensors").parameters == 256 * 256
+
+
+def test_a_shard_without_its_config_tells_what_it_counts(tmp_path: Path) -> None:
+    [made] = convert(DEMO, ["w4a16-rtn"], tmp_path).artifacts
+    alone = Path(shutil.copy(made.directory / "model.safetensors", tmp_path / "alone.safetensors"))
+    elements = "stored elements are counted, of which one may hold several weights"
+    found = inspect(alone)
+    assert (found.kind, found.format, found.model) == ("artifact", "safetensors", "unknown (no config.json)")
+    assert found.notes == (f"a single file without config.json beside it: {elements}",)
+    assert found.parameters == sum(tensor.numel() for tensor in load_file(alone).values())
+    for config, why in (
+        ("{", "config.json"),
+        ('{"model_type": "other"}', "other"),
+        ('{"quantization_config": 5}', "expected an object"),
+    ):
+        (tmp_path / "config.json").write_text(config)
+        [note] = inspect(alone).notes
+        assert note.startswith(f"a single file: {elements}, since the config.json beside it cannot be used: ") and why in note
+        assert inspect(alone).parameters == found.parameters
+    config = json.loads((made.directory / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    other = inspect(alone)
+    assert other.format == "gptq" and other.notes == (f"a single file of another quantizer: {elements}",)
 
 
 def test_what_cannot_be_read_is_a_documented_error(tmp_path: Path) -> None:
