@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
-from quantkit.errors import RecipeError
+from quantkit.errors import RecipeError, listed
 from quantkit.ggml import TYPES
 from quantkit.llama4 import Llama4Config, Role, SourceTensor, Unit, WeightMatrix
 from quantkit.mixtures import FILE_TYPES, NEED_IMPORTANCE, mixture_types
@@ -104,8 +104,7 @@ def assign(
         if not used[number]:
             problems.append(f"rule {number + 1} ({_describe(rule)}) decides no tensor{kept}")
     if problems:
-        shown = problems[:12] + ([f"and {len(problems) - 12} more"] if len(problems) > 12 else [])
-        raise RecipeError(f"recipe {recipe.name!r} does not fit this model:\n  " + "\n  ".join(shown))
+        raise RecipeError(f"recipe {recipe.name!r} does not fit this model:{listed(problems)}")
     return result
 
 

@@ -16,10 +16,12 @@
     └── Interrupted                the run was stopped by the user; it can be resumed
 
 Each message says what happened, where (file, tensor, expert) and what to do about it.  ``exit_code`` is what the command line
-returns; 0 is success and 2 is kept for wrong usage.
+returns; 0 is success and 2 is kept for wrong usage.  A message that has many problems to tell shows the first of them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 __all__ = [
     "AlreadyQuantizedError",
@@ -36,7 +38,11 @@ __all__ = [
     "ResumeError",
     "UnsupportedModelError",
     "WeightError",
+    "joined",
+    "listed",
 ]
+
+_LINES, _PHRASES = 12, 8  # problems that a message spells out
 
 
 class QuantkitError(Exception):
@@ -113,3 +119,15 @@ class Interrupted(QuantkitError):
     """The user stopped the run; nothing is lost and the same command resumes it."""
 
     exit_code = 130
+
+
+def listed(problems: Sequence[str]) -> str:
+    """The first problems, each on a line below what is said before, and how many more there are."""
+    more = [f"and {len(problems) - _LINES:,} more"] if len(problems) > _LINES else []
+    return "".join(f"\n  {line}" for line in (*problems[:_LINES], *more))
+
+
+def joined(problems: Sequence[str]) -> str:
+    """How many problems there are, and the first ones, on one line."""
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return f"{count}: " + "; ".join(problems[:_PHRASES]) + ("; ..." if len(problems) > _PHRASES else "")

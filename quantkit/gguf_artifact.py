@@ -20,7 +20,7 @@ from gguf.constants import Keys
 from numpy.typing import NDArray
 
 from quantkit.checkpoint import Checkpoint
-from quantkit.errors import ArtifactError
+from quantkit.errors import ArtifactError, joined
 from quantkit.estimate import available_cores
 from quantkit.formats import gguf
 from quantkit.formats.gguf_metadata import ARCHITECTURE, CHUNK_SIZE, config_from_metadata, rope_freqs
@@ -40,7 +40,6 @@ from quantkit.strict_json import brief, parse_object
 from quantkit.tensor_files import CHUNK_BYTES, SIDECAR_BYTES, read_small_file
 from quantkit.writer import MANIFEST
 
-SHOWN = 8  # problems that a message spells out
 # Of the keys that tell who made the model and what it is called, those that say what the file is
 _CHECKED_GENERAL = (
     Keys.General.ARCHITECTURE,
@@ -124,7 +123,7 @@ class GgufArtifact:
         if not problems and {item.name for item in self.schemes} != set(planned.assignments):
             problems.append("the ledger begins the names of tensors otherwise than the source does")
         if problems:
-            raise ArtifactError(f"{checkpoint.directory} is not the source of this artifact: {_joined(problems)}")
+            raise ArtifactError(f"{checkpoint.directory} is not the source of this artifact: {joined(problems)}")
 
     # ------------------------------------------------------------------------------------------------- what is implied
 
@@ -223,14 +222,9 @@ def _is_checked(key: str) -> bool:
     return key in _CHECKED_GENERAL or not key.startswith(("general.", "split."))
 
 
-def _joined(problems: Sequence[str]) -> str:
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    return f"{count}: " + "; ".join(problems[:SHOWN]) + ("; ..." if len(problems) > SHOWN else "")
-
-
 def _raise(problems: Iterator[str] | Sequence[str]) -> None:
     if listed := list(problems):
-        raise ArtifactError(_joined(listed))
+        raise ArtifactError(joined(listed))
 
 
 def finite_scales(kind: BlockType, data: NDArray[np.uint8]) -> bool:

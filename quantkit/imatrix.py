@@ -32,7 +32,7 @@ import numpy.typing as npt
 import torch
 from gguf.constants import Keys
 
-from quantkit.errors import CalibrationError, CheckpointError, OutputError
+from quantkit.errors import CalibrationError, CheckpointError, OutputError, listed
 from quantkit.evidence import Evidence
 from quantkit.formats.gguf_names import meaning_of, place_of
 from quantkit.gguf_header import GgufHeader, GGUFValueType, MetadataEntry, build_header, parse_header
@@ -344,11 +344,8 @@ def statistics_from_imatrix(imatrix: Imatrix, config: Llama4Config, provenance: 
         if unit.layer is not None and unit.expert is not None and unit.layer not in experts:
             experts[unit.layer] = _expert_counts(unit.layer, entry.counts)
     if problems:
-        more = f"\n  and {len(problems) - 10:,} more" if len(problems) > 10 else ""
         raise CalibrationError(
-            "The importance file does not belong to this model, or lacks a part of it. Make one for this model.\n  "
-            + "\n  ".join(problems[:10])
-            + more
+            f"The importance file does not belong to this model, or lacks a part of it. Make one for this model.{listed(problems)}"
         )
     corpus = {
         "source": KIND,

@@ -11,10 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from quantkit.checkpoint import CONFIG_NAME, Checkpoint
-from quantkit.errors import ArtifactError, RecipeError
+from quantkit.errors import ArtifactError, RecipeError, joined
 from quantkit.estimate import available_cores
 from quantkit.formats import packed
 from quantkit.formats.base import OutputTensor
@@ -24,11 +23,11 @@ from quantkit.ledger import LedgerEntry
 from quantkit.llama4 import Llama4Config, SourceTensor, Unit, WeightMatrix, parse_config, units
 from quantkit.packed_files import PackedFiles
 from quantkit.recipe import KV_CACHES
+from quantkit.safetensors_artifact import finite_and_positive
 from quantkit.scheme import KEEP, Scheme, parse_scheme
 from quantkit.strict_json import brief, parse_object
 from quantkit.tensor_files import CHUNK_BYTES, SIDECAR_BYTES, TORCH_DTYPES, read_small_file
 
-SHOWN = 8  # problems that a message spells out
 _SCALES = (".scale", ".global_scale", ".input_scale", ".k_scale", ".v_scale")
 
 
@@ -72,8 +71,7 @@ class PackedArtifact:
             by_name = {item.name: scheme for item, scheme in self.schemes.items()}
             problems += self._differences([*tensors, *caches], by_name)
         if problems:
-            shown = "; ".join(problems[:SHOWN]) + ("; ..." if len(problems) > SHOWN else "")
-            raise ArtifactError(f"{len(problems)} problems: {shown}")
+            raise ArtifactError(joined(problems))
         return f"{len(self.files.blocks)} blocks hold the tensors that config.json and their schemes imply"
 
     def _read_config(self) -> tuple[Llama4Config, str | None]:
@@ -129,11 +127,7 @@ class PackedArtifact:
         for name, location in self.files.tensors.items():
             if name.endswith(_SCALES):
                 scale = self.files.read(name)
-                if scale.dtype == torch.uint8:  # powers of two; 255 is the NaN of this number format
-                    bad = bool((scale == 255).any())
-                else:
-                    values = scale.float()
-                    bad = not bool(torch.isfinite(values).all() and (values > 0).all())
+                bad = not finite_and_positive(scale)
                 count += scale.numel()
             elif location.dtype not in TORCH_DTYPES:
                 kind = TYPES[location.dtype]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from quantkit.checkpoint import CONFIG_NAME, Checkpoint
-from quantkit.errors import ArtifactError
+from quantkit.errors import ArtifactError, joined
 from quantkit.formats import compressed_tensors
 from quantkit.formats.base import OutputTensor
 from quantkit.ledger import LedgerEntry
@@ -62,7 +62,7 @@ class SafetensorsArtifact:
                     f"{name} is {found[name].dtype} {list(found[name].shape)}; expected {tensor.dtype} {list(tensor.shape)}"
                 )
         if problems:
-            raise ArtifactError(f"{len(problems)} problems: " + "; ".join(problems[:8]) + ("; ..." if len(problems) > 8 else ""))
+            raise ArtifactError(joined(problems))
         return f"{len(expected)} tensors have the names, shapes and dtypes that config.json implies"
 
     def _check_scales(self) -> str:
@@ -70,12 +70,7 @@ class SafetensorsArtifact:
         for name in self.files.tensors:
             if name.endswith(("_scale", "_global_scale")):
                 scale = self.files.read(name)
-                if scale.dtype == torch.uint8:  # powers of two; 255 is the NaN of this number format
-                    bad = bool((scale == 255).any())
-                else:
-                    values = scale.float()
-                    bad = not bool(torch.isfinite(values).all() and (values > 0).all())
-                if bad:
+                if not finite_and_positive(scale):
                     raise ArtifactError(f"{name} holds a scale that is not finite and positive")
                 count += scale.numel()
         return f"{count:,} scales are finite and positive"
@@ -84,3 +79,11 @@ class SafetensorsArtifact:
         """Raise ArtifactError when the artifact cannot have been made from that checkpoint."""
         if checkpoint.config != self.config:
             raise ArtifactError(f"{checkpoint.directory} is not the source of this artifact: its config differs")
+
+
+def finite_and_positive(scale: torch.Tensor) -> bool:
+    """Whether all scales are; uint8 stands for powers of two, of which 255 is NaN."""
+    if scale.dtype == torch.uint8:
+        return not bool((scale == 255).any())
+    values = scale.float()
+    return bool(torch.isfinite(values).all() and (values > 0).all())

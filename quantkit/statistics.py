@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import xxhash
 
-from quantkit.errors import CalibrationError, CheckpointError
+from quantkit.errors import CalibrationError, CheckpointError, listed
 from quantkit.evidence import Evidence
 from quantkit.journal import output_errors, sync_directory, write_all
 from quantkit.llama4 import Llama4Config, units
@@ -341,11 +341,8 @@ def check_statistics(statistics: Statistics, config: Llama4Config, provenance: M
     if different := sorted(set(range(config.num_layers)) ^ statistics.cache_peaks.keys()):
         problems.append(f"the cache of layer {different[0]} is missing or one too many")
     if problems:
-        more = f"\n  and {len(problems) - 10:,} more" if len(problems) > 10 else ""
         raise CalibrationError(
-            "The statistics do not belong to this model. Use those of this checkpoint, or calibrate it.\n  "
-            + "\n  ".join(problems[:10])
-            + more
+            f"The statistics do not belong to this model. Use those of this checkpoint, or calibrate it.{listed(problems)}"
         )
 
 

@@ -11,8 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from quantkit.errors import ArtifactError
-from quantkit.formats.ggml_codebooks import decode_codebook, encode_codebook
+from quantkit.formats.ggml_codebooks import check_rows, decode_codebook, encode_codebook, memory_for
 from quantkit.ggml import BlockType
 from quantkit.grid import FLOATING, QuantizedTensor
 from quantkit.kernels.ggml_packing import LAYOUTS, Fields, pack, unpack
@@ -30,19 +29,13 @@ def encode(quantized: QuantizedTensor, out: Bytes | None = None) -> torch.Tensor
     kind = quantized.scheme.block_type
     if kind.codebook:
         return encode_codebook(quantized, out)
-    rows, columns = quantized.codes.shape
-    shape = rows, kind.row_bytes(columns)
-    target = np.empty(shape, np.uint8) if out is None else out
-    if target.dtype != np.uint8 or not target.flags.c_contiguous or target.size != shape[0] * shape[1] or columns % kind.block:
-        raise ValueError(
-            f"{kind.name} of {columns} columns takes {shape[0]} x {shape[1]} contiguous bytes, got {target.dtype} {target.shape}"
-        )
+    target = memory_for(quantized, out)
     flat = target.reshape(-1)
     if kind.floating:
         np.copyto(flat, _bytes(quantized.codes))
     else:
         pack(LAYOUTS[kind.name], _fields(quantized), flat)
-    return torch.from_numpy(target.reshape(shape))
+    return torch.from_numpy(target)
 
 
 def decode(data: torch.Tensor, scheme: Scheme, columns: int) -> QuantizedTensor:
@@ -53,12 +46,7 @@ def decode(data: torch.Tensor, scheme: Scheme, columns: int) -> QuantizedTensor:
     kind = scheme.block_type
     if kind.codebook:
         return decode_codebook(data, scheme, columns)
-    fits = data.dtype == torch.uint8 and data.ndim == 2 and columns >= 0 and columns % kind.block == 0
-    if not fits or data.shape[1] != kind.row_bytes(columns):
-        raise ArtifactError(
-            f"data of type {kind.name} is {data.dtype} {list(data.shape)}; rows of {columns} weights, in blocks of {kind.block}, "
-            f"take {kind.row_bytes(columns)} bytes. The file is damaged or was written by another program; write it again."
-        )
+    check_rows(data, kind, columns)
     rows, data = data.shape[0], data.contiguous()
     if kind.floating:
         return QuantizedTensor(scheme, data.reshape(-1).view(FLOATING[kind.name]).reshape(rows, columns), torch.empty(0))

@@ -11,9 +11,32 @@ import torch
 from numpy.typing import NDArray
 
 from quantkit.errors import ArtifactError
+from quantkit.ggml import BlockType
 from quantkit.grid import QuantizedTensor
 from quantkit.kernels.ggml_codebook_packing import pack_blocks, packing_tables, unpack_blocks
 from quantkit.scheme import Scheme
+
+
+def memory_for(quantized: QuantizedTensor, out: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
+    """``out``, or new memory when None, as uint8 ``[rows, row bytes]``.  Raises ValueError when it does not fit."""
+    kind, (rows, columns) = quantized.scheme.block_type, quantized.codes.shape
+    shape = rows, kind.row_bytes(columns)
+    target = np.empty(shape, np.uint8) if out is None else out
+    if target.dtype != np.uint8 or not target.flags.c_contiguous or target.size != shape[0] * shape[1] or columns % kind.block:
+        raise ValueError(
+            f"{kind.name} of {columns} columns takes {shape[0]} x {shape[1]} contiguous bytes, got {target.dtype} {target.shape}"
+        )
+    return target.reshape(shape)
+
+
+def check_rows(data: torch.Tensor, kind: BlockType, columns: int) -> None:
+    """Raise ArtifactError when ``data`` is not uint8 ``[rows, row bytes]`` of ``columns`` weights a row."""
+    fits = data.dtype == torch.uint8 and data.ndim == 2 and columns >= 0 and columns % kind.block == 0
+    if not fits or data.shape[1] != kind.row_bytes(columns):
+        raise ArtifactError(
+            f"data of type {kind.name} is {data.dtype} {list(data.shape)}; rows of {columns} weights, in blocks of {kind.block}, "
+            f"take {kind.row_bytes(columns)} bytes. The file is damaged or was written by another program; write it again."
+        )
 
 
 def encode_codebook(quantized: QuantizedTensor, out: NDArray[np.uint8] | None = None) -> torch.Tensor:
@@ -24,12 +47,7 @@ def encode_codebook(quantized: QuantizedTensor, out: NDArray[np.uint8] | None = 
     """
     kind = quantized.scheme.block_type
     rows, columns = quantized.codes.shape
-    shape = rows, kind.row_bytes(columns)
-    target = np.empty(shape, np.uint8) if out is None else out
-    if target.dtype != np.uint8 or not target.flags.c_contiguous or target.size != shape[0] * shape[1] or columns % kind.block:
-        raise ValueError(
-            f"{kind.name} of {columns} columns takes {shape[0]} x {shape[1]} contiguous bytes, got {target.dtype} {target.shape}"
-        )
+    target = memory_for(quantized, out)
     assert quantized.group_scale is not None
     codes, scales, groups = (
         tensor.contiguous().view(dtype).numpy().reshape(-1)
@@ -46,7 +64,7 @@ def encode_codebook(quantized: QuantizedTensor, out: NDArray[np.uint8] | None = 
         raise ValueError(
             f"row {row}, block {block}: codes, signs or group scales that {kind.name} cannot hold; they were not made for this type"
         )
-    return torch.from_numpy(target.reshape(shape))
+    return torch.from_numpy(target)
 
 
 def decode_codebook(data: torch.Tensor, scheme: Scheme, columns: int) -> QuantizedTensor:
@@ -55,12 +73,7 @@ def decode_codebook(data: torch.Tensor, scheme: Scheme, columns: int) -> Quantiz
     Raises ArtifactError when the bytes are not rows of so many weights.
     """
     kind = scheme.block_type
-    fits = data.dtype == torch.uint8 and data.ndim == 2 and columns >= 0 and columns % kind.block == 0
-    if not fits or data.shape[1] != kind.row_bytes(columns):
-        raise ArtifactError(
-            f"data of type {kind.name} is {data.dtype} {list(data.shape)}; rows of {columns} weights, in blocks of {kind.block}, "
-            f"take {kind.row_bytes(columns)} bytes. The file is damaged or was written by another program; write it again."
-        )
+    check_rows(data, kind, columns)
     rows, blocks = data.shape[0], data.shape[0] * (columns // kind.block)
     codes, scales = np.empty(rows * columns, np.int8), np.empty(blocks, np.uint16)
     groups = np.empty(rows * columns // kind.group, np.int8)

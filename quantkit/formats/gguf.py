@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from quantkit.assignment import Assignment
-from quantkit.errors import ArtifactError, RecipeError, UnsupportedModelError
+from quantkit.errors import ArtifactError, RecipeError, UnsupportedModelError, listed
 from quantkit.formats import ggml_blocks
 from quantkit.formats.base import ClientNote, FileRequest, OutputFile, OutputTensor, PlannedFiles
 from quantkit.formats.gguf_general import file_name, split_metadata, text, vision_file_name
@@ -139,8 +139,7 @@ def _check(request: FileRequest) -> None:
             detail = ", ".join(f"{name} has {scheme}" for scheme, name in found.items())
             problems.append(f"all experts in {tensor} must have one type: {detail}")
     if problems:
-        shown = problems[:12] + ([f"and {len(problems) - 12} more"] if len(problems) > 12 else [])
-        raise RecipeError(f"recipe {request.recipe.name!r} does not fit a GGUF file:\n  " + "\n  ".join(shown))
+        raise RecipeError(f"recipe {request.recipe.name!r} does not fit a GGUF file:{listed(problems)}")
 
 
 # ----------------------------------------------------------------------------------------------------------------- files

@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from quantkit.errors import ArtifactError, RecipeError
+from quantkit.errors import ArtifactError, RecipeError, listed
 from quantkit.formats import ggml_blocks
 from quantkit.formats.base import ClientNote, FileRequest, OutputFile, OutputTensor, PlannedFiles
 from quantkit.formats.compressed_tensors import encode_kv_cache, kv_cache_tensors
@@ -63,7 +63,6 @@ QUANT_METHOD = "quantkit-packed"
 SECTION_VERSION = 1
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
 SCALE_DTYPES = {"bf16": "BF16", "fp8": "F8_E4M3", "e8m0": "U8"}
-SHOWN = 12  # problems that a message spells out
 
 
 # --------------------------------------------------------------------------------------------------------------- tensors
@@ -215,8 +214,7 @@ def client_notes(
         if scheme is not None and (reason := misfit(scheme, *matrix.shape))
     ]
     if problems:
-        shown = problems[:SHOWN] + ([f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else [])
-        raise RecipeError("the packed format cannot hold some of these weights:\n  " + "\n  ".join(shown))
+        raise RecipeError(f"the packed format cannot hold some of these weights:{listed(problems)}")
     others = "they do not know this format; quantkit repack writes it as compressed-tensors where the schemes allow"
     return [
         ClientNote("quantkit", True, "its own kernels read the blocks as they are: quantkit eval, moe_forward"),

@@ -106,25 +106,33 @@ def quantize(
         out = workspace.tensor(f"rtn codes {index}", torch.int8, weight.shape[0], inputs)
         _transpose(team, codes[:, columns], out)
         mine = [sums[at] for at, part in enumerate(parts) if start <= part.start < start + heights[index]]
-        loss, squared, clipped = (float(total) for total in np.sum(mine, axis=0))
-        if evidence.missing is None:
-            loss = max(0.0, loss - damping * squared)  # what damping adds is no error of the outputs
-        noise = loss * mean / weight.shape[0]  # per row
-        results.append(
-            (
-                replace(quantized, codes=out),
-                QuantizationStatistics(
-                    squared_error=squared,
-                    squared_weight=statistics.squared_weight,
-                    clipped=int(clipped),
-                    scale_minimum=statistics.scale_minimum,
-                    scale_maximum=statistics.scale_maximum,
-                    output_error=(noise / powers[index]) ** 0.5 if powers[index] else 0.0,
-                    damping=damping,
-                ),
-            )
-        )
+        sums_of_rows = [float(total) for total in np.sum(mine, axis=0)]
+        makes_up = evidence.missing is not None
+        told = final_statistics(statistics, sums_of_rows, weight.shape[0], mean, damping, powers[index], makes_up)
+        results.append((replace(quantized, codes=out), told))
     return results
+
+
+def final_statistics(
+    rounded: QuantizationStatistics,
+    sums: Sequence[float],
+    rows: int,
+    mean: float,
+    damping: float,
+    power: float,
+    makes_up: bool,
+) -> QuantizationStatistics:
+    """What is told of a matrix once its codes are chosen.
+
+    rounded: of rounding to the same scales.  sums: loss, squared error, clipped.  mean: of the Hessian's diagonal.  power: mean
+    square of the outputs.  makes_up: whether they were asked to make up for something.
+    """
+    loss, squared, clipped = sums
+    if not makes_up:
+        loss = max(0.0, loss - damping * squared)  # what damping adds is no error of the outputs
+    noise = loss * mean / rows
+    error = (noise / power) ** 0.5 if power else 0.0
+    return replace(rounded, squared_error=squared, clipped=int(clipped), output_error=error, damping=damping)
 
 
 @dataclass(frozen=True)

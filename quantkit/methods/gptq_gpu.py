@@ -25,7 +25,7 @@ from quantkit.errors import CalibrationError, RecipeError
 from quantkit.evidence import Evidence
 from quantkit.grid import QuantizationStatistics, QuantizedTensor
 from quantkit.kernels.gptq import BLOCK, Table
-from quantkit.methods.gptq import ESCALATION, MOST_MADE_UP, lattices_of, level_table, usual_damping
+from quantkit.methods.gptq import ESCALATION, MOST_MADE_UP, final_statistics, lattices_of, level_table, usual_damping
 from quantkit.scheme import Scheme
 from quantkit.team import TILE, Team, spans
 from quantkit.workspace import Workspace
@@ -450,23 +450,9 @@ def _result(
     index: int,
 ) -> tuple[QuantizedTensor, QuantizationStatistics]:
     """One matrix of one expert.  codes: ``[in, out]``.  sums: loss, squared error, clipped."""
-    loss, squared, clipped = sums
-    damping, power = factored.dampings[number], factored.powers[number][index]
-    if not factored.makes_up[number]:
-        loss = max(0.0, loss - damping * squared)  # what damping adds is no error of the outputs
-    noise = loss * factored.means[number] / codes.shape[1]  # per row
-    return (
-        replace(rounded, codes=codes.t().contiguous().cpu()),
-        QuantizationStatistics(
-            squared_error=squared,
-            squared_weight=statistics.squared_weight,
-            clipped=int(clipped),
-            scale_minimum=statistics.scale_minimum,
-            scale_maximum=statistics.scale_maximum,
-            output_error=(noise / power) ** 0.5 if power else 0.0,
-            damping=damping,
-        ),
-    )
+    mean, damping, power = factored.means[number], factored.dampings[number], factored.powers[number][index]
+    told = final_statistics(statistics, sums, codes.shape[1], mean, damping, power, factored.makes_up[number])
+    return replace(rounded, codes=codes.t().contiguous().cpu()), told
 
 
 # ---------------------------------------------------------------------------------------------------------------- devices
