@@ -9,6 +9,7 @@ import llama_cpp
 import numpy as np
 import pytest
 import torch
+from block_kernels import importance_of, squared_error
 from safetensors import safe_open
 
 from quantkit.codebooks import CODEBOOKS, dequantize_codebook, grid_digits
@@ -62,11 +63,6 @@ def values_of(quantized: QuantizedTensor) -> Floats:
     return dequantize_codebook(quantized.scheme.name, quantized.codes, quantized.scale, quantized.group_scale).numpy()
 
 
-def squared_error(weight: Floats, values: Floats, importance: Floats | None) -> float:
-    error = np.square(weight.astype(np.float64) - values)
-    return float((error if importance is None else error * importance).sum())
-
-
 def real_weights() -> Floats:
     """Rows of attention and of experts of the trained tiny model."""
     rows: list[Floats] = []
@@ -96,7 +92,7 @@ WITHOUT_IMPORTANCE = [name for name in NAMES if not llama_cpp.ggml_requires_impo
 @pytest.mark.parametrize(("name", "weighted"), [(name, True) for name in NAMES] + [(name, False) for name in WITHOUT_IMPORTANCE])
 def test_error_is_below_that_of_ggml(name: str, kind: str, weighted: bool) -> None:
     weight = matrix(kind)
-    importance = np.random.default_rng(5).lognormal(0, 1, weight.shape[1]).astype(np.float32) if weighted else None
+    importance = importance_of(weight.shape[1]) if weighted else None
     theirs = llama_cpp.ggml_dequantize(name, llama_cpp.ggml_quantize(name, weight, importance), weight.shape[1])
     quantized, sums = quantize(name, torch.from_numpy(weight), importance)
     ours = values_of(quantized)

@@ -1,7 +1,8 @@
-"""Quantizing to IQ4_NL, IQ4_XS and MXFP4: less error than ggml's for any weights, valid results for all; the nearest level."""
+"""Levels that ggml takes from a table: the nearest one to a number, and the best exponent of a block of FP4."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import block_kernels
@@ -13,62 +14,23 @@ from quantkit.ggml import FP4_LEVELS, IQ4_LEVELS
 from quantkit.kernels import ggml_grids, ggml_levels, memory, simd
 from quantkit.kernels.jit import compiled
 
-KERNELS = {"IQ4_NL": ggml_levels.quantize_iq4_nl, "IQ4_XS": ggml_levels.quantize_iq4_xs, "MXFP4": ggml_levels.quantize_mxfp4}
+
+def rounding_to(table: Callable[[], Any]) -> Callable[..., None]:
+    """A kernel that stores the code and the level nearest to each number."""
+
+    @compiled
+    def round_numbers(numbers: Any, codes: Any, levels: Any) -> None:
+        grid = table()
+        for place in range(0, numbers.size, 16):
+            code, level = ggml_grids.nearest_code(memory.load_float32(numbers, place), simd.floats(1.0), grid)
+            memory.store(codes, place, code)
+            memory.store(levels, place, level)
+
+    return round_numbers
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("kind", ["gaussian", "laplace", "student", "real"])
-@pytest.mark.parametrize("name", KERNELS)
-def test_error_is_below_that_of_ggml(name: str, kind: str, weighted: bool) -> None:
-    block_kernels.check_error_against_ggml(KERNELS[name], name, kind, weighted, 0.97 if name == "MXFP4" else 0.94)
-
-
-@pytest.mark.parametrize("name", KERNELS)
-def test_search_lowers_the_error(name: str) -> None:
-    block_kernels.check_search_helps(KERNELS[name], name)
-
-
-@pytest.mark.parametrize("name", KERNELS)
-def test_results_do_not_depend_on_how_weights_lie(name: str) -> None:
-    block_kernels.check_layouts(KERNELS[name], name)
-
-
-@pytest.mark.parametrize("searched", [0, 1])
-@pytest.mark.parametrize("name", KERNELS)
-def test_extreme_weights_and_importance_give_valid_blocks(name: str, searched: int) -> None:
-    block_kernels.check_extremes(KERNELS[name], name, searched, 0.15)
-
-
-@pytest.mark.parametrize("name", KERNELS)
-def test_what_is_not_finite_shows(name: str) -> None:
-    block_kernels.check_what_is_not_finite_shows(KERNELS[name], name)
-
-
-@pytest.mark.parametrize("name", KERNELS)
-def test_small_weights_are_neither_clipped_nor_lost(name: str) -> None:
-    block_kernels.check_small_weights(KERNELS[name], name, 0.12)
-
-
-@compiled
-def round_iq4(numbers: Any, codes: Any, levels: Any) -> None:
-    grid = ggml_grids.iq4_table()
-    for place in range(0, numbers.size, 16):
-        code, level = ggml_grids.nearest_code(memory.load_float32(numbers, place), simd.floats(1.0), grid)
-        memory.store(codes, place, code)
-        memory.store(levels, place, level)
-
-
-@compiled
-def round_fp4(numbers: Any, codes: Any, levels: Any) -> None:
-    grid = ggml_grids.fp4_levels()
-    for place in range(0, numbers.size, 16):
-        code, level = ggml_grids.nearest_code(memory.load_float32(numbers, place), simd.floats(1.0), grid)
-        memory.store(codes, place, code)
-        memory.store(levels, place, level)
-
-
-@pytest.mark.parametrize(("round_numbers", "table"), [(round_iq4, IQ4_LEVELS), (round_fp4, FP4_LEVELS)])
-def test_nearest_level_is_that_of_the_table(round_numbers: Any, table: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("grid", "table"), [(ggml_grids.iq4_table, IQ4_LEVELS), (ggml_grids.fp4_levels, FP4_LEVELS)])
+def test_nearest_level_is_that_of_the_table(grid: Callable[[], Any], table: tuple[int, ...]) -> None:
     levels = np.array(table, np.float64)
     middles = np.unique((levels[:, None] + levels[None, :]) / 2)
     numbers = np.concatenate(
@@ -76,7 +38,7 @@ def test_nearest_level_is_that_of_the_table(round_numbers: Any, table: tuple[int
     ).astype(np.float32)
     numbers = np.resize(numbers, -(-numbers.size // 16) * 16)
     codes, found = np.empty(numbers.size, np.int32), np.empty(numbers.size, np.float32)
-    round_numbers(numbers, codes, found)
+    rounding_to(grid)(numbers, codes, found)
     assert codes.min() >= 0 and codes.max() <= 15
     assert np.array_equal(found, levels[codes])
     distance = np.abs(numbers.astype(np.float64)[:, None] - levels).min(1)
@@ -104,5 +66,5 @@ def test_exponent_of_a_block_of_fp4_is_the_best_of_three() -> None:
         levels = np.array(FP4_LEVELS, np.float64)
         error = np.square(blocks[..., None] - scale[..., None] * levels).min(2)
         best = np.minimum(best, (weighting * error).sum(1))
-    _, sums = block_kernels.run(KERNELS["MXFP4"], "MXFP4", torch.from_numpy(weight), importance)
+    _, sums = block_kernels.run(ggml_levels.quantize_mxfp4, "MXFP4", torch.from_numpy(weight), importance)
     assert sums[2] == pytest.approx(best.sum(), rel=1e-5)

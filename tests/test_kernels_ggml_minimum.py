@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from block_kernels import squared_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llama_cpp import ggml_dequantize, ggml_quantize
@@ -67,11 +68,6 @@ def decode(name: str, target: BlockTarget, rows: int) -> Floats:
     return np.asarray((scales * group_scales) * codes - minimums * group_minimums, np.float32)
 
 
-def error_of(weights: Floats, values: Floats, importance: Floats | None) -> float:
-    squares = (weights.astype(np.float64) - values) ** 2
-    return float((squares if importance is None else squares * importance).sum())
-
-
 def sample(kind: str, rows: int = 64, columns: int = 1024) -> Floats:
     """Weights as BF16 holds them."""
     generator = np.random.default_rng(7)
@@ -127,7 +123,7 @@ def test_error_is_below_that_of_ggml(name: str, kind: str, weighted: bool) -> No
     importance = importance_of(weights.shape[1]) if weighted else None
     theirs = ggml_dequantize(name, ggml_quantize(name, weights, importance), weights.shape[1])
     ours = checked(name, weights, importance).values
-    assert error_of(weights, ours, importance) < error_of(weights, theirs, importance)
+    assert squared_error(weights, ours, importance) < squared_error(weights, theirs, importance)
 
 
 @every_type
@@ -136,9 +132,9 @@ def test_sums_are_those_of_the_stored_values(name: str, searched: int) -> None:
     weights, importance = sample("student"), importance_of(1024)
     outcome = quantize(name, weights, importance, searched)
     squares = weights.astype(np.float64) ** 2
-    np.testing.assert_allclose(outcome.sums[0], error_of(weights, outcome.values, None), rtol=1e-6)
+    np.testing.assert_allclose(outcome.sums[0], squared_error(weights, outcome.values, None), rtol=1e-6)
     np.testing.assert_allclose(outcome.sums[1], squares.sum(), rtol=1e-6)
-    np.testing.assert_allclose(outcome.sums[2], error_of(weights, outcome.values, importance), rtol=1e-6)
+    np.testing.assert_allclose(outcome.sums[2], squared_error(weights, outcome.values, importance), rtol=1e-6)
     np.testing.assert_allclose(outcome.sums[3], (squares * importance).sum(), rtol=1e-6)
     assert outcome.sums[4] == np.abs(weights).max().view(np.int32)
 
@@ -158,7 +154,7 @@ def test_every_code_is_the_best_for_the_stored_numbers(name: str) -> None:
 def test_search_lowers_the_weighted_error(name: str) -> None:
     weights, importance = sample("gaussian"), importance_of(1024)
     plain, searched = (quantize(name, weights, importance, search).sums[2] for search in (0, 1))
-    unaware = error_of(weights, quantize(name, weights).values, importance)
+    unaware = squared_error(weights, quantize(name, weights).values, importance)
     assert searched < 0.9 * plain
     assert searched < unaware
 
@@ -167,7 +163,7 @@ def test_search_lowers_the_weighted_error(name: str) -> None:
 def test_plain_fit_is_near_that_of_ggml(name: str) -> None:
     weights = sample("gaussian")
     theirs = ggml_dequantize(name, ggml_quantize(name, weights), weights.shape[1])
-    assert error_of(weights, quantize(name, weights, searched=0).values, None) < 1.35 * error_of(weights, theirs, None)
+    assert squared_error(weights, quantize(name, weights, searched=0).values, None) < 1.35 * squared_error(weights, theirs, None)
 
 
 # ------------------------------------------------------------------------------------------------- order, strides, dtypes
@@ -237,7 +233,7 @@ def test_a_constant_with_little_noise_is_no_worse_than_in_ggml(name: str) -> Non
     for middle in (-1.0, 1.0):
         weights = (middle + 0.01 * noise).astype(np.float32)
         theirs = ggml_dequantize(name, ggml_quantize(name, weights), 256)
-        assert error_of(weights, checked(name, weights).values, None) <= 1.001 * error_of(weights, theirs, None)
+        assert squared_error(weights, checked(name, weights).values, None) <= 1.001 * squared_error(weights, theirs, None)
 
 
 @every_type
@@ -255,9 +251,9 @@ def test_scales_with_few_bits_of_fp16(name: str, size: float) -> None:
     """Such weights have scales near the smallest FP16 numbers."""
     weights = (sample("gaussian") * np.float32(size / 0.02)).astype(np.float32)
     theirs = ggml_dequantize(name, ggml_quantize(name, weights), 1024)
-    error = error_of(weights, checked(name, weights).values, None)
-    assert error < error_of(weights, theirs, None)
-    assert error < 0.1 * error_of(weights, np.zeros_like(weights), None)
+    error = squared_error(weights, checked(name, weights).values, None)
+    assert error < squared_error(weights, theirs, None)
+    assert error < 0.1 * squared_error(weights, np.zeros_like(weights), None)
 
 
 @every_type
@@ -267,7 +263,7 @@ def test_one_huge_outlier(name: str) -> None:
     expected = quantize(name, weights, importance).values
     weights[3, 17], weights[20, 300] = 1e4, -1e4
     values = checked(name, weights, importance).values
-    assert error_of(weights, values, importance) < 1e-5 * error_of(weights, np.zeros_like(weights), importance)
+    assert squared_error(weights, values, importance) < 1e-5 * squared_error(weights, np.zeros_like(weights), importance)
     others = np.delete(np.arange(32), [3, 20])
     np.testing.assert_array_equal(values[others], expected[others])
 
@@ -280,7 +276,9 @@ def test_outliers_in_every_block(name: str, size: float) -> None:
     for start in range(0, 1024, 256):
         weights[np.arange(64), start + generator.integers(0, 256, 64)] = size * generator.choice([-1, 1], 64)
     theirs = ggml_dequantize(name, ggml_quantize(name, weights, importance), 1024)
-    assert error_of(weights, checked(name, weights, importance).values, importance) <= error_of(weights, theirs, importance)
+    assert squared_error(weights, checked(name, weights, importance).values, importance) <= squared_error(
+        weights, theirs, importance
+    )
 
 
 @every_type
@@ -298,7 +296,7 @@ def test_some_importance_of_zero(name: str) -> None:
     importance[64:128] = 0
     theirs = ggml_dequantize(name, ggml_quantize(name, weights, importance), 512)
     outcome = checked(name, weights, importance)
-    assert error_of(weights, outcome.values, importance) < error_of(weights, theirs, importance)
+    assert squared_error(weights, outcome.values, importance) < squared_error(weights, theirs, importance)
 
 
 @every_type
@@ -332,4 +330,4 @@ def test_any_finite_weights_and_importance(data: st.DataObject) -> None:
     lowest, highest = sorted(data.draw(st.tuples(st.integers(-100, 100), st.integers(-100, 100))))
     importance = np.ldexp(generator.uniform(0, 1, 256), generator.integers(lowest, highest, 256, endpoint=True)).astype(np.float32)
     outcome = checked(name, weights, importance)
-    np.testing.assert_allclose(outcome.sums[0], error_of(weights, outcome.values, None), rtol=1e-4)
+    np.testing.assert_allclose(outcome.sums[0], squared_error(weights, outcome.values, None), rtol=1e-4)

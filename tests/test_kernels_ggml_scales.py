@@ -1,13 +1,15 @@
-"""Quantizing to Q8_0, Q4_0, Q5_0, Q3_K and Q6_K: less error than ggml's for any weights, valid results for all."""
+"""Quantizing to ggml's types without minimum and codebook: less error than ggml's for any weights, valid results for all."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import block_kernels
 import numpy as np
 import pytest
 import torch
 
-from quantkit.kernels import ggml_symmetric
+from quantkit.kernels import ggml_levels, ggml_symmetric
 
 KERNELS = {
     "Q8_0": ggml_symmetric.quantize_q8_0,
@@ -15,16 +17,38 @@ KERNELS = {
     "Q5_0": ggml_symmetric.quantize_q5_0,
     "Q3_K": ggml_symmetric.quantize_q3_k,
     "Q6_K": ggml_symmetric.quantize_q6_k,
+    "IQ4_NL": ggml_levels.quantize_iq4_nl,
+    "IQ4_XS": ggml_levels.quantize_iq4_xs,
+    "MXFP4": ggml_levels.quantize_mxfp4,
 }
-# At most so much of ggml's error, without and with importance.
-BELOW = {"Q8_0": (0.91, 0.84), "Q4_0": (0.94, 0.97), "Q5_0": (0.94, 0.96), "Q3_K": (0.92, 0.975), "Q6_K": (0.88, 0.85)}
+
+
+class Limits(NamedTuple):
+    """below: at most so much of ggml's error, without and with importance.  worst: relative error of ordinary rows.  small: of rows
+    of small weights."""
+
+    below: tuple[float, float]
+    worst: float
+    small: float
+
+
+LIMITS = {
+    "Q8_0": Limits((0.91, 0.84), 0.01, 0.007),
+    "Q4_0": Limits((0.94, 0.97), 0.13, 0.08),
+    "Q5_0": Limits((0.94, 0.96), 0.06, 0.045),
+    "Q3_K": Limits((0.92, 0.975), 0.25, 0.14),
+    "Q6_K": Limits((0.88, 0.85), 0.04, 0.02),
+    "IQ4_NL": Limits((0.94, 0.94), 0.15, 0.12),
+    "IQ4_XS": Limits((0.94, 0.94), 0.15, 0.12),
+    "MXFP4": Limits((0.97, 0.97), 0.15, 0.12),
+}
 
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("kind", ["gaussian", "laplace", "student", "real"])
 @pytest.mark.parametrize("name", KERNELS)
 def test_error_is_below_that_of_ggml(name: str, kind: str, weighted: bool) -> None:
-    block_kernels.check_error_against_ggml(KERNELS[name], name, kind, weighted, BELOW[name][weighted])
+    block_kernels.check_error_against_ggml(KERNELS[name], name, kind, weighted, LIMITS[name].below[weighted])
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -40,8 +64,7 @@ def test_results_do_not_depend_on_how_weights_lie(name: str) -> None:
 @pytest.mark.parametrize("searched", [0, 1])
 @pytest.mark.parametrize("name", KERNELS)
 def test_extreme_weights_and_importance_give_valid_blocks(name: str, searched: int) -> None:
-    worst = {"Q8_0": 0.01, "Q4_0": 0.13, "Q5_0": 0.06, "Q3_K": 0.25, "Q6_K": 0.04}[name]
-    block_kernels.check_extremes(KERNELS[name], name, searched, worst)
+    block_kernels.check_extremes(KERNELS[name], name, searched, LIMITS[name].worst)
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -51,8 +74,7 @@ def test_what_is_not_finite_shows(name: str) -> None:
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_small_weights_are_neither_clipped_nor_lost(name: str) -> None:
-    worst = {"Q8_0": 0.007, "Q4_0": 0.08, "Q5_0": 0.045, "Q3_K": 0.14, "Q6_K": 0.02}[name]
-    block_kernels.check_small_weights(KERNELS[name], name, worst)
+    block_kernels.check_small_weights(KERNELS[name], name, LIMITS[name].small)
 
 
 @pytest.mark.parametrize("searched", [0, 1])
