@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from . import text
-from .tables import make_table, many, print_heading
+from .tables import make_table, many, print_heading, print_note, print_table
 
 if TYPE_CHECKING:
     from quantkit.coverage import ColorScale, KindCoverage
@@ -42,7 +42,7 @@ def print_coverage(console: Console, statistics: Statistics) -> None:
 def warn_of_cold(statistics: Statistics) -> None:
     """Say on stderr that some experts are cold, if any are."""
     if warning := cold_warning(statistics):
-        Console(stderr=True).print(Text(f"Warning: {warning}", style="yellow"), soft_wrap=True)
+        print_note(Console(stderr=True), f"Warning: {warning}", "yellow")
 
 
 def cold_warning(statistics: Statistics) -> str:
@@ -67,7 +67,7 @@ def _print_layers(console: Console, statistics: Statistics) -> None:
         cold = Text(f"{row.cold} (< {row.cold_below:,})" if row.cold else "0", style="yellow" if row.cold else "")
         counts = (f"{row.tokens:,}", f"{row.least:,}", f"{row.median:,.0f}", f"{row.most:,}")
         table.add_row(str(row.layer), *counts, cold, str(row.lent_to), f"{row.balance:.3f}")
-    console.print(table)
+    print_table(console, table)
     console.print(Text("cold: below 1/16 of the fair share. balance: entropy; 1 is even.", style="dim"))
 
 
@@ -122,7 +122,7 @@ def _print_coldest(console: Console, statistics: Statistics) -> None:
     for row in coldest(statistics, COLDEST):
         counts = (str(row.layer), str(row.expert), f"{row.tokens:,}", f"{100 * row.share:.2f} %")
         table.add_row(*counts, f"{row.mean_score:.3f}", f"{row.margin:.2f}", f"{row.borrowed:,}", f"{row.effective_kinds:.1f}")
-    console.print(table)
+    print_table(console, table)
 
 
 def _print_kinds(console: Console, statistics: Statistics) -> None:
@@ -143,7 +143,7 @@ def _print_kinds(console: Console, statistics: Statistics) -> None:
             table.add_row(_label(row.name), text.count(row.tokens), f"{100 * row.share:.1f} %", used)
         if name == "language" and len(rows) > LISTED_LANGUAGES:
             table.add_row(f"and {len(rows) - LISTED_LANGUAGES:,} more", "", "", "", style="dim")
-        console.print(table)
+        print_table(console, table)
 
 
 def _label(name: str) -> Text:

@@ -27,7 +27,7 @@ from . import text
 from .signals import STDERR, holding_signals, stopping_on_signals
 
 RATE_WINDOW_SECONDS = 30.0
-RATE_SAMPLES = 5  # before these, a rate says more of kernels being compiled than of the run
+RATE_SAMPLES, RATE_SECONDS = 5, 1.0  # before these, a rate says more of kernels being compiled than of the run
 PLAIN_INTERVAL_SECONDS = 10.0
 SHORTEST_BAR = 5  # columns
 ECHO = 2  # columns that "^C" takes
@@ -81,7 +81,7 @@ class Meter:
         if len(self._samples) < RATE_SAMPLES:
             return None
         (begin, first), (end, last) = self._samples[0], self._samples[-1]
-        return (last - first) / (end - begin) if end > begin and last > first else None
+        return (last - first) / (end - begin) if end - begin >= RATE_SECONDS and last > first else None
 
     def interval(self) -> float:
         """Seconds from one sample to the next, on average."""

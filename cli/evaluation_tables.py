@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import text
-from .tables import UNBOUNDED, make_table, many, print_heading, print_table, without_edge
+from .tables import UNBOUNDED, make_table, many, print_heading, print_note, print_table, without_edge
 
 if TYPE_CHECKING:
     from quantkit.evaluation import ArtifactEvaluation, Difference, Evaluation, Scores
@@ -34,7 +34,7 @@ def print_evaluation(console: Console, evaluation: Evaluation) -> None:
         print_table(console, _golden_table(evaluation))
     for own in evaluation.artifacts:
         for line in own.fallbacks:
-            console.print(Text(one_line(f"Note: {own.name}: {line}"), style="yellow"), soft_wrap=True)
+            print_note(console, one_line(f"Note: {own.name}: {line}"), "yellow")
     if len(evaluation.artifacts) > 1:
         print_heading(console, "Findings")
         findings = Table.grid(padding=(0, 1))
@@ -49,7 +49,7 @@ def print_evaluation(console: Console, evaluation: Evaluation) -> None:
             console.print(findings)
     console.print()
     of = f"{many(evaluation.windows, 'window')} of {evaluation.window:,} tokens, convention {evaluation.convention}"
-    console.print(Text(f"{of}; {text.duration(evaluation.seconds)}. Brackets: 95 % intervals.", style="dim"), soft_wrap=True)
+    print_note(console, f"{of}; {text.duration(evaluation.seconds)}. Brackets: 95 % intervals.", "dim")
 
 
 def _print_one(console: Console, evaluation: Evaluation, own: ArtifactEvaluation) -> None:
@@ -73,7 +73,7 @@ def _print_one(console: Console, evaluation: Evaluation, own: ArtifactEvaluation
     if len(own.kinds) > 1:
         worst = sorted(own.kinds.items(), key=_divergence, reverse=True)[:WORST]
         parts = (f"{kind} {number(scores.divergence.value)}" for kind, scores in worst)
-        console.print(Text(one_line(f"Most divergent kinds of text: {', '.join(parts)}")), soft_wrap=True)
+        print_note(console, one_line(f"Most divergent kinds of text: {', '.join(parts)}"))
 
 
 def _divergence(item: tuple[str, Scores]) -> float:

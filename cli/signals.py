@@ -2,7 +2,7 @@
 
 A command has three stages.  While modules load nothing has to be cleaned up, and an exception amid the import of torch could come
 out as any other one, or be swallowed: the process ends on the spot.  While a command works, both signals are a KeyboardInterrupt.
-While ``convert`` works, they also set the event that its workers heed.  This module imports nothing that takes time.
+While a long call of the library works, they also set the event that it heeds.  This module imports nothing that takes time.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 INTERRUPTED_EXIT_CODE = 130
 STDOUT, STDERR = 1, 2
+AGAIN_SECONDS = 0.1
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 TOO_EARLY = "the command was stopped before it began any work"
 
@@ -45,8 +46,18 @@ def raising_on_signals() -> Iterator[None]:
     def handle(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    with _handling(handle):
-        yield
+    again: list[threading.Timer] = []
+
+    def send_again() -> None:
+        again.append(threading.Timer(AGAIN_SECONDS, signal.raise_signal, (signal.SIGINT,)))
+        again[-1].start()
+
+    with _handling(handle, lost=send_again):
+        try:
+            yield
+        finally:
+            for timer in again:
+                timer.cancel()
 
 
 @contextmanager
@@ -65,7 +76,7 @@ def stopping_on_signals(stop: threading.Event, announce: Callable[[], None] | No
             announce()
         raise KeyboardInterrupt
 
-    with _handling(handle):
+    with _handling(handle, lost=lambda: None):  # the event was set before
         yield
 
 
@@ -73,17 +84,31 @@ def stopping_on_signals(stop: threading.Event, announce: Callable[[], None] | No
 def holding_signals() -> Iterator[None]:
     """Within the block, Ctrl-C and SIGTERM wait for its end."""
     held: list[int] = []
-    with _handling(lambda number, frame: held.append(number)):
+    with _handling(lambda number, frame: held.append(number), lost=lambda: None):
         yield
     if held:
         signal.raise_signal(held[-1])
 
 
 @contextmanager
-def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+def _handling(handler: Callable[[int, FrameType | None], None], lost: Callable[[], None]) -> Iterator[None]:
+    """lost: called when the handler's KeyboardInterrupt came amid a callback of compiled code, which cannot pass it on.
+
+    Python then prints a traceback and goes on as if nothing had been pressed.
+    """
+    show = sys.unraisablehook
+
+    def unraisable(ignored: sys.UnraisableHookArgs) -> None:
+        if ignored.exc_type is KeyboardInterrupt:
+            lost()
+        else:
+            show(ignored)
+
     former = {number: signal.signal(number, handler) for number in SIGNALS}
+    sys.unraisablehook = unraisable
     try:
         yield
     finally:
+        sys.unraisablehook = show
         for number, before in former.items():
             signal.signal(number, before)

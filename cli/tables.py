@@ -45,11 +45,23 @@ def without_edge(console: Console) -> Console:
 
 
 def print_table(console: Console, table: Table) -> None:
-    """Print a table with every figure in full: names break their lines, and what is still too wide goes on beyond the edge."""
+    """Print a table with every figure in full: names break their lines, or where that is not enough rows go on beyond the edge."""
+    wide = console.options.update(max_width=UNBOUNDED)
+    natural = console.measure(table, options=wide).maximum
     for column in table.columns:
         longest = max(cell_len(str(cell)) for cell in (column.header, *column.cells))
-        column.min_width = longest if column.no_wrap else min(longest, SHORTEST_NAME)
+        column.min_width = column.width = longest if column.no_wrap else min(longest, SHORTEST_NAME)
+    narrowest = console.measure(table, options=wide).minimum
+    for column in table.columns:
+        column.width = None
+    if narrowest > console.width:
+        table.width = natural  # left to itself it would leave out columns
     console.print(table, crop=False)
+
+
+def print_note(console: Console, note: str, style: str = "") -> None:
+    """Print sentences: in lines that end between words on a terminal, else whole."""
+    console.print(Text(note, style=style), soft_wrap=not console.is_terminal)
 
 
 def make_table(left: Sequence[str], right: Sequence[str] = (), wrap: str | Sequence[str] = ()) -> Table:
@@ -85,13 +97,13 @@ def print_conversion(console: Console, result: ConvertResult) -> None:
     """Per artifact the table of sizes and errors and the clients that refuse it, then the totals of the run."""
     for artifact in result.artifacts:
         print_heading(console, artifact.name)
-        console.print(_artifact_table(artifact))
+        print_table(console, _artifact_table(artifact))
         resumed = f", {artifact.units_resumed} units resumed from an earlier run" if artifact.units_resumed else ""
         line = f"{artifact.directory}: {text.size(artifact.bytes)}, {artifact.tensors} weights{resumed}"
         console.print(Text(line), soft_wrap=True)
         for note in artifact.notes:
             if not note.loads:
-                console.print(Text(f"not loaded by {note.client}: {note.why}", style="yellow"), soft_wrap=True)
+                print_note(console, f"not loaded by {note.client}: {note.why}", "yellow")
     count = len(result.artifacts)
     rate = ""
     if result.seconds > 0 and not any(artifact.units_resumed for artifact in result.artifacts):
@@ -150,16 +162,16 @@ def print_plan(
     """Everything a plan knows: roles, files, clients and GPUs of each artifact, then the cost of the run."""
     for artifact in plan.artifacts:
         print_heading(console, artifact.name)
-        console.print(role_table(roles[artifact.name]))
+        print_table(console, role_table(roles[artifact.name]))
         _print_files(console, artifact, complete=plan.provenance is not None)
         if artifact.notes:
             print_heading(console, f"Clients that load {artifact.name}")
-            console.print(_client_table(artifact))
+            print_table(console, _client_table(artifact))
         print_heading(console, f"GPUs that hold {artifact.name} and {context:,} tokens of context")
         console.print(Text("In each cell: the tokens of KV cache there is room for.", style="dim"))
         if artifact.recipe.format == "gguf":
             console.print(Text("llama.cpp also runs with less: what does not fit stays in the machine's memory.", style="dim"))
-        console.print(_gpu_table(fits[artifact.name]))
+        print_table(console, _gpu_table(fits[artifact.name]))
     print_heading(console, "The run")
     _print_cost(console, cost)
 
@@ -167,11 +179,15 @@ def print_plan(
 def _print_files(console: Console, artifact: ArtifactPlan, complete: bool) -> None:
     sizes = artifact.file_sizes
     print_heading(console, f"Files: {len(sizes)}, {sum(sizes.values()):,} bytes")
-    width = max(map(len, sizes))
-    console.print(Columns([Text(f"{name:<{width}} {size:>15,}") for name, size in sizes.items()], padding=(0, 4)))
+    console.print(_file_columns(list(sizes.items())))
     if not complete:
         note = "Planned without the source's files: manifest.json, tokenizer and licence files come on top."
-        console.print(Text(note, style="dim"))
+        print_note(console, note, "dim")
+
+
+def _file_columns(sizes: Sequence[tuple[str, int]]) -> Columns:
+    width = max((len(name) for name, _ in sizes), default=0)
+    return Columns([Text(f"{name:<{width}} {size:>15,}") for name, size in sizes], padding=(0, 4))
 
 
 def _client_table(artifact: ArtifactPlan) -> Table:
@@ -231,9 +247,8 @@ def print_inspection(console: Console, inspection: Inspection) -> None:
     files = many(len(inspection.files), "file")
     console.print(Text(f"{sizes} in {files}, {kind}, format {inspection.format}"))
     console.print()
-    console.print(role_table(inspection.roles))
-    width = max((len(name) for name, _ in inspection.files), default=0)
-    console.print(Columns([Text(f"{name:<{width}} {size:>15,}") for name, size in inspection.files], padding=(0, 4)))
+    print_table(console, role_table(inspection.roles))
+    console.print(_file_columns(inspection.files))
     if inspection.facts:
         facts = Table.grid(padding=(0, 2))
         for label, value in inspection.facts:
@@ -241,7 +256,7 @@ def print_inspection(console: Console, inspection: Inspection) -> None:
         console.print()
         console.print(facts)
     for note in inspection.notes:
-        console.print(Text(f"Note: {note}", style="yellow"), soft_wrap=True)
+        print_note(console, f"Note: {note}", "yellow")
 
 
 def print_verification(console: Console, result: VerifyResult) -> None:
@@ -251,7 +266,7 @@ def print_verification(console: Console, result: VerifyResult) -> None:
     table = make_table(("check", "", "found"), wrap="found")
     for check in result.checks:
         table.add_row(check.name, Text("ok", style="green") if check.ok else Text("failed", style="bold red"), check.detail)
-    console.print(table)
+    print_table(console, table)
     console.print(f"Verified: {result.tensors} tensors, {text.size(result.bytes)}", highlight=False)
 
 
@@ -263,27 +278,28 @@ def print_statistics(console: Console, directory: Path, statistics: Statistics) 
     corpus = statistics.description.get("corpus")
     if isinstance(corpus, dict):
         parts = [f"{name} {corpus[name]}" for name in ("source", "samples", "tokens", "packing", "seed") if name in corpus]
-        console.print(Text(f"Calibrated on: {', '.join(parts)}"), soft_wrap=True)
+        print_note(console, f"Calibrated on: {', '.join(parts)}")
     print_coverage(console, statistics)
 
 
 def print_presets(console: Console, rows: Iterable[PresetRow]) -> None:
     """Name, scheme, bits and one line for each preset."""
-    table = make_table(("preset", "scheme", "bits", "what it is"), wrap="what it is")
-    for row in rows:
-        table.add_row(row.name, row.scheme, f"{row.bits_per_weight:.3f}", row.what)
-    console.print(table)
+    print_table(console, _preset_table(rows))
     console.print("Quantized: routed experts, shared expert, dense MLP. All else is as in the source.", highlight=False)
 
 
 def print_packed_presets(console: Console, rows: Iterable[PresetRow]) -> None:
-    """Name, scheme, bits and one line for each preset of quantkit's own format."""
+    """The same for the presets of quantkit's own format."""
     print_heading(console, "Packed, for quantkit's own kernels")
+    print_table(console, _preset_table(rows))
+    console.print("Scheme and bits are those of routed experts.", highlight=False)
+
+
+def _preset_table(rows: Iterable[PresetRow]) -> Table:
     table = make_table(("preset", "scheme", "bits", "what it is"), wrap="what it is")
     for row in rows:
         table.add_row(row.name, row.scheme, f"{row.bits_per_weight:.3f}", row.what)
-    console.print(table)
-    console.print("Scheme and bits are those of routed experts.", highlight=False)
+    return table
 
 
 def print_gguf_presets(console: Console, rows: Iterable[GgufRow]) -> None:
@@ -294,9 +310,9 @@ def print_gguf_presets(console: Console, rows: Iterable[GgufRow]) -> None:
         always = ["always"] if row.calibrated else []
         suffixes = [f"-{method}" for method in row.methods if not (always and method == "importance")]
         table.add_row(row.name, f"{row.bits_per_weight:5.2f}", ", ".join(always + suffixes) or "never", row.what)
-    console.print(table)
+    print_table(console, table)
     for line in (
         "Bits are those of all weights of Scout's text model; vision goes to a file of its own.",
         "Q4_K_M-importance or Q4_K_M-gptq calibrates; 'always': such a type is of no use otherwise.",
     ):
-        console.print(line, highlight=False, soft_wrap=True)
+        print_note(console, line)

@@ -285,6 +285,8 @@ def test_on_a_terminal_names_are_broken_and_figures_are_not(width: int) -> None:
     assert "…" not in text
     for figure in all_figures(evaluation):
         assert figure in text, figure
+    rows = text.split("Golden set")[1].split("Note:")[0]
+    assert rows.count(LONG[:8]) == len(evaluation.golden), "every row has its name, or the beginning of it"
 
 
 def test_names_with_control_characters_keep_lines_whole() -> None:
