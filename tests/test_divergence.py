@@ -6,59 +6,30 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from quantkit.errors import ArtifactError
 from quantkit.kernels.divergence import ComparedRows, compare_rows, reference_rows, target_loss
 from quantkit.team import Team
-
-Floats = NDArray[np.longdouble]
-
-
-def log_probabilities(logits: torch.Tensor) -> Floats:
-    values = logits.numpy().astype(np.longdouble)
-    values -= values.max(1, keepdims=True)
-    result: Floats = values - np.log(np.exp(values).sum(1, keepdims=True))
-    return result
-
-
-def divergence(reference: torch.Tensor, logits: torch.Tensor) -> Floats:
-    """sum p (log p - log q), in extended precision."""
-    left, right = log_probabilities(reference), log_probabilities(logits)
-    result: Floats = (np.exp(left) * (left - right)).sum(1)
-    return result
+from tests.exact_divergence import COMPARISONS, exact_divergence, exact_figures, rows
 
 
 def compare(reference: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> ComparedRows:
     return compare_rows(reference, reference_rows(reference), logits, targets)
 
 
-def rows(tokens: int, vocabulary: int, seed: int, spread: float = 3.0) -> torch.Tensor:
-    return torch.randn(tokens, vocabulary, generator=torch.Generator().manual_seed(seed)) * spread
-
-
 @settings(max_examples=80, deadline=None)
-@given(
-    st.integers(1, 5),
-    st.integers(1, 100) | st.integers(1000, 3000),
-    st.integers(0, 2**31),
-    st.sampled_from([0.01, 1.0, 4.0, 30.0]),
-    st.sampled_from([1e-5, 1e-3, 0.1, 1.0, 10.0]),
-    st.sampled_from([0.0, 50.0, -900.0]),
-)
+@given(*COMPARISONS)
 def test_equals_extended_precision(tokens: int, vocabulary: int, seed: int, spread: float, noise: float, shift: float) -> None:
     reference = rows(tokens, vocabulary, seed, spread)
     logits = reference + rows(tokens, vocabulary, seed + 1, noise) + shift
     targets = torch.randint(0, vocabulary, (tokens,), generator=torch.Generator().manual_seed(seed))
     found = compare(reference, logits, targets)
-    places = np.arange(tokens), targets.numpy()
-    left, right = log_probabilities(reference), log_probabilities(logits)
-    np.testing.assert_allclose(found.reference_loss, (-left[places]).astype(float), rtol=1e-6, atol=2e-7)
-    np.testing.assert_allclose(found.loss, (-right[places]).astype(float), rtol=1e-6, atol=2e-7)
-    np.testing.assert_allclose(found.reference_probability, np.exp(left[places]).astype(float), rtol=2e-6)
-    np.testing.assert_allclose(found.probability, np.exp(right[places]).astype(float), rtol=2e-6, atol=1e-300)
-    np.testing.assert_allclose(found.divergence, divergence(reference, logits).astype(float), rtol=1e-5, atol=1e-15)
+    expected = {name: figure.astype(float) for name, figure in exact_figures(reference, logits, targets).items()}
+    np.testing.assert_allclose(found.reference_loss, expected["reference_loss"], rtol=1e-6, atol=2e-7)
+    np.testing.assert_allclose(found.loss, expected["loss"], rtol=1e-6, atol=2e-7)
+    np.testing.assert_allclose(found.reference_probability, expected["reference_probability"], rtol=2e-6)
+    np.testing.assert_allclose(found.probability, expected["probability"], rtol=2e-6, atol=1e-300)
+    np.testing.assert_allclose(found.divergence, exact_divergence(reference, logits).astype(float), rtol=1e-5, atol=1e-15)
     assert np.array_equal(found.reference_top, reference.numpy().argmax(1)) and np.array_equal(found.top, logits.numpy().argmax(1))
 
 
@@ -66,7 +37,7 @@ def test_equals_extended_precision(tokens: int, vocabulary: int, seed: int, spre
 def test_tiny_divergences_keep_their_digits(noise: float) -> None:
     reference = rows(4, 50_001, 1)
     logits = reference + rows(4, 50_001, 2, noise)
-    found, wanted = compare(reference, logits, torch.zeros(4, dtype=torch.int64)).divergence, divergence(reference, logits)
+    found, wanted = compare(reference, logits, torch.zeros(4, dtype=torch.int64)).divergence, exact_divergence(reference, logits)
     assert (wanted < noise**2).all() and (wanted > 0.1 * noise**2).all()
     np.testing.assert_allclose(found, wanted.astype(float), rtol=3e-6)
 
@@ -85,7 +56,7 @@ def test_extreme_logits() -> None:
     reference[1], logits[2] = 0.0, 0.0
     found = compare(reference, logits, torch.tensor([7, 0, 39]))
     assert found.divergence[0] == pytest.approx(2e4)
-    assert found.divergence[1] == pytest.approx(float(divergence(reference, logits)[1]))
+    assert found.divergence[1] == pytest.approx(float(exact_divergence(reference, logits)[1]))
     assert found.divergence[2] == pytest.approx(np.log(40))
     np.testing.assert_allclose(found.reference_loss, [0, np.log(40), 2e4])
     np.testing.assert_allclose(found.probability, [0, 0, 1 / 40])

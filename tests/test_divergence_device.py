@@ -8,41 +8,21 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from quantkit.errors import ArtifactError
 from quantkit.kernels import divergence, divergence_device
 from quantkit.kernels.divergence import ComparedRows
+from tests.exact_divergence import COMPARISONS, exact_divergence, exact_figures, rows
 
-Floats = NDArray[np.longdouble]
 FIGURES = ("divergence", "reference_loss", "loss", "reference_probability", "probability")
-
-
-def log_probabilities(logits: torch.Tensor) -> Floats:
-    values = logits.numpy().astype(np.longdouble)
-    values -= values.max(1, keepdims=True)
-    result: Floats = values - np.log(np.exp(values).sum(1, keepdims=True))
-    return result
 
 
 def compare(reference: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> ComparedRows:
     return divergence_device.compare_rows(reference, divergence_device.reference_rows(reference), logits, targets)
 
 
-def rows(tokens: int, vocabulary: int, seed: int, spread: float = 3.0) -> torch.Tensor:
-    return torch.randn(tokens, vocabulary, generator=torch.Generator().manual_seed(seed)) * spread
-
-
 @settings(max_examples=60, deadline=None)
-@given(
-    st.integers(1, 5),
-    st.integers(1, 100) | st.integers(1000, 3000),
-    st.integers(0, 2**31),
-    st.sampled_from([0.01, 1.0, 4.0, 30.0]),
-    st.sampled_from([1e-5, 1e-3, 0.1, 1.0, 10.0]),
-    st.sampled_from([0.0, 50.0, -900.0]),
-)
+@given(*COMPARISONS)
 def test_equals_extended_precision_and_the_kernel_of_the_cpu(
     tokens: int, vocabulary: int, seed: int, spread: float, noise: float, shift: float
 ) -> None:
@@ -50,15 +30,7 @@ def test_equals_extended_precision_and_the_kernel_of_the_cpu(
     logits = reference + rows(tokens, vocabulary, seed + 1, noise) + shift
     targets = torch.randint(0, vocabulary, (tokens,), generator=torch.Generator().manual_seed(seed))
     found = compare(reference, logits, targets)
-    places = np.arange(tokens), targets.numpy()
-    left, right = log_probabilities(reference), log_probabilities(logits)
-    expected = {
-        "divergence": (np.exp(left) * (left - right)).sum(1),
-        "reference_loss": -left[places],
-        "loss": -right[places],
-        "reference_probability": np.exp(left[places]),
-        "probability": np.exp(right[places]),
-    }
+    expected = exact_figures(reference, logits, targets)
     for name in FIGURES:
         exact = 1e-17 if name == "divergence" else 1e-15
         np.testing.assert_allclose(getattr(found, name), expected[name].astype(float), 1e-11, exact + 1e-15 * abs(shift))
@@ -72,8 +44,7 @@ def test_equals_extended_precision_and_the_kernel_of_the_cpu(
 def test_tiny_divergences_keep_their_digits(noise: float) -> None:
     reference = rows(4, 50_001, 1)
     logits = reference + rows(4, 50_001, 2, noise)
-    left, right = log_probabilities(reference), log_probabilities(logits)
-    wanted = (np.exp(left) * (left - right)).sum(1)  # to 1e-19, beside 1e-13 and more
+    wanted = exact_divergence(reference, logits)  # to 1e-19, beside 1e-13 and more
     assert (wanted < noise**2).all() and (wanted > 0.1 * noise**2).all()
     np.testing.assert_allclose(compare(reference, logits, torch.zeros(4, dtype=torch.int64)).divergence, wanted.astype(float), 3e-6)
 
