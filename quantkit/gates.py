@@ -85,7 +85,7 @@ class FailedGate:
 
 def parse_gate(text: str) -> Gate:
     """Read a gate as it is written on the command line.  Raises GateError."""
-    match = _PATTERN.fullmatch(text)
+    match = _PATTERN.fullmatch(text.strip())
     if not match:
         raise GateError(
             f"{text!r} is not a gate: write METRIC, one of > >= < <=, and a number, such as 'kld > 0.02', 'kld.high > 0.02', "

@@ -67,6 +67,50 @@ def test_what_may_not(text: str, says: str) -> None:
     assert caught.value.exit_code == 10
 
 
+_SPACE = st.sampled_from(["", " ", "  ", "\t"])
+_UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "gib": 2**30, "KiB": 2**10, "TB": 10**12}
+
+
+@given(
+    st.none() | st.text(min_size=1).filter(lambda name: name == name.strip()),
+    st.sampled_from(METRICS),
+    st.sampled_from(["", "low", "high"]),
+    st.sampled_from(sorted(COMPARISONS)),
+    st.floats(0, 1e15),
+    st.data(),
+)
+def test_every_gate_is_read_as_it_was_meant(
+    artifact: str | None, metric: str, end: str, comparison: str, limit: float, data: st.DataObject
+) -> None:
+    share = "agreement" in metric or metric == "golden"
+    unit = (
+        data.draw(st.sampled_from(sorted(_UNITS))) if metric == "size" else data.draw(st.sampled_from(["", "%"])) if share else ""
+    )
+    limit = min(limit, 100.0 if unit == "%" else 1.0) if share else limit
+    end = end if metric in ("perplexity", "ratio", "kld", "agreement", "golden") else ""
+    parts = [*([] if artifact is None else [artifact, ":"]), f"{metric}.{end}" if end else metric, comparison, f"{limit!r}", unit]
+    gate = parse_gate("".join(part + data.draw(_SPACE) for part in parts))
+    expected = limit * _UNITS[unit] if metric == "size" else limit / 100 if unit else limit
+    assert (gate.artifact, gate.metric, gate.end, gate.comparison, gate.limit) == (artifact, metric, end, comparison, expected)
+
+
+_PIECES = st.sampled_from(
+    [*METRICS, *COMPARISONS, ".low", ".high", ":", ".", "1", "-1", "1e9", "5.", "%", "GB", "\n", " ", "nan", "\u0663"]
+)
+
+
+@given(st.text(max_size=30) | st.lists(_PIECES, max_size=9).map("".join))
+def test_any_other_text_is_refused(text: str) -> None:
+    try:
+        gate = parse_gate(text)
+    except GateError as error:
+        assert len(str(error)) < 400
+        return
+    assert gate.metric in METRICS and gate.comparison in COMPARISONS and math.isfinite(gate.limit)
+    assert gate.artifact is None or (gate.artifact and text.strip().startswith(gate.artifact))
+    assert failed_gates(with_golden(THREE), [replace(gate, artifact=None)]) is not None
+
+
 @given(
     st.sampled_from([metric for metric in METRICS if metric != "golden"]),
     st.sampled_from(sorted(COMPARISONS)),

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -27,6 +27,7 @@ from quantkit.golden import answer_golden, golden_answers, is_right, wilson_inte
 from quantkit.golden_set import Question, read_questions
 from quantkit.stored_model import StoredModel, open_model
 from quantkit.team import Team
+from tests.mutated_json import any_json, places
 from tests.reference_model import load_reference
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,6 +125,53 @@ def test_reading_never_fails_otherwise(tmp_path_factory: pytest.TempPathFactory,
         read_questions(path)
     except CorpusError as error:
         assert "any.jsonl line 1" in str(error)
+
+
+_CHAT: dict[str, Any] = {
+    "messages": ASK,
+    "kind": "contains",
+    "answer": ["b", "c"],
+    "max_tokens": 9,
+    "stop": ["\n"],
+    "ignore_case": True,
+}
+_OPTIONAL: dict[str, Any] = {"id": "q", "language": "en", "tags": ["t"]}
+_json = any_json("exact", "choice", "user", "b", "\ud800", 10**40, 32_769)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_mutated_questions_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    whole = json.loads(json.dumps(data.draw(st.sampled_from([GOOD, CHOICE | {"normalized": True}, _CHAT])) | _OPTIONAL))
+    for _ in range(data.draw(st.integers(1, 3))):
+        container, key = data.draw(st.sampled_from(places(whole) or [(whole, "prompt")]))
+        container[key] = data.draw(_json)
+    path = tmp_path_factory.getbasetemp() / "mutated.jsonl"
+    path.write_text(json.dumps(whole))
+    try:
+        [question] = read_questions(path)
+    except CorpusError as error:
+        assert "mutated.jsonl" in str(error) and len(str(error)) < 2000
+        return
+    texts = [question.identifier, *question.answers, *question.choices, *question.stop, *question.tags]
+    assert all(isinstance(text, str) and text.encode() for text in texts)
+    assert bool(question.prompt) != bool(question.messages) and question.answers and 0 < question.max_tokens <= 32_768
+    assert set(question.answers) <= set(question.choices) if question.kind == "choice" else not question.choices
+    listed = whole["answer"] if isinstance(whole["answer"], list) else [whole["answer"]]
+    assert (list(question.answers), question.kind) == (listed, whole["kind"])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_damaged_files_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    whole = "".join(json.dumps(question) + "\n" for question in (GOOD, CHOICE, _CHAT)).encode()
+    at, removed = data.draw(st.integers(0, len(whole))), data.draw(st.integers(0, 9))
+    path = tmp_path_factory.getbasetemp() / "damaged.jsonl"
+    path.write_bytes(whole[:at] + data.draw(st.binary(max_size=5)) + whole[at + removed :])
+    try:
+        assert 1 <= len(read_questions(path)) <= 6
+    except CorpusError as error:
+        assert "damaged.jsonl" in str(error)
 
 
 def test_the_bundled_set_is_what_the_documents_say() -> None:
