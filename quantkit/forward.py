@@ -97,9 +97,12 @@ def attend(
     if past is not None:
         key, value = torch.cat([past[0], key], -3), torch.cat([past[1], value], -3)
     if not config.rope_layers[layer] and config.temperature_tuning:
-        growth = torch.log(torch.floor((positions.to(torch.float32) + 1.0) / config.floor_scale) + 1.0)
-        query = query * (growth * config.attn_scale + 1.0)[:, None, None]
+        query = query * _growth(config, positions)
     span = config.attention_chunk_size if config.rope_layers[layer] else first + length
+    grouped = query.device.type == "cpu"
+    if not grouped:  # of CUDA's kernels for float32 only the one that writes all scores down lets heads share keys
+        shared = query.shape[-2] // key.shape[-2]
+        key, value = key.repeat_interleave(shared, -2), value.repeat_interleave(shared, -2)
     parts = []
     for start in range(first // span * span, first + length, span):
         begin, end = max(start, first), min(start + span, first + length)  # of the queries; keys begin with the chunk
@@ -113,10 +116,46 @@ def attend(
                 value[..., start:end, :, :].transpose(-3, -2),
                 attn_mask=mask,
                 is_causal=mask is None,
-                enable_gqa=True,
+                enable_gqa=grouped,
             ).transpose(-3, -2)
         )
     return torch.cat(parts, -3).reshape(*leading, length, -1)
+
+
+def attend_next(
+    config: Llama4Config,
+    layer: int,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    frequencies: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What one token of each sample gathers, as :func:`attend` gives it: float32 ``[samples, heads * head_dim]``.
+
+    query: as projected, of the tokens at ``positions``, int64 ``[samples]``.  keys, values: ``[samples, longest, key_value_heads,
+    head_dim]``, keys as :func:`cached_keys` gives them; those behind a sample's position are finite and do not matter.
+    """
+    samples, longest, shared = len(query), keys.shape[1], config.num_heads // config.num_key_value_heads
+    query = _turned(config, layer, query.view(samples, -1, config.head_dim), positions, frequencies)
+    place = torch.arange(longest, device=query.device)
+    seen = place <= positions[:, None]
+    if config.rope_layers[layer]:
+        seen &= place >= (positions // config.attention_chunk_size * config.attention_chunk_size)[:, None]
+    elif config.temperature_tuning:
+        query = query * _growth(config, positions)
+    query = query.reshape(samples, config.num_key_value_heads, shared, config.head_dim)
+    scores = torch.einsum("nksd,nlkd->nksl", query, keys) / math.sqrt(config.head_dim)
+    likely = torch.softmax(scores.masked_fill_(~seen[:, None, None], -math.inf), -1)
+    return torch.einsum("nksl,nlkd->nksd", likely, values).reshape(samples, -1)
+
+
+def keys_at(
+    config: Llama4Config, layer: int, key: torch.Tensor, positions: torch.Tensor, *, frequencies: torch.Tensor | None = None
+) -> torch.Tensor:
+    """As :func:`cached_keys`, of tokens ``[tokens, features]`` at any ``positions``, int64 ``[tokens]``."""
+    return _turned(config, layer, key.view(len(key), -1, config.head_dim), positions, frequencies)
 
 
 def cached_keys(
@@ -130,6 +169,12 @@ def cached_keys(
     positions = torch.arange(first, first + length, device=key.device)
     heads = key.reshape(*key.shape[:-2], length, -1, config.head_dim)
     return _turned(config, layer, heads, positions, frequencies)
+
+
+def _growth(config: Llama4Config, positions: torch.Tensor) -> torch.Tensor:
+    """Of queries, ``[positions, 1, 1]``."""
+    growth = torch.log(torch.floor((positions.to(torch.float32) + 1.0) / config.floor_scale) + 1.0)
+    return (growth * config.attn_scale + 1.0)[:, None, None]
 
 
 def _turned(

@@ -185,7 +185,7 @@ def _steps(inference: Inference, texts: Mapping[int, _Text], stop: threading.Eve
             inference.layer(number, hidden, samples, cache)
         cache.advance(samples)
         running = [sample for sample, length in enumerate(samples.lengths) if length]
-        rows = torch.tensor([sample * samples.length + samples.lengths[sample] - 1 for sample in running])
+        rows = torch.tensor([sample * samples.length + samples.lengths[sample] - 1 for sample in running], device=hidden.device)
         following = _most_likely(inference, hidden[rows])
         tokens, lengths = torch.zeros(len(indices), dtype=torch.int64), torch.zeros(len(indices), dtype=torch.int64)
         for sample, token in zip(running, following, strict=True):
@@ -193,7 +193,7 @@ def _steps(inference: Inference, texts: Mapping[int, _Text], stop: threading.Eve
             if texts[indices[sample]].reason is None:
                 tokens[sample], lengths[sample] = token, 1
             else:
-                _forget(cache, sample, inference.config.num_layers)
+                cache.forget(sample)
         if not lengths.any():
             return
         samples = Samples.of(lengths, 1)
@@ -204,9 +204,3 @@ def _most_likely(inference: Inference, hidden: torch.Tensor) -> list[int]:
     vocabulary = inference.config.vocab_size
     parts = torch.split(hidden, max(1, LOGITS_BYTES // (4 * vocabulary)))
     return [token for part in parts for token in inference.logits(part, part.new_empty(len(part), vocabulary)).argmax(-1).tolist()]
-
-
-def _forget(cache: KeyValueCache, sample: int, layers: int) -> None:
-    """Let go of the keys and values of a finished sample."""
-    for layer in range(layers):
-        del cache.layers[layer, sample]

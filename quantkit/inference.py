@@ -16,7 +16,8 @@ from itertools import accumulate
 
 import torch
 
-from quantkit import forward
+from quantkit import device_attention, forward
+from quantkit.device_attention import Padded, Projected
 from quantkit.errors import ArtifactError
 from quantkit.kept_model import KEPT_BYTES, KeptModel
 from quantkit.kernels.device_weights import DeviceWeight
@@ -40,15 +41,21 @@ class KeyValueCache:
     """Keys and values of texts that are being continued.
 
     lengths: tokens that each sample has in the cache.  layers: by layer and sample, keys and values ``[length, key_value_heads,
-    head_dim]``.
+    head_dim]``; on a device those of all samples are ``padded`` instead.
     """
 
     lengths: list[int]
     layers: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    padded: Padded = field(default_factory=dict)
 
     def advance(self, samples: Samples) -> None:
         """All layers have seen the tokens of ``samples``."""
         self.lengths = [length + more for length, more in zip(self.lengths, samples.lengths, strict=True)]
+
+    def forget(self, sample: int) -> None:
+        """Let go of the keys and values of a finished sample; what is padded goes with the whole cache."""
+        for place in [place for place in self.layers if place[1] == sample]:
+            del self.layers[place]
 
 
 class Inference:
@@ -153,13 +160,15 @@ class Inference:
         joined = self._weights.matrices(matrices["qkv"])
         [out] = self._weights.matrices(matrices["o_proj"])
         biases = [self._bias(f"{base}self_attn.{name}.bias") for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
-        for group in _groups(samples, cache is not None):
-            tokens = torch.cat([torch.arange(begin, begin + length) for begin, length in group])
+        for group in _groups(samples, cache is not None or self._device is not None):
+            tokens = torch.cat([torch.arange(begin, begin + length) for begin, length in group]).to(hidden.device)
             rows = self._normalized(hidden, tokens, norm)
             query, key, value = (
                 _with_bias(self._product(rows, weight), bias) for weight, bias in zip(joined, biases, strict=False)
             )
-            if cache is not None:
+            if self._device is not None:
+                context = self._attended_there(number, group, samples.length, (query, key, value), cache)
+            elif cache is not None:
                 context = self._continue(number, group, samples.length, (query, key, value), cache)
             else:
                 shape = (len(group), group[0][1], -1)
@@ -179,6 +188,18 @@ class Inference:
 
                 self._team.run(attend, self._heads(len(group), group[0][1]))
             hidden[tokens] += _with_bias(self._product(context.view(len(tokens), -1), out), biases[3])
+
+    def _attended_there(
+        self, number: int, group: list[tuple[int, int]], length: int, projected: Projected, cache: KeyValueCache | None
+    ) -> torch.Tensor:
+        """What attention gathers on the device for the samples of ``group``."""
+        lengths = [tokens for _, tokens in group]
+        if cache is None:
+            return device_attention.attend(self.config, number, projected, lengths, self.model.frequencies)
+        numbers = [begin // length for begin, _ in group]
+        return device_attention.attend_further(
+            self.config, number, projected, numbers, lengths, cache.lengths, cache.padded, self.model.frequencies
+        )
 
     def _heads(self, samples: int, length: int) -> list[Heads]:
         """Work on attention for samples of that length: some of them with all heads, or one with those that share a key."""
@@ -210,7 +231,7 @@ class Inference:
         number: int,
         group: list[tuple[int, int]],
         length: int,
-        projected: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        projected: Projected,
         cache: KeyValueCache,
     ) -> torch.Tensor:
         """What attention gathers for samples that continue what the cache holds; ``projected``: query, key, value, one behind the
