@@ -301,17 +301,21 @@ def figures(run: Run, layer: cases.Layer, model: str, counts_of_tokens: Sequence
             run.found["left out"].append(f"{model}, {layer.name}, {tokens} tokens")
             continue
         counts = cases.rows_per_expert(tokens, layer.experts, run.device)
-        tiles = cases.tiles_of(counts, tokens)
+        launches = cases.chosen_tiles(layer, counts, tokens)
         values = torch.randn(2 * tokens, layer.hidden, device=run.device).to(torch.bfloat16)
         inner = torch.randn(2 * tokens, layer.width, device=run.device).to(torch.bfloat16)
-        splits = cases.splits_of(stack.down, tiles, run.device)
+        splits = moe_triton.splits_of(stack.down, launches, run.device)
         parts = torch.empty(splits, 2 * tokens, layer.hidden, device=run.device)
 
         def gate_up() -> None:
-            cases.launch(cases.rounded(values, stack.gate, counts, round_activations), stack.gate, tiles, inner[None])  # noqa: B023
+            rows = cases.rounded(values, stack.gate, counts, round_activations)  # noqa: B023
+            for tiles in launches:  # noqa: B023
+                cases.launch(rows, stack.gate, tiles, inner[None])  # noqa: B023
 
         def down() -> None:
-            cases.launch(cases.rounded(inner, stack.down, counts, round_activations), stack.down, tiles, parts)  # noqa: B023
+            rows = cases.rounded(inner, stack.down, counts, round_activations)  # noqa: B023
+            for tiles in launches:  # noqa: B023
+                cases.launch(rows, stack.down, tiles, parts)  # noqa: B023
 
         def whole() -> None:
             moe_triton.moe_forward(values[:tokens], router, layer.mixture, None, round_activations=round_activations)  # noqa: B023
@@ -323,7 +327,7 @@ def figures(run: Run, layer: cases.Layer, model: str, counts_of_tokens: Sequence
                 "model": model,
                 "scheme": layer.name if round_activations else layer.name + ", rows as they are",
                 "tokens": tokens,
-                "tile": tiles.tokens,
+                "tile": ", ".join(str(tiles.tokens) for tiles in launches),
                 "splits": splits,
                 "gate_up": times[0],
                 "down": times[1],

@@ -181,24 +181,22 @@ def rows_per_expert(tokens: int, experts: int, device: torch.device) -> torch.Te
     return torch.cat([counts, torch.tensor([tokens])]).to(device)
 
 
-def tiles_of(counts: torch.Tensor, tokens: int, size: int | None = None) -> Any:
-    """Tiles for these rows, of ``size`` or of what quantkit would choose."""
+def tiles_of(counts: torch.Tensor, tokens: int, size: int) -> Any:
+    """Tiles of ``size`` rows for all of these."""
     from quantkit.kernels import moe_tiles
 
-    size = size or moe_tiles.tokens_of_tile(tokens, len(counts) - 1)
     ends = counts.cumsum(0)
     most = min(len(counts) - 1, tokens) + tokens // size + -(-tokens // size)
     return moe_tiles.cut(ends - counts, ends, size, most)
 
 
-def splits_of(weight: Any, tiles: Any, device: torch.device) -> int:
-    """Into how many parts quantkit would cut the inputs."""
-    from quantkit.kernels import moe_tiles, moe_triton
+def chosen_tiles(layer: Layer, counts: torch.Tensor, tokens: int) -> Any:
+    """Tiles that quantkit would choose, those of a launch each."""
+    from quantkit.kernels import moe_triton
 
-    shape = moe_triton.kernels_of(weight.kind).shape_of_tile(weight, tiles.tokens)
-    blocks = tiles.most * -(-weight.rows // shape.outputs)
-    programs = moe_tiles.multiprocessors(device) * shape.residents
-    return int(moe_tiles.splits(blocks, weight.padded_inputs // moe_tiles.INPUTS, programs))
+    [stack] = layer.mixture.stacks
+    bounds = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return moe_triton.tiles_of(stack, bounds, tokens, 1, layer.experts)
 
 
 def rounded(values: torch.Tensor, weight: Any, counts: torch.Tensor, wanted: bool) -> Any:
@@ -214,25 +212,15 @@ def rounded(values: torch.Tensor, weight: Any, counts: torch.Tensor, wanted: boo
 
 def launch(rows: Any, weight: Any, tiles: Any, out: torch.Tensor, *, shape: Any = None, assembly: bool | None = None) -> None:
     """A launch as quantkit does it, with a tile of one's own, or without instructions.  out: ``[splits, rows, width]``."""
-    from quantkit.kernels import moe_tiles, moe_triton_blocks, moe_triton_float, moe_triton_integer
+    from quantkit.kernels import moe_triton_blocks, moe_triton_float, moe_triton_integer
 
     assembly = out.is_cuda if assembly is None else assembly
     if weight.kind == "blocks" and weight.scheme.name == "Q8_0":
         weight = moe_triton_blocks.as_integer(weight)
-    if weight.kind == "integer":
-        shape, arguments, constants = moe_triton_integer.arguments_of(rows, weight, tiles, out, assembly=assembly, shape=shape)
-        programs = tiles.most * -(-weight.rows // shape.outputs) * len(out) * int(str(constants["PIECES"]))
-        programs = min(programs, moe_tiles.multiprocessors(out.device) * shape.residents)
-        moe_triton_integer.multiply[(programs,)](
-            *arguments, **constants, num_warps=shape.warps, maxnreg=shape.most_registers, enable_fp_fusion=True
-        )
-        return
-    module: Any = moe_triton_float
+    module: Any = {"integer": moe_triton_integer, "blocks": moe_triton_blocks}.get(weight.kind, moe_triton_float)
     if weight.kind == "blocks":
-        module, rows = moe_triton_blocks, moe_triton_blocks.prepared(rows.values)
-    shape, arguments, constants = module.arguments_of(rows, weight, tiles, out, assembly=assembly, shape=shape)
-    grid = (tiles.most * -(-weight.rows // shape.outputs), len(out))
-    module.products[grid](*arguments, **constants, num_warps=shape.warps, num_stages=shape.stages, enable_fp_fusion=True)
+        rows = moe_triton_blocks.prepared(rows.values)
+    module.launch_of(rows, weight, tiles, out, assembly=assembly, shape=shape).run()
 
 
 def dequantized(words: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:

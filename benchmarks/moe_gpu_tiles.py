@@ -59,13 +59,15 @@ def candidates(run: Any, layer: cases.Layer, tile: int) -> Iterator[Any]:
 
 def tune(run: Any, layer: cases.Layer, tile: int) -> None:
     """Every candidate's time for gate_up and down."""
+    from quantkit.kernels import moe_triton
+
     tokens = TOKENS_TUNED[tile] if run.measures else 3
     [stack] = layer.mixture.stacks
     counts = cases.rows_per_expert(tokens, layer.experts, run.device)
     tiles = cases.tiles_of(counts, tokens, tile)
     values = torch.randn(2 * tokens, layer.hidden, device=run.device).to(torch.bfloat16)
     inner = torch.randn(2 * tokens, layer.width, device=run.device).to(torch.bfloat16)
-    parts = torch.empty(cases.splits_of(stack.down, tiles, run.device), 2 * tokens, layer.hidden, device=run.device)
+    parts = torch.empty(moe_triton.splits_of(stack.down, [tiles], run.device), 2 * tokens, layer.hidden, device=run.device)
     given, between = (cases.rounded(rows, weight, counts, True) for rows, weight in ((values, stack.gate), (inner, stack.down)))
     out = torch.empty_like(inner)[None]
     tuned: dict[str, Any] = {"scheme": layer.name, "tile": tile, "tokens": tokens, "tried": []}

@@ -39,12 +39,6 @@ ROWS = 4096
 MOST_SHARED = 227 * 1024  # bytes that a program may have
 META = torch.device("meta")
 TENSOR_CORE = ("HGMMA", "QGMMA", "HMMA", "IMMA", "QMMA")
-MODULES = {  # kind of weight -> module with ``arguments_of``, name of its kernel
-    "integer": ("quantkit.kernels.moe_triton_integer", "multiply"),
-    "fp8": ("quantkit.kernels.moe_triton_float", "products"),
-    "floating": ("quantkit.kernels.moe_triton_float", "products"),
-    "blocks": ("quantkit.kernels.moe_triton_blocks", "products"),
-}
 BF16 = "bf16"  # the name of a plain matrix here
 SCHEMES = (
     *(f"int4-{size}{asymmetric}" for size in ("g128", "g64", "g32", "channel") for asymmetric in ("", "-asym")),
@@ -142,28 +136,28 @@ def stacked(scheme: str, part: str) -> device_weights.DeviceWeight:
     return device_weights.stack([one] * EXPERTS)
 
 
-def launch_of(variant: Variant) -> tuple[Any, moe_tiles.Shape, tuple[Any, ...], dict[str, Any]]:
-    """Kernel, tile, arguments and constants with which the launcher would launch it."""
+def launch_of(variant: Variant) -> Any:
+    """What the launcher would launch for it."""
+    from quantkit.kernels.moe_triton import KERNELS
+
     weight = stacked(variant.scheme, variant.part)
-    kind = weight.kind
     if variant.scheme == "Q8_0":
-        kind, weight = "integer", importlib.import_module(MODULES["blocks"][0]).as_integer(weight)
-    module = importlib.import_module(MODULES[kind][0])
+        weight = importlib.import_module(KERNELS["blocks"]).as_integer(weight)
+    module = importlib.import_module(KERNELS[weight.kind])
     bounds = torch.empty(EXPERTS, dtype=torch.int32, device=META)
     one = torch.empty(1, dtype=torch.int32, device=META)
     tiles = moe_tiles.Tiles(bounds, bounds, bounds, one, EXPERTS, variant.tokens)
     values = torch.empty(ROWS, weight.padded_inputs, dtype=torch.bfloat16, device=META)
     rows: Any = moe_tiles.Rows(values)
-    if kind == "blocks":
+    if weight.kind == "blocks":
         halves, sums = values.to(torch.float16), torch.empty(ROWS, values.shape[1] // 16, dtype=torch.float16, device=META)
         rows = module.PreparedRows(halves, torch.empty(ROWS, device=META), sums)
     elif weight.scheme is not None and weight.scheme.dynamic_activations and variant.rounded:
         rows = _rounded(weight.scheme, values)
     splits = 4 if variant.part == "down" and variant.tokens == moe_tiles.TOKENS[0] else 1
-    width = weight.outputs
-    out = torch.empty(splits, ROWS, width, dtype=torch.float32 if variant.part == "down" else torch.bfloat16, device=META)
-    shape, arguments, constants = module.arguments_of(rows, weight, tiles, out, assembly=True)
-    return getattr(module, MODULES[kind][1]), shape, arguments, constants
+    kind = torch.float32 if variant.part == "down" else torch.bfloat16
+    out = torch.empty(splits, ROWS, weight.outputs, dtype=kind, device=META)
+    return module.launch_of(rows, weight, tiles, out, assembly=True)
 
 
 def _rounded(scheme: Scheme, values: torch.Tensor) -> moe_tiles.Rows:
@@ -172,29 +166,36 @@ def _rounded(scheme: Scheme, values: torch.Tensor) -> moe_tiles.Rows:
     return moe_tiles.Rows(kept, torch.empty(*groups, ROWS, device=META))
 
 
-def compiled(variant: Variant) -> Code:
-    """Compile it and look at it."""
+def compiled_launch(launch: Any, capability: int = 90) -> Any:
+    """What Triton makes of a launch, for an H200 or a GPU of another capability."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, shape, arguments, constants = launch_of(variant)
-    names = kernel.arg_names
-    signature, aligned = dict.fromkeys(names, "constexpr"), {}
-    for place, (name, value) in enumerate(zip(names, arguments, strict=False)):
-        signature[name] = _type_of(value)
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+    names = launch.kernel.arg_names
+    signature, known = dict.fromkeys(names, "constexpr"), dict(launch.constants)
+    aligned = {}
+    for place, (value, parameter) in enumerate(zip(launch.arguments, launch.kernel.params, strict=False)):
+        whole = isinstance(value, int) and not parameter.do_not_specialize
+        if whole and value == 1:  # becomes a constant, as in a launch
+            known[parameter.name] = 1
+            continue
+        signature[parameter.name] = _type_of(value)
+        if isinstance(value, torch.Tensor) or (whole and value % 16 == 0):
             aligned[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(
-        fn=kernel,
+        fn=launch.kernel,
         signature=signature,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
+        constexprs={(names.index(name),): value for name, value in known.items()},
         attrs=aligned,
     )
-    options = {"num_warps": shape.warps, "num_stages": shape.stages, "enable_fp_fusion": True}
-    if kernel.__name__ == "multiply":
-        options["maxnreg"] = shape.most_registers
-    result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
+
+
+def compiled(variant: Variant) -> Code:
+    """Compile it and look at it."""
+    launch = launch_of(variant)
+    shape, constants, result = launch.shape, launch.constants, compiled_launch(launch)
     registers, stack, listing = disassembled(result)
     instructions = parsed(listing)
     every = collections.Counter(name.split(".")[0] for name, _, _ in instructions)

@@ -1,13 +1,10 @@
 """llama.cpp's types on a GPU, without one: kernels in Triton's interpreter, and as machine code that is looked at.
 
-Triton decides at its import whether it interprets, so both happen in processes of their own: this file, run as a program.
+Both happen in processes of their own: this file, run as a program.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
 import re
 import subprocess
 import sys
@@ -16,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from triton_programs import interpreted_by, machine_code, main, needs_triton, run_program
 
 from quantkit.ggml import TYPES
 from quantkit.methods import blocks_gpu
@@ -45,17 +43,6 @@ ARGUMENTS = {
     "weights": "*bf16",
     "sums": "*fp64",
 }
-
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-
-
-def run_here(name: str, **environment: str) -> Any:
-    """Run one of ``PROGRAMS`` in a process of its own; what it printed."""
-    kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, name]
-    result = subprocess.run(command, env={**kept, **environment}, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
 
 
 # -------------------------------------------------------------------------------------------------- in the other processes
@@ -156,38 +143,18 @@ def interpret() -> dict[str, Any]:
 
 def compile_kernels() -> dict[str, Any]:
     """Kernels as machine code for sm_90a: resources and instructions."""
-    import tempfile
-
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from quantkit.kernels import ggml_triton, ggml_triton_minimum
 
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     found: dict[str, Any] = {}
     for name in NAMES:
         kernel = ggml_triton_minimum.quantize_minimum if name in blocks_gpu.MINIMUM else ggml_triton.quantize_symmetric
-        names, settings = kernel.arg_names, blocks_gpu.constants(TYPES[name]) | {"ROWS": blocks_gpu.ROWS}
-        source = ASTSource(
-            fn=kernel,
-            signature={argument: ARGUMENTS.get(argument, "constexpr") for argument in names},
-            constexprs={(names.index(argument),): value for argument, value in settings.items()},
-            attrs={(place,): [["tt.divisibility", 16]] for place, argument in enumerate(names) if argument in ARGUMENTS},
-        )
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=blocks_gpu.OPTIONS)
-        with tempfile.TemporaryDirectory() as directory:
-            cubin = Path(directory) / "kernel.cubin"
-            cubin.write_bytes(compiled.asm["cubin"])
-            usage = subprocess.run([tools / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True)
-            listing = subprocess.run([tools / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
-        registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)[0]
-        operations = set(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", listing))
+        settings = blocks_gpu.constants(TYPES[name]) | {"ROWS": blocks_gpu.ROWS}
+        code = machine_code(kernel, ARGUMENTS, settings, blocks_gpu.OPTIONS)
         found[name] = {
-            "registers": int(registers),
-            "stack": int(stack),
-            "spills": sorted({"LDL", "STL"} & operations),
-            "target": re.findall(r"\.target (\w+)", compiled.asm["ptx"]),
+            "registers": code.registers,
+            "stack": code.stack,
+            "spills": code.spills,
+            "target": re.findall(r"\.target (\w+)", code.ptx),
         }
     return found
 
@@ -197,7 +164,7 @@ def compile_kernels() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, Any]:
-    return run_here("interpret", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")  # type: ignore[no-any-return]
+    return interpreted_by(__file__)  # type: ignore[no-any-return]
 
 
 @needs_triton
@@ -222,9 +189,9 @@ def test_extreme_weights_and_importance_give_valid_blocks(interpreted: dict[str,
 
 @needs_triton
 def test_machine_code_keeps_everything_in_registers(tmp_path: Path) -> None:
-    for name, found in run_here("compile_kernels", TRITON_CACHE_DIR=str(tmp_path)).items():
+    for name, found in run_program(__file__, "compile_kernels", TRITON_CACHE_DIR=str(tmp_path)).items():
         assert found["target"] == ["sm_90a"], name
-        assert found["stack"] == 0 and found["spills"] == [], f"{name}: registers are spilled"
+        assert found["stack"] == 0 and found["spills"] == 0, f"{name}: registers are spilled"
         assert found["registers"] <= MOST_REGISTERS, name
 
 
@@ -248,7 +215,5 @@ def test_the_library_does_without_triton() -> None:
     assert "quantkit[cuda]" in result.stdout
 
 
-PROGRAMS = {"interpret": interpret, "compile_kernels": compile_kernels}
-
 if __name__ == "__main__":
-    print(json.dumps(PROGRAMS[sys.argv[1]]()))
+    main({"interpret": interpret, "compile_kernels": compile_kernels})

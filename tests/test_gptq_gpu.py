@@ -1,13 +1,10 @@
 """GPTQ on a GPU, without one: kernels in Triton's interpreter and as machine code that is looked at; the rest of it on CPU tensors.
 
-Triton decides at its import whether it interprets, so both happen in processes of their own: this file, run as a program.
+Both happen in processes of their own: this file, run as a program.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
 import re
 import subprocess
 import sys
@@ -19,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from triton_programs import interpreted_by, machine_code, main, needs_triton, run_program
 
 from quantkit.errors import CalibrationError
 from quantkit.evidence import Evidence
@@ -68,17 +66,6 @@ TYPES = {
     "sums": "*fp64",
     **dict.fromkeys(("first", "panel_first", "panel_inputs", "inputs", "rows", "scale_groups"), "i32"),
 }
-
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-
-
-def run_here(name: str, **environment: str) -> Any:
-    """Run one of ``PROGRAMS`` in a process of its own; what it printed."""
-    kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, name]
-    result = subprocess.run(command, env={**kept, **environment}, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
 
 
 # -------------------------------------------------------------------------------------------------- in the other processes
@@ -300,43 +287,21 @@ def interpret() -> dict[str, Any]:
 
 def compile_kernels() -> dict[str, Any]:
     """The block kernel as machine code for sm_90a: resources and instructions of each variant."""
-    import tempfile
-
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from quantkit.kernels import gptq_triton
 
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    kernel = gptq_triton.quantize_block
-    names = kernel.arg_names
     found: dict[str, Any] = {}
     for variant, values in VARIANTS.items():
         constants = dict(zip(("ZERO_POINTS", "MINIMUMS", "LEVELS"), values, strict=True))
         constants |= {"COUNT": 128, "STEP": gptq_triton.STEP, "ROWS": gptq_triton.ROWS}
-        source = ASTSource(
-            fn=kernel,
-            signature={name: TYPES.get(name, "constexpr") for name in names},
-            constexprs={(names.index(name),): value for name, value in constants.items()},
-            attrs={(place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if TYPES.get(name, "fp32") != "fp32"},
-        )
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=gptq_triton.OPTIONS)
-        with tempfile.TemporaryDirectory() as directory:
-            cubin = Path(directory) / "kernel.cubin"
-            cubin.write_bytes(compiled.asm["cubin"])
-            usage = subprocess.run([tools / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True)
-            listing = subprocess.run([tools / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
-        registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)[0]
-        operations = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", listing)
+        code = machine_code(gptq_triton.quantize_block, TYPES, constants, gptq_triton.OPTIONS)
         found[variant] = {
-            "registers": int(registers),
-            "stack": int(stack),
-            "shared": compiled.metadata.shared,
-            "operations": {name: operations.count(name) for name in sorted(set(operations))},
-            "fusible": re.findall(r"\b(?:mul|add|sub|fma)\.(?:ftz\.)?f32", compiled.asm["ptx"]),
-            "divisions": sorted(set(re.findall(r"\bdiv\.[a-z.]*f32", compiled.asm["ptx"]))),
-            "target": re.findall(r"\.target (\w+)", compiled.asm["ptx"]),
+            "registers": code.registers,
+            "stack": code.stack,
+            "shared": code.shared,
+            "operations": dict(code.operations),
+            "fusible": re.findall(r"\b(?:mul|add|sub|fma)\.(?:ftz\.)?f32", code.ptx),
+            "divisions": sorted(set(re.findall(r"\bdiv\.[a-z.]*f32", code.ptx))),
+            "target": re.findall(r"\.target (\w+)", code.ptx),
         }
     return found
 
@@ -346,7 +311,7 @@ def compile_kernels() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, Any]:
-    return run_here("interpret", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")  # type: ignore[no-any-return]
+    return interpreted_by(__file__)  # type: ignore[no-any-return]
 
 
 @needs_triton
@@ -380,7 +345,7 @@ def test_neither_batches_nor_devices_change_codes(interpreted: dict[str, Any]) -
 
 @needs_triton
 def test_machine_code_keeps_everything_in_registers(tmp_path: Path) -> None:
-    for name, found in run_here("compile_kernels", TRITON_CACHE_DIR=str(tmp_path)).items():
+    for name, found in run_program(__file__, "compile_kernels", TRITON_CACHE_DIR=str(tmp_path)).items():
         operations = found["operations"]
         assert found["target"] == ["sm_90a"], name
         assert found["stack"] == 0 and not {"LDL", "STL"} & set(operations), f"{name}: registers are spilled"
@@ -467,7 +432,5 @@ def test_gram_matrices_are_exact_to_float32(dtype: torch.dtype) -> None:
     assert float((total - expected).triu().abs().max()) <= 1e-6 * float(expected.abs().max())
 
 
-PROGRAMS = {"interpret": interpret, "compile_kernels": compile_kernels}
-
 if __name__ == "__main__":
-    print(json.dumps(PROGRAMS[sys.argv[1]]()))
+    main({"interpret": interpret, "compile_kernels": compile_kernels})

@@ -1,27 +1,27 @@
 """The mixture of experts in Triton's interpreter, against float64: products with integer codes, and all from router to output.
 
-Triton decides at its import whether it interprets, so kernels run in a process of their own: this file, run as a program.
+Kernels run in a process of their own: this file, run as a program.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from expert_products import OUTPUT_ROUNDING, SUM_ROUNDING, exact, worst_deviation
 from hypothesis import given
 from hypothesis import strategies as st
 from instructions_by_hand import halves, run
+from triton_programs import interpreted_by, main, needs_triton
 
-from quantkit.grid import QuantizedTensor, dequantize
-from quantkit.kernels import device_weights, moe_tiles, planes
+from quantkit.grid import QuantizedTensor
+from quantkit.kernels import device_mixture, device_weights, moe_tiles, planes
 from quantkit.kernels.activations import rounded_inputs
 from quantkit.kernels.weights import Mlp, Weight
 from quantkit.scheme import Scheme, parse_scheme
@@ -62,6 +62,7 @@ MIXTURES = {  # schemes of (gate, up, down) in turn over experts, of the shared 
     "two slots": ((("int4-g32",) * 3,), ("int4-g32",) * 3, 9, 2, "anywhere"),
     "one token": ((("int4-g32-asym",) * 3,), ("int4-g32-asym",) * 3, 1, 1, "anywhere"),
     "all on one": ((("int8-channel",) * 3,), ("int8-channel",) * 3, 40, 1, "one"),
+    "the shared expert by itself": ((("int8-channel",) * 3,), ("int8-channel",) * 3, 96, 1, "anywhere"),
     "mixed": ((("int4-g32",) * 3, ("int2-g32", "int2-g32", "int6-g32"), (None,) * 3), ("int8-g32",) * 3, 11, 2, "anywhere"),
     "gate and up differ": ((("int4-g32", "int6-g32", "int8-channel"),), ("int4-g32",) * 3, 7, 1, "anywhere"),
     "rounded": ((("int8-channel-dynamic",) * 3, ("fp8-channel-dynamic",) * 3), ("int8-channel-dynamic",) * 3, 9, 1, "anywhere"),
@@ -70,20 +71,7 @@ MIXTURES = {  # schemes of (gate, up, down) in turn over experts, of the shared 
 }
 EXPERTS, HIDDEN, WIDTH = 5, 160, 96
 LARGE = {"every kind": (256, 256)}  # hidden, width where blocks want them
-OUTPUT_ROUNDING = 2.0**-8  # of BF16, and a little for float32 sums
-SUM_ROUNDING = 1e-5  # of float32 sums, relative to the sum of magnitudes
 INNER_ROUNDING = 2e-4  # the same where inputs were rounded to BF16 on the way, and some of them to the other side
-
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-
-
-def run_here(name: str, **environment: str) -> Any:
-    """Run one of ``PROGRAMS`` in a process of its own; what it printed."""
-    kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, name]
-    result = subprocess.run(command, env={**kept, **environment}, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
 
 
 def matrix(name: str | None, rows: int, columns: int) -> Weight:
@@ -122,11 +110,6 @@ def blocks(scheme: Scheme, rows: int, columns: int) -> QuantizedTensor:
     return QuantizedTensor(scheme, codes, scale, group_scale=group_scale, minimum=minimum, group_minimum=group_minimum)
 
 
-def exact(weight: Weight) -> torch.Tensor:
-    """The stored values, float64."""
-    return (dequantize(weight) if isinstance(weight, QuantizedTensor) else weight).to(torch.float64)
-
-
 # ------------------------------------------------------------------------------------------------- in the other process
 
 
@@ -162,27 +145,11 @@ def products() -> dict[str, Any]:
                     parts = torch.full((2, total, weight.outputs), float("nan"))
                     moe_triton_integer.matmul(rows, weight, tiles, parts)
                     result = parts.sum(0, dtype=torch.float64)
-                worst = 0.0
-                for expert in range(4):
-                    here = slice(int(first[expert]), int(ends[expert]))
-                    if counts[expert]:
-                        inputs = rounded_inputs(x[here].to(torch.float32), matrices[expert]).to(torch.float64)
-                        other = ups[expert] if part == "gate_up" else None
-                        worst = max(worst, deviation(result[here], inputs, matrices[expert], other))
+                others = ups if part == "gate_up" else None
+                worst = worst_deviation(result, x, counts, matrices, others, rounded_inputs)
                 outcome[part] = worst
             found[f"{name}: {load}"] = outcome
     return found
-
-
-def deviation(result: torch.Tensor, x: torch.Tensor, weight: Weight, up: Weight | None) -> float:
-    """The largest error, divided by what rounding of float32 sums, and for gated products of BF16 results, explains."""
-    product, slack = x @ exact(weight).t(), SUM_ROUNDING * (x.abs() @ exact(weight).abs().t())
-    if up is not None:
-        other, inner = x @ exact(up).t(), product * torch.sigmoid(product)
-        slack = slack * other.abs() * 1.1 + SUM_ROUNDING * (x.abs() @ exact(up).abs().t()) * inner.abs()
-        product = inner * other
-        slack = slack + product.abs() * OUTPUT_ROUNDING
-    return float(((result - product).abs() / (slack + 1e-30)).max())
 
 
 class Asked(Sequence[Mlp]):
@@ -216,7 +183,7 @@ def expected(x: torch.Tensor, mlp: Mlp) -> tuple[torch.Tensor, torch.Tensor]:
 
 def mixtures() -> dict[str, Any]:
     """By mixture: the error in units of what rounding explains; who was asked for; whether other ways give the same bits."""
-    from quantkit.kernels import device_mixture, dispatch, moe_triton
+    from quantkit.kernels import dispatch, moe_triton
 
     found: dict[str, Any] = {}
     for number, (name, (kinds, shared_names, tokens, slots, where)) in enumerate(MIXTURES.items()):
@@ -232,7 +199,7 @@ def mixtures() -> dict[str, Any]:
         given_settings: dict[str, Any] = {"experts_per_token": slots, "backend": "triton"}
         result, routing = dispatch.moe_forward(x, router, experts, shared, **given_settings)
         ready = device_mixture.prepare(experts.experts, shared, CPU)
-        moe_triton.PORTION = 6  # tokens at once
+        moe_triton.PORTION = max(6, tokens // 3)  # tokens at once
         again, _ = dispatch.moe_forward(x, router, ready, None, **given_settings)
         moe_triton.PORTION = 16384
         wide = x.to(torch.float64)
@@ -274,6 +241,31 @@ def single() -> dict[str, Any]:
     return found
 
 
+def refusals() -> dict[str, str]:
+    """What is said where kernels cannot run."""
+    from quantkit.errors import RecipeError
+    from quantkit.kernels import dispatch, moe_triton
+
+    weight, found = matrix("int4-g64", 64, 128), {}
+    x = torch.zeros(2, 128, dtype=torch.bfloat16)
+    elsewhere = device_weights.build(torch.empty(64, 128, device="meta"), torch.device("meta"))
+    mlp = Mlp(weight, weight, torch.zeros(128, 64))
+    mixture = device_mixture.Mixture(1, (device_mixture.Stack(torch.arange(2), 1, elsewhere, None, elsewhere),))
+    torch.cuda.get_device_capability = lambda device: (8, 6)  # type: ignore[assignment, misc]
+    asked: dict[str, Callable[[], object]] = {
+        "old GPU": partial(moe_triton._current, torch.device("cuda", 1)),
+        "product": lambda: dispatch.dequant_matmul(x, elsewhere, backend="triton"),
+        "mixture": lambda: dispatch.moe_forward(x, torch.zeros(1, 128), mixture, None, backend="triton"),
+        "no shared expert": lambda: dispatch.moe_forward(x, torch.zeros(1, 128), [mlp], None, backend="triton"),
+    }
+    for name, work in asked.items():
+        try:
+            work()
+        except RecipeError as error:
+            found[name] = str(error)
+    return found
+
+
 def orders() -> dict[str, Any]:
     """By case: whether one program sorts rows as torch does; tiles of a stack by one program beside those of ``moe_tiles``."""
     from quantkit.forward import Routing
@@ -286,7 +278,7 @@ def orders() -> dict[str, Any]:
         routing = Routing(choices, torch.rand(tokens, slots), torch.empty(0))
         one, other = moe_triton_rows.ordered(routing, experts), moe_triton_rows.sorted_by_torch(routing, experts)
         numbers = torch.tensor([*range(1, experts, 2), experts])
-        tiles = moe_triton_rows.cut(one.bounds, numbers, 16, len(numbers) + tokens)
+        tiles = moe_triton_rows.cut(one.bounds, numbers, range(len(numbers)), 16, len(numbers) + tokens)
         wanted = moe_tiles.cut(one.bounds[numbers], one.bounds[numbers + 1], 16, len(numbers) + tokens)
         count = int(wanted.count)
         found[f"{tokens} {slots} {experts}"] = {
@@ -312,7 +304,14 @@ def interpret() -> dict[str, Any]:
 
     torch.set_num_threads(1)
     triton_arithmetic.make_exact()
-    return {"products": products(), "mixtures": mixtures(), "single": single(), "orders": orders(), "assembly": assembly()}
+    return {
+        "products": products(),
+        "mixtures": mixtures(),
+        "single": single(),
+        "orders": orders(),
+        "assembly": assembly(),
+        "refusals": refusals(),
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------- products
@@ -320,7 +319,7 @@ def interpret() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, Any]:
-    return run_here("interpret", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")  # type: ignore[no-any-return]
+    return interpreted_by(__file__)  # type: ignore[no-any-return]
 
 
 @needs_triton
@@ -346,6 +345,14 @@ def test_a_mixture_is_what_its_experts_give(interpreted: dict[str, Any], name: s
 def test_a_product_by_itself(interpreted: dict[str, Any]) -> None:
     for rows, (worst, same, shape) in interpreted["single"].items():
         assert worst <= 1 and same and shape == [int(rows), 72], rows
+
+
+@needs_triton
+def test_where_kernels_cannot_run_it_is_said(interpreted: dict[str, Any]) -> None:
+    found = interpreted["refusals"]
+    assert "cuda:1" in found["old GPU"] and "8.6" in found["old GPU"] and "9.0" in found["old GPU"]
+    assert "cpu" in found["product"] and "meta" in found["product"] and found["mixture"] == found["product"]
+    assert "shared expert" in found["no shared expert"]
 
 
 @needs_triton
@@ -444,7 +451,5 @@ def test_the_library_does_without_triton() -> None:
     assert "quantkit[cuda]" in result.stdout
 
 
-PROGRAMS = {"interpret": interpret}
-
 if __name__ == "__main__":
-    print(json.dumps(PROGRAMS[sys.argv[1]]()))
+    main({"interpret": interpret})

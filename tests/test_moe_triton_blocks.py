@@ -1,23 +1,19 @@
 """Products with Q8_0, Q4_K and Q6_K in Triton's interpreter, against float64 on what the blocks stand for.
 
-Triton decides at its import whether it interprets, so kernels run in a process of their own: this file, run as a program.
+Kernels run in a process of their own: this file, run as a program.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from expert_products import worst_deviation
 from instructions_by_hand import halves, run
+from triton_programs import interpreted_by, main, needs_triton
 
-from quantkit import grid
 from quantkit.ggml import TYPES
 from quantkit.grid import QuantizedTensor
 from quantkit.kernels import device_blocks, device_weights
@@ -32,19 +28,6 @@ LOADS = {  # rows of each of three experts, rows of a tile
     "all rows to one": ((0, 0, 37), 32),
     "many rows": ((70, 1, 3), 64),
 }
-OUTPUT_ROUNDING = 2.0**-8  # of BF16, and a little for float32 sums
-SUM_ROUNDING = 1e-5  # of float32 sums, relative to the sum of magnitudes
-
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-
-
-def run_here(name: str, **environment: str) -> Any:
-    """Run one of ``PROGRAMS`` in a process of its own; what it printed."""
-    kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, name]
-    result = subprocess.run(command, env={**kept, **environment}, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
 
 
 def matrix(name: str, rows: int, columns: int) -> QuantizedTensor:
@@ -107,33 +90,10 @@ def multiply() -> dict[str, Any]:
                     parts = torch.full((2 if load == "one row" else 1, total, OUTPUTS), float("nan"))
                     moe_triton_blocks.matmul(moe_tiles.Rows(rows), weight, tiles, parts)
                     result = parts.sum(0, dtype=torch.float64)
-                worst = 0.0
-                for expert in range(3):
-                    here = slice(int(first[expert]), int(ends[expert]))
-                    x = rows[here].to(torch.float64)
-                    product, slack = _product(x, matrices[expert])
-                    if part == "gate_up":
-                        other, other_slack = _product(x, ups[expert])
-                        inner = product * torch.sigmoid(product)
-                        slack = slack * other.abs() * 1.1 + other_slack * inner.abs()
-                        product = inner * other
-                        slack = slack + product.abs() * OUTPUT_ROUNDING
-                    if x.numel():
-                        worst = max(worst, float(((result[here] - product).abs() / (slack + 1e-30)).max()))
+                worst = worst_deviation(result, rows, counts, matrices, ups if part == "gate_up" else None)
                 outcome[part] = worst
             found[f"{name}: {load}"] = outcome
     return found
-
-
-def _product(x: torch.Tensor, weight: QuantizedTensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """float64 product, and what float32 sums of its terms, minimums apart, may be off by."""
-    values = grid.dequantize(weight).to(torch.float64)
-    magnitude = values.abs()
-    if weight.minimum is not None:
-        _, minimum = grid.block_steps(weight)
-        assert minimum is not None
-        magnitude = magnitude + 2 * minimum.to(torch.float64).repeat_interleave(32, 1)
-    return x @ values.t(), SUM_ROUNDING * (x.abs() @ magnitude.t())
 
 
 def prepare() -> dict[str, Any]:
@@ -214,7 +174,7 @@ def interpret() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, Any]:
-    return run_here("interpret", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")  # type: ignore[no-any-return]
+    return interpreted_by(__file__)  # type: ignore[no-any-return]
 
 
 @needs_triton
@@ -269,7 +229,5 @@ def test_blocks_on_a_device_hold_every_number(name: str) -> None:
         assert torch.equal(numbers[..., 12:].contiguous().view(torch.int8).view(24, -1), weight.group_minimum)
 
 
-PROGRAMS = {"interpret": interpret}
-
 if __name__ == "__main__":
-    print(json.dumps(PROGRAMS[sys.argv[1]]()))
+    main({"interpret": interpret})

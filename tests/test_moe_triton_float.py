@@ -1,16 +1,11 @@
 """Products with FP8 and BF16 weights in Triton's interpreter, against float64, and what clients' rounding makes of rows.
 
-Triton decides at its import whether it interprets, so kernels run in a process of their own: this file, run as a program.
+Kernels run in a process of their own: this file, run as a program.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import json
-import os
-import subprocess
-import sys
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from expert_products import worst_deviation
 from instructions_by_hand import halves, run
+from triton_programs import interpreted_by, machine_code_of, machine_codes, main, needs_triton, run_program
 
 from quantkit import grid
-from quantkit.grid import QuantizedTensor
 from quantkit.kernels.weights import Weight
 from quantkit.scheme import parse_scheme
 
@@ -48,19 +44,6 @@ VARIANTS = {  # scheme, rows of a tile, whether rows are rounded
     "FP8 times BF16": ("fp8-channel-dynamic", 16, False),
 }
 MOST_SHARED = 227 * 1024  # bytes that a program may have
-OUTPUT_ROUNDING = 2.0**-8  # of BF16, and a little for float32 sums
-SUM_ROUNDING = 1e-5  # of float32 sums, relative to the sum of magnitudes
-
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-
-
-def run_here(name: str, **environment: str) -> Any:
-    """Run one of ``PROGRAMS`` in a process of its own; what it printed."""
-    kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, name]
-    result = subprocess.run(command, env={**kept, **environment}, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
 
 
 # ------------------------------------------------------------------------------------------------- in the other process
@@ -78,16 +61,8 @@ def matrix(scheme_name: str | None, rows: int, columns: int) -> Weight:
     return replace(quantized, input_scale=torch.tensor([0.0078125 * 1.5])) if scheme.static_activations else quantized
 
 
-def exact(weight: Weight) -> torch.Tensor:
-    """The stored values, float64."""
-    return (grid.dequantize(weight) if isinstance(weight, QuantizedTensor) else weight).to(torch.float64)
-
-
-def rounded(rows: torch.Tensor, weight: Weight, wanted: bool) -> torch.Tensor:
-    """Rows as the kernel is to multiply them, float64."""
-    from quantkit.kernels.activations import rounded_inputs
-
-    return (rounded_inputs(rows.to(torch.float32), weight) if wanted else rows).to(torch.float64)
+def unrounded(rows: torch.Tensor, weight: Weight) -> torch.Tensor:
+    return rows
 
 
 def padded_rows(rows: torch.Tensor, columns: int) -> torch.Tensor:
@@ -97,6 +72,7 @@ def padded_rows(rows: torch.Tensor, columns: int) -> torch.Tensor:
 def multiply() -> dict[str, Any]:
     """By case and load: errors of gate_up and matmul in units of what rounding explains; the same twice; what lies beyond."""
     from quantkit.kernels import device_weights, moe_tiles, moe_triton_float
+    from quantkit.kernels.activations import rounded_inputs
 
     device = torch.device("cpu")
     found: dict[str, Any] = {}
@@ -122,7 +98,6 @@ def multiply() -> dict[str, Any]:
                 ready = moe_tiles.Rows(given)
                 if round_activations and scheme_name is not None:
                     ready = moe_triton_float.round_rows(given, weight, expert_of_row)
-                worst = 0.0
                 if part == "gate_up":
                     out = torch.full((total, weight.padded_inputs), 7.0, dtype=torch.bfloat16)
                     moe_triton_float.gate_up(ready, weight, tiles, out)
@@ -132,19 +107,9 @@ def multiply() -> dict[str, Any]:
                     parts = torch.full((splits, total, weight.outputs), float("nan"))
                     moe_triton_float.matmul(ready, weight, tiles, parts)
                     result = parts.sum(0, dtype=torch.float64)
-                for expert in range(4):
-                    here = slice(int(first[expert]), int(ends[expert]))
-                    x = rounded(rows[here], matrices[expert], round_activations)
-                    product = x @ exact(matrices[expert]).t()
-                    slack = SUM_ROUNDING * (x.abs() @ exact(matrices[expert]).abs().t())
-                    if part == "gate_up":
-                        other = x @ exact(ups[expert]).t()
-                        inner = product * torch.sigmoid(product)
-                        slack = slack * other.abs() * 1.1 + SUM_ROUNDING * (x.abs() @ exact(ups[expert]).abs().t()) * inner.abs()
-                        product = inner * other
-                        slack = slack + product.abs() * OUTPUT_ROUNDING
-                    if x.numel():
-                        worst = max(worst, float(((result[here] - product).abs() / (slack + 1e-30)).max()))
+                others = ups if part == "gate_up" else None
+                clients = rounded_inputs if round_activations else unrounded
+                worst = worst_deviation(result, rows[:, : weight.inputs], counts, matrices, others, clients)
                 outcome[part] = worst
             found[f"{name}: {load}"] = outcome
     return found
@@ -194,42 +159,18 @@ def interpret() -> dict[str, Any]:
 
 def compile_kernels() -> dict[str, Any]:
     """By variant: what the machine code for an H200 does in tensor cores, and where sums of products begin."""
-    import re
-    import tempfile
-
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-    code = importlib.import_module("moe_machine_code")
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    tools = machine_codes()
     found: dict[str, Any] = {}
     for name, (scheme, tokens, rounded) in VARIANTS.items():
-        kernel, shape, arguments, constants = code.launch_of(code.Variant(scheme, "down", tokens, rounded))
-        names = kernel.arg_names
-        types = {argument: code._type_of(value) for argument, value in zip(names, arguments, strict=False)}
-        whole = [place for place, value in enumerate(arguments) if not isinstance(value, int) or value % 16 == 0]
-        source = ASTSource(
-            fn=kernel,
-            signature={argument: types.get(argument, "constexpr") for argument in names},
-            constexprs={(names.index(argument),): value for argument, value in constants.items()},
-            attrs={(place,): [["tt.divisibility", 16]] for place in whole if "tensordesc" not in types[names[place]]},
-        )
-        options = {"num_warps": shape.warps, "num_stages": shape.stages, "enable_fp_fusion": True}
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        with tempfile.TemporaryDirectory() as directory:
-            cubin = Path(directory) / "kernel.cubin"
-            cubin.write_bytes(compiled.asm["cubin"])
-            listing = subprocess.run([tools / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
-        products = re.findall(r"\b([HQ]GMMA|HMMA)\.\S+ ([^;]*);", listing)
+        code = machine_code_of(tools.compiled_launch(tools.launch_of(tools.Variant(scheme, "down", tokens, rounded))))
+        products = re.findall(r"\b([HQ]GMMA|HMMA)\.\S+ ([^;]*);", code.listing)
         found[name] = {
             "kinds": sorted({kind for kind, _ in products}),
             "products": len(products),
             "begun": sum(", RZ" in operands for _, operands in products),
-            "waits": listing.count("WARPGROUP.DEPBAR"),
-            "spilled": len(re.findall(r"\b(?:LDL|STL)\b", listing)),
-            "shared": compiled.metadata.shared,
+            "waits": code.listing.count("WARPGROUP.DEPBAR"),
+            "spilled": code.spills,
+            "shared": code.shared,
         }
     return found
 
@@ -239,7 +180,7 @@ def compile_kernels() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, Any]:
-    return run_here("interpret", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")  # type: ignore[no-any-return]
+    return interpreted_by(__file__)  # type: ignore[no-any-return]
 
 
 @needs_triton
@@ -264,7 +205,7 @@ def test_instructions_widen_every_number_exactly(interpreted: dict[str, Any]) ->
 
 @needs_triton
 def test_machine_code_sums_fp8_in_short_runs(tmp_path: Path) -> None:
-    for name, found in run_here("compile_kernels", TRITON_CACHE_DIR=str(tmp_path)).items():
+    for name, found in run_program(__file__, "compile_kernels", TRITON_CACHE_DIR=str(tmp_path)).items():
         eight_bits = "BF16" not in name
         assert found["kinds"] == ["QGMMA" if eight_bits else "HGMMA"], name
         assert found["products"] == (4 if eight_bits else 8), f"{name}: one step of 128 inputs"
@@ -272,7 +213,5 @@ def test_machine_code_sums_fp8_in_short_runs(tmp_path: Path) -> None:
         assert found["spilled"] == 0 and found["shared"] <= MOST_SHARED, name
 
 
-PROGRAMS = {"interpret": interpret, "compile_kernels": compile_kernels}
-
 if __name__ == "__main__":
-    print(json.dumps(PROGRAMS[sys.argv[1]]()))
+    main({"interpret": interpret, "compile_kernels": compile_kernels})

@@ -30,6 +30,7 @@ This module imports triton, so nothing imports it before there is work for a GPU
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ from quantkit.kernels.weights import Mlp, Weight
 from quantkit.team import spans
 
 PORTION = 16384  # tokens at once: more gain nothing, and their rows take memory
+LEAST_CAPABILITY, BEYOND_CAPABILITY = (9, 0), (12, 0)  # the first without BF16 pairs, the last with 99 KiB for a program
 Launch = Callable[[Rows, DeviceWeight, Tiles, torch.Tensor], None]
 
 KERNELS = {  # kind of weight -> module with its launchers
@@ -82,17 +84,18 @@ def dequant_matmul(x: torch.Tensor, weight: Weight | DeviceWeight, *, round_acti
     x = x.to(torch.bfloat16)
     with _current(x.device):
         there = weight if isinstance(weight, DeviceWeight) else build(weight, x.device)
+        _same_device(x, there)
         values = _padded_rows(x, there.padded_inputs)
         if not len(x):
             return x.new_empty((0, there.outputs))
         tiles = moe_tiles.all_rows(len(x), x.device)
         place = x.new_zeros(len(x), dtype=torch.int64)
-        out, splits = x.new_empty((len(x), there.outputs)), _splits(there, tiles, x.device)
+        out, splits = x.new_empty((len(x), there.outputs)), splits_of(there, [tiles], x.device)
         if splits == 1:
-            _multiply(values, there, tiles, place, round_activations, out[None])
+            _multiply(values, there, [tiles], place, round_activations, out[None])
             return out
         parts = torch.empty((splits, *out.shape), device=x.device)
-        _multiply(values, there, tiles, place, round_activations, parts)
+        _multiply(values, there, [tiles], place, round_activations, parts)
         moe_triton_rows.combine(parts, torch.arange(len(x), device=x.device)[None], out)
         return out
 
@@ -119,6 +122,8 @@ def moe_forward(
             if shared_expert is None:
                 raise RecipeError("moe_forward: experts that are not prepared need a shared expert beside them")
             experts = prepare(experts, shared_expert, x.device, torch.unique(routing.experts).tolist())
+        for group in experts.stacks:
+            _same_device(x, group.down)
         out = torch.empty_like(x)
         for part in spans(len(x), PORTION):
             portion = forward.Routing(routing.experts[part], routing.scores[part], routing.logits[part])
@@ -136,45 +141,76 @@ def _run(x: torch.Tensor, routing: forward.Routing, mixture: Mixture, round_acti
     inner = make((len(values), down.padded_inputs), dtype=torch.bfloat16, device=x.device)  # of all stacks: rows belong to one
     launches = []
     for group in mixture.stacks:
-        size = moe_tiles.tokens_of_tile(tokens * slots, mixture.experts) if group.routed else moe_tiles.tokens_of_tile(tokens, 1)
-        tiles = _tiles(group, order, tokens, slots, size)
+        tiles = tiles_of(group, order.bounds, tokens, slots, mixture.experts)
         rounded = round_activations and any(weight is not None and _rounds(weight) for weight in (group.gate, group.up, group.down))
         place = torch.searchsorted(group.numbers, order.experts).clamp_(max=len(group.numbers) - 1) if rounded else order.experts
         launches.append((group, tiles, place))
         if group.up is None:
             rows = _rows(values, group.gate, place, round_activations)
-            kernels_of(group.gate.kind).gate_up(rows, group.gate, tiles, inner)
+            for some in tiles:
+                kernels_of(group.gate.kind).gate_up(rows, group.gate, some, inner)
         else:
             gate, up = (_product(values, weight, tiles, place, round_activations) for weight in (group.gate, group.up))
-            mine = torch.isin(order.experts, group.numbers)[:, None]
+            mine = (order.experts[:, None] == group.numbers).any(1, keepdim=True)  # isin may wait for the device
             inner[:, :width] = torch.where(mine, functional.silu(gate) * up, inner[:, :width])
-    splits = max(_splits(group.down, tiles, x.device) for group, tiles, _ in launches)
+    splits = max(splits_of(group.down, tiles, x.device) for group, tiles, _ in launches)
     parts = torch.empty((splits, len(values), x.shape[1]), device=x.device)
     for group, tiles, place in launches:
         _multiply(inner, group.down, tiles, place, round_activations, parts)
     moe_triton_rows.combine(parts, order.places, out)
 
 
-def _tiles(group: Stack, order: moe_triton_rows.Order, tokens: int, slots: int, size: int) -> Tiles:
-    """Tiles of ``size`` rows for a stack; at most one of an expert is not full."""
-    most = min(group.routed, tokens * slots) + (tokens * slots // size if group.routed else 0)
-    most += -(-tokens // size) if group.shared else 0
-    return moe_triton_rows.cut(order.bounds, group.numbers, size, most)
+def tiles_of(group: Stack, bounds: torch.Tensor, tokens: int, slots: int, experts: int) -> list[Tiles]:
+    """Tiles of a stack's rows, of an ``Order`` with these ``bounds``.
+
+    They are of one size, for one launch.  But where the shared expert, which has all tokens, fills the largest tiles and the others
+    do not, it has a launch of its own: in tiles of 16 its weights alone would be unpacked as often as those of all others.
+    """
+    size, larger = moe_tiles.tokens_of_tile(tokens * slots, experts), moe_tiles.tokens_of_tile(tokens, 1)
+    most, everyone = min(group.routed, tokens * slots) + tokens * slots // size, -(-tokens // larger)
+    members = range(len(group.numbers))
+    if not group.routed:
+        return [moe_triton_rows.cut(bounds, group.numbers, members, larger, everyone)]
+    if group.shared and larger == moe_tiles.TOKENS[-1] > size:
+        routed, shared = members[: group.routed], members[group.routed :]
+        return [
+            moe_triton_rows.cut(bounds, group.numbers, routed, size, most),
+            moe_triton_rows.cut(bounds, group.numbers, shared, larger, everyone),
+        ]
+    return [moe_triton_rows.cut(bounds, group.numbers, members, size, most + (-(-tokens // size) if group.shared else 0))]
+
+
+def splits_of(weight: DeviceWeight, tiles: Sequence[Tiles], device: torch.device) -> int:
+    """Into how many parts inputs are cut, so that the smallest of these launches keeps the device busy."""
+
+    def splits(some: Tiles) -> int:
+        shape = kernels_of(weight.kind).shape_of_tile(weight, some.tokens)
+        programs = moe_tiles.multiprocessors(device) * shape.residents
+        return moe_tiles.splits(some.most * -(-weight.rows // shape.outputs), weight.padded_inputs // INPUTS, programs)
+
+    return max(splits(some) for some in tiles)
 
 
 def _product(
-    values: torch.Tensor, weight: DeviceWeight, tiles: Tiles, place: torch.Tensor, round_activations: bool
+    values: torch.Tensor, weight: DeviceWeight, tiles: Sequence[Tiles], place: torch.Tensor, round_activations: bool
 ) -> torch.Tensor:
     """float32 ``[rows, outputs]``; rows without a tile hold anything."""
-    parts = torch.empty((_splits(weight, tiles, values.device), len(values), weight.outputs), device=values.device)
+    parts = torch.empty((splits_of(weight, tiles, values.device), len(values), weight.outputs), device=values.device)
     _multiply(values, weight, tiles, place, round_activations, parts)
     return parts.sum(0)
 
 
 def _multiply(
-    values: torch.Tensor, weight: DeviceWeight, tiles: Tiles, place: torch.Tensor, round_activations: bool, out: torch.Tensor
+    values: torch.Tensor,
+    weight: DeviceWeight,
+    tiles: Sequence[Tiles],
+    place: torch.Tensor,
+    round_activations: bool,
+    out: torch.Tensor,
 ) -> None:
-    kernels_of(weight.kind).matmul(_rows(values, weight, place, round_activations), weight, tiles, out)
+    rows = _rows(values, weight, place, round_activations)
+    for some in tiles:
+        kernels_of(weight.kind).matmul(rows, weight, some, out)
 
 
 def _rows(values: torch.Tensor, weight: DeviceWeight, place: torch.Tensor, round_activations: bool) -> Rows:
@@ -188,16 +224,29 @@ def _rounds(weight: DeviceWeight) -> bool:
     return weight.scheme is not None and (weight.scheme.dynamic_activations or weight.scheme.static_activations)
 
 
-def _splits(weight: DeviceWeight, tiles: Tiles, device: torch.device) -> int:
-    shape = kernels_of(weight.kind).shape_of_tile(weight, tiles.tokens)
-    blocks = tiles.most * -(-weight.rows // shape.outputs)
-    return moe_tiles.splits(blocks, weight.padded_inputs // INPUTS, moe_tiles.multiprocessors(device) * shape.residents)
-
-
 def _padded_rows(x: torch.Tensor, width: int) -> torch.Tensor:
     return functional.pad(x, (0, width - x.shape[1])).contiguous() if width != x.shape[1] else x.contiguous()
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """The device that kernels are launched on."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    """The device that kernels are launched on.  Raises RecipeError where they cannot run."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    capability = _capability(device)
+    if not LEAST_CAPABILITY <= capability < BEYOND_CAPABILITY:
+        raise RecipeError(
+            f"products straight from packed weights on {device}: the GPU is of compute capability {capability[0]}.{capability[1]}, "
+            "and the kernels need the instructions and the shared memory of 9.0 to 11.x (H100, H200, B200); use the CPU"
+        )
+    return torch.cuda.device(device)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _same_device(x: torch.Tensor, weight: DeviceWeight) -> None:
+    """A kernel that is launched on one GPU cannot be given the memory of another."""
+    if weight.codes.device != x.device:
+        raise RecipeError(f"inputs are on {x.device} and prepared weights on {weight.codes.device}: bring both to the same device")

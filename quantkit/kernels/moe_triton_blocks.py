@@ -35,11 +35,10 @@ from quantkit.kernels import moe_tiles, moe_triton_integer
 from quantkit.kernels.device_blocks import CODE_WORDS, NUMBERS
 from quantkit.kernels.device_weights import DeviceWeight
 from quantkit.kernels.moe_tiles import Rows, Shape, Tiles
-from quantkit.kernels.moe_triton_parts import place_of, store_gated, store_outputs
+from quantkit.kernels.moe_triton_parts import Launch, joined, launch_of_tiles, store_tile, tile_of
 from quantkit.scheme import parse_scheme
 
 BLOCK, GROUPS = 256, 8  # inputs of a block, and runs of 32 in it
-PREPARE_WARPS = 4
 _BLOCK, _GROUPS, _NUMBERS = tl.constexpr(BLOCK), tl.constexpr(GROUPS), tl.constexpr(NUMBERS)
 
 
@@ -102,14 +101,8 @@ _LESS_1024 = tl.constexpr("{\n.reg .b32 m;\nmov.b32 m, 0xe400e400;\nmul.rn.f16x2
 
 
 @triton.jit
-def _joined(one, other):
-    """Two tiles side by side."""
-    return tl.reshape(tl.permute(tl.join(one, other), (0, 2, 1)), (one.shape[0], 2 * one.shape[1]))
-
-
-@triton.jit
 def _side_by_side(t0, t1, t2, t3, t4, t5, t6, t7):
-    return _joined(_joined(_joined(t0, t1), _joined(t2, t3)), _joined(_joined(t4, t5), _joined(t6, t7)))
+    return joined(joined(joined(t0, t1), joined(t2, t3)), joined(joined(t4, t5), joined(t6, t7)))
 
 
 @triton.jit
@@ -218,7 +211,7 @@ def _half_number(word, SHIFT: tl.constexpr):
 # ------------------------------------------------------------------------------------------------------------- products
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "split_steps"])
 def products(
     values,
     sums,
@@ -250,8 +243,7 @@ def products(
     program, split = tl.program_id(0), tl.program_id(1)
     if program >= tiles * blocks:
         return
-    tile, block = place_of(program, tiles, blocks, GROUP)
-    expert, first, last = tl.load(tile_expert + tile), tl.load(tile_first + tile), tl.load(tile_last + tile)
+    expert, first, last, block = tile_of(program, tiles, blocks, tile_expert, tile_first, tile_last, GROUP)
     weight_row = expert * weight_rows + block * OUTPUTS
     begin = split * split_steps
     total = tl.zeros((OUTPUTS, ROWS), tl.float32)
@@ -285,11 +277,7 @@ def products(
             total += part * _half_number(scale, 0)[:, None]
     row = first + tl.arange(0, ROWS)
     total *= tl.load(factors + row, mask=row < last, other=0.0)[None, :]
-    if PAIRED:
-        store_gated(total, out, first, last, block * OUTPUTS, outputs, width, OUTPUTS, ROWS)
-    else:
-        target = out + split.to(tl.int64) * rows * width
-        store_outputs(total, target, first, last, block * OUTPUTS, outputs, width, OUTPUTS, ROWS)
+    store_tile(total, out, split, rows, first, last, block, outputs, width, PAIRED, OUTPUTS, ROWS)
 
 
 # --------------------------------------------------------------------------------------------------------------- rows
@@ -337,7 +325,7 @@ def prepared(values: torch.Tensor) -> PreparedRows:
     factors = torch.empty(count, device=device)
     sums = torch.empty((count, columns // 16), dtype=torch.float16, device=device)
     most = triton.next_power_of_2(columns // 32)
-    prepare_rows[(count,)](values, halves, factors, sums, columns, MOST=most, num_warps=PREPARE_WARPS, enable_fp_fusion=False)
+    prepare_rows[(count,)](values, halves, factors, sums, columns, MOST=most, num_warps=max(4, most // 64), enable_fp_fusion=False)
     return PreparedRows(halves, factors, sums)
 
 
@@ -358,7 +346,7 @@ def gate_up(rows: Rows, weight: DeviceWeight, tiles: Tiles, out: torch.Tensor) -
     if _is_integer(weight):
         moe_triton_integer.gate_up(rows, as_integer(weight), tiles, out)
     else:
-        _launch(rows, weight, tiles, out[None])
+        launch_of(prepared(rows.values), weight, tiles, out[None], assembly=out.is_cuda).run()
 
 
 def matmul(rows: Rows, weight: DeviceWeight, tiles: Tiles, out: torch.Tensor) -> None:
@@ -367,7 +355,7 @@ def matmul(rows: Rows, weight: DeviceWeight, tiles: Tiles, out: torch.Tensor) ->
     if _is_integer(weight):
         moe_triton_integer.matmul(rows, as_integer(weight), tiles, out)
     else:
-        _launch(rows, weight, tiles, out)
+        launch_of(prepared(rows.values), weight, tiles, out, assembly=out.is_cuda).run()
 
 
 def round_rows(values: torch.Tensor, weight: DeviceWeight, expert_of_row: torch.Tensor) -> Rows:
@@ -384,46 +372,20 @@ def _is_integer(weight: DeviceWeight) -> bool:
     return weight.scheme is not None and weight.scheme.name == "Q8_0"
 
 
-def _launch(rows: Rows, weight: DeviceWeight, tiles: Tiles, out: torch.Tensor) -> None:
-    """out: ``[splits, rows, width]``."""
-    assert rows.scales is None and rows.values.shape[1] == weight.padded_inputs and out.is_contiguous()
-    shape, arguments, constants = arguments_of(prepared(rows.values), weight, tiles, out, assembly=out.is_cuda)
-    grid = (tiles.most * triton.cdiv(weight.rows, shape.outputs), out.shape[0])
-    products[grid](*arguments, **constants, num_warps=shape.warps, num_stages=shape.stages, enable_fp_fusion=True)
-
-
-def arguments_of(
+def launch_of(
     rows: PreparedRows, weight: DeviceWeight, tiles: Tiles, out: torch.Tensor, *, assembly: bool, shape: Shape | None = None
-) -> tuple[Shape, tuple[object, ...], dict[str, object]]:
-    """Tile, arguments and constants of a launch for Q4_K or Q6_K."""
-    assert weight.scheme is not None
+) -> Launch:
+    """For Q4_K or Q6_K.  out: ``[splits, rows, width]``, as many rows as there are."""
+    assert weight.scheme is not None and rows.values.shape == (out.shape[1], weight.padded_inputs)
     shape = shape or shape_of_tile(weight, tiles.tokens)
-    steps = weight.inputs // BLOCK
-    arguments = (
+    operands = (
         TensorDescriptor.from_tensor(rows.values, [tiles.tokens, 128]),
         TensorDescriptor.from_tensor(rows.sums, [tiles.tokens, 16]),
         TensorDescriptor.from_tensor(weight.codes, [shape.outputs, 16]),
         TensorDescriptor.from_tensor(weight.tables["numbers"], [1, shape.outputs]),
         out,
         rows.factors,
-        tiles.expert,
-        tiles.first,
-        tiles.last,
-        tiles.count,
-        rows.values.shape[0],
-        weight.rows,
-        weight.outputs,
-        steps,
-        triton.cdiv(steps, out.shape[0]),
-        out.shape[-1],
     )
-    constants: dict[str, object] = {
-        "MINIMUMS": weight.scheme.name == "Q4_K",
-        "WORDS": CODE_WORDS[weight.scheme.name],
-        "PAIRED": weight.paired,
-        "ASSEMBLY": assembly,
-        "ROWS": tiles.tokens,
-        "OUTPUTS": shape.outputs,
-        "GROUP": shape.group,
-    }
-    return shape, arguments, constants
+    name = weight.scheme.name
+    constants: dict[str, object] = {"MINIMUMS": name == "Q4_K", "WORDS": CODE_WORDS[name], "ASSEMBLY": assembly}
+    return launch_of_tiles(products, shape, operands, weight, tiles, out, BLOCK, constants)

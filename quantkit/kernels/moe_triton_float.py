@@ -34,13 +34,12 @@ from quantkit.kernels import moe_tiles
 from quantkit.kernels.activations import EPSILON
 from quantkit.kernels.device_weights import DeviceWeight
 from quantkit.kernels.moe_tiles import Rows, Shape, Tiles
-from quantkit.kernels.moe_triton_parts import place_of, store_gated, store_outputs
+from quantkit.kernels.moe_triton_parts import Launch, launch_of_tiles, store_tile, tile_of
 from quantkit.scheme import BLOCK_SIZE
 
 STEP_BYTES = 128  # of a weight's row in a step: one row of the accelerator's shuffled layout
 MANY_ROWS = 64  # of a tile
 NOWHERE, BY_OUTPUT, BY_BLOCK = 0, 1, 2  # where weights have scales
-ROUND_WARPS = 4
 _BY_OUTPUT, _BY_BLOCK = tl.constexpr(BY_OUTPUT), tl.constexpr(BY_BLOCK)
 # Four FP8 numbers of a word to four BF16 numbers; 0x7b80 is 2^120.
 _WIDENED = tl.constexpr("""
@@ -90,7 +89,7 @@ def _block_steps(scales, by_row, PAIRED: tl.constexpr, SWAPPED: tl.constexpr, OU
         return (by_row * tl.load(scales))[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "split_steps"])
 def products(
     values,
     codes,
@@ -118,14 +117,13 @@ def products(
     INPUTS: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One tile of rows, one block of outputs, ``split_steps`` steps of ``INPUTS`` inputs; see :func:`_launch`."""
+    """One tile of rows, one block of outputs, ``split_steps`` steps of ``INPUTS`` inputs; see :func:`launch_of`."""
     tiles = tl.load(tile_count)
     blocks = tl.cdiv(weight_rows, OUTPUTS)
     program, split = tl.program_id(0), tl.program_id(1)
     if program >= tiles * blocks:
         return
-    tile, block = place_of(program, tiles, blocks, GROUP)
-    expert, first, last = tl.load(tile_expert + tile), tl.load(tile_first + tile), tl.load(tile_last + tile)
+    expert, first, last, block = tile_of(program, tiles, blocks, tile_expert, tile_first, tile_last, GROUP)
     row = first + tl.arange(0, ROWS)
     output = block * OUTPUTS + tl.arange(0, OUTPUTS)
     weight_row = expert * weight_rows + block * OUTPUTS
@@ -166,11 +164,7 @@ def products(
         else:
             total *= by_row[:, None] * by_output[None, :]
     if SWAPPED:
-        if PAIRED:
-            store_gated(total, out, first, last, block * OUTPUTS, outputs, width, OUTPUTS, ROWS)
-        else:
-            place = out + split.to(tl.int64) * rows * width
-            store_outputs(total, place, first, last, block * OUTPUTS, outputs, width, OUTPUTS, ROWS)
+        store_tile(total, out, split, rows, first, last, block, outputs, width, PAIRED, OUTPUTS, ROWS)
     else:
         place = out + split.to(tl.int64) * rows * width + row.to(tl.int64)[:, None] * width
         if PAIRED:
@@ -189,70 +183,48 @@ def shape_of_tile(weight: DeviceWeight, tokens: int) -> Shape:
 def gate_up(rows: Rows, weight: DeviceWeight, tiles: Tiles, out: torch.Tensor) -> None:
     """silu(gate) * up; see :mod:`quantkit.kernels.moe_triton`."""
     assert weight.paired
-    _launch(rows, weight, tiles, out[None])
+    launch_of(rows, weight, tiles, out[None], assembly=out.is_cuda).run()
 
 
 def matmul(rows: Rows, weight: DeviceWeight, tiles: Tiles, out: torch.Tensor) -> None:
     """Products; see :mod:`quantkit.kernels.moe_triton`."""
     assert not weight.paired
-    _launch(rows, weight, tiles, out)
+    launch_of(rows, weight, tiles, out, assembly=out.is_cuda).run()
 
 
-def _launch(rows: Rows, weight: DeviceWeight, tiles: Tiles, out: torch.Tensor) -> None:
-    """out: ``[splits, rows, width]``."""
-    shape, arguments, constants = arguments_of(rows, weight, tiles, out, assembly=out.is_cuda)
-    grid = (tiles.most * triton.cdiv(weight.rows, shape.outputs), out.shape[0])
-    products[grid](*arguments, **constants, num_warps=shape.warps, num_stages=shape.stages, enable_fp_fusion=True)
-
-
-def arguments_of(
+def launch_of(
     rows: Rows, weight: DeviceWeight, tiles: Tiles, out: torch.Tensor, *, assembly: bool, shape: Shape | None = None
-) -> tuple[Shape, tuple[object, ...], dict[str, object]]:
-    """Tile, arguments and constants of a launch."""
+) -> Launch:
+    """out: ``[splits, rows, width]``, as many rows as there are; one split where gate and up are multiplied."""
     shape = shape or shape_of_tile(weight, tiles.tokens)
     block = weight.scheme is not None and weight.scheme.granularity == "block"
     widen = weight.kind == "fp8" and rows.scales is None
     inputs = STEP_BYTES // weight.codes.element_size()
-    steps = weight.padded_inputs // inputs
-    assert rows.values.shape[1] == weight.padded_inputs and rows.values.is_contiguous() and weight.codes.is_contiguous()
-    assert out.is_contiguous() and not (block and shape.outputs > BLOCK_SIZE * (1 + weight.paired))
+    assert rows.values.shape == (out.shape[1], weight.padded_inputs)
+    assert not (block and shape.outputs > BLOCK_SIZE * (1 + weight.paired))
     nothing = tiles.count  # stands where there are no scales
-    arguments = (
+    operands = (
         TensorDescriptor.from_tensor(rows.values, [tiles.tokens, inputs]),
         TensorDescriptor.from_tensor(weight.codes, [shape.outputs, inputs]),
         out,
         nothing if rows.scales is None else rows.scales,
         weight.tables.get("scales", nothing),
-        tiles.expert,
-        tiles.first,
-        tiles.last,
-        tiles.count,
-        rows.values.shape[0],
-        weight.rows,
-        weight.outputs,
-        steps,
-        triton.cdiv(steps, out.shape[0]),
-        out.shape[-1],
     )
     constants: dict[str, object] = {
-        "PAIRED": weight.paired,
         "SWAPPED": widen or tiles.tokens < MANY_ROWS,
         "SCALES": NOWHERE if weight.kind == "floating" else BY_BLOCK if block else BY_OUTPUT,
         "ROUNDED": rows.scales is not None,
         "WIDEN": widen,
         "ASSEMBLY": assembly,
-        "ROWS": tiles.tokens,
-        "OUTPUTS": shape.outputs,
         "INPUTS": inputs,
-        "GROUP": shape.group,
     }
-    return shape, arguments, constants
+    return launch_of_tiles(products, shape, operands, weight, tiles, out, inputs, constants)
 
 
 # ------------------------------------------------------------------------------------------------------------- rounding
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def round_fp8(
     values,
     codes,
@@ -297,6 +269,7 @@ def round_rows(values: torch.Tensor, weight: DeviceWeight, expert_of_row: torch.
     by_group = weight.scheme.granularity == "block"
     codes = torch.empty(values.shape, dtype=torch.float8_e4m3fn, device=values.device)
     scales = torch.empty((columns // BLOCK_SIZE, count) if by_group else (count,), device=values.device)
+    most = triton.next_power_of_2(columns // BLOCK_SIZE)
     round_fp8[(count,)](
         values,
         codes,
@@ -307,8 +280,8 @@ def round_rows(values: torch.Tensor, weight: DeviceWeight, expert_of_row: torch.
         columns,
         STATIC=weight.input_scale is not None,
         GROUPS=by_group,
-        MOST=triton.next_power_of_2(columns // BLOCK_SIZE),
-        num_warps=ROUND_WARPS,
+        MOST=most,
+        num_warps=max(4, most // 16),  # a whole row in registers
         enable_fp_fusion=False,
     )
     return Rows(codes, scales)

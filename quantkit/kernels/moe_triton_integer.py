@@ -19,6 +19,8 @@ A fixed number of programs takes tile after tile.  This module imports triton, s
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -29,13 +31,14 @@ from quantkit.kernels import moe_tiles
 from quantkit.kernels.activations import EPSILON
 from quantkit.kernels.device_weights import DeviceWeight
 from quantkit.kernels.moe_tiles import INPUTS, Rows, Shape, Tiles
-from quantkit.kernels.moe_triton_parts import place_of, store_gated, store_outputs
+from quantkit.kernels.moe_triton_parts import Launch, joined, store_tile, tile_of
 from quantkit.kernels.planes import PLANES
 
 MOST_TOKENS_OF_PARTS = 64  # of a tile where a step has several groups; larger ones are multiplied in pieces
 _B = tl.bfloat16
 
 
+@functools.cache  # making the text takes as long as a whole launch
 def instructions(plane: int, offset: int | None, step: int) -> str:
     """What makes ``(field - offset) * step`` of the fields of two neighbouring words: a pair of BF16 numbers for each field.
 
@@ -75,19 +78,13 @@ def _pair(value: int) -> str:
 
 
 @triton.jit
-def _joined(one, other):
-    """Two tiles side by side."""
-    return tl.reshape(tl.permute(tl.join(one, other), (0, 2, 1)), (one.shape[0], 2 * one.shape[1]))
-
-
-@triton.jit
 def _side_by_side(parts, FIRST: tl.constexpr, COUNT: tl.constexpr):
     """``COUNT`` tiles side by side, a power of two, from ``FIRST`` on."""
     if COUNT == 1:
         return parts[FIRST]
     else:
         HALF: tl.constexpr = COUNT // 2
-        return _joined(_side_by_side(parts, FIRST, HALF), _side_by_side(parts, FIRST + HALF, HALF))
+        return joined(_side_by_side(parts, FIRST, HALF), _side_by_side(parts, FIRST + HALF, HALF))
 
 
 @triton.jit
@@ -140,7 +137,7 @@ def _less(tile, subtrahend, ASSEMBLY: tl.constexpr):
         return tile - other
 
 
-@triton.jit(do_not_specialize=["all_rows"])
+@triton.jit(do_not_specialize=["rows_of_split"])
 def multiply(
     rows,
     low,
@@ -154,12 +151,13 @@ def multiply(
     firsts,
     lasts,
     count,
-    all_rows,
+    rows_of_split,
     weight_rows,
     outputs,
     steps,
     groups,
     width,
+    splits,
     LOW: tl.constexpr,
     MIDDLE: tl.constexpr,
     TOP: tl.constexpr,
@@ -169,8 +167,7 @@ def multiply(
     GROUPED: tl.constexpr,
     ZERO_POINTS: tl.constexpr,
     ROW_SCALES: tl.constexpr,
-    GATED: tl.constexpr,
-    SPLITS: tl.constexpr,
+    PAIRED: tl.constexpr,
     PIECES: tl.constexpr,
     OUTPUTS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -178,18 +175,16 @@ def multiply(
     STAGES: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
-    """Descriptors of rows, planes, scales and zero points; pointers to the rest; see :func:`arguments_of`."""
+    """Descriptors of rows, planes, scales and zero points; pointers to the rest; see :func:`launch_of`."""
     tiles = tl.load(count)
     blocks = tl.cdiv(weight_rows, OUTPUTS)
     WIDTH: tl.constexpr = 128 // PARTS  # inputs of a part
     WORDS: tl.constexpr = 4 * (LOW + MIDDLE + TOP)  # of a step
-    share = tl.cdiv(steps, SPLITS)
-    for number in range(tl.program_id(0), tiles * blocks * SPLITS * PIECES, tl.num_programs(0)):
-        tile, block = place_of(number // (SPLITS * PIECES), tiles, blocks, GROUP)
-        split = number % SPLITS
-        expert = tl.load(experts + tile)
-        first_row = tl.load(firsts + tile) + number // SPLITS % PIECES * TOKENS
-        last_row = tl.load(lasts + tile)
+    share = tl.cdiv(steps, splits)
+    for number in range(tl.program_id(0), tiles * blocks * splits * PIECES, tl.num_programs(0)):
+        expert, first_row, last_row, block = tile_of(number // (splits * PIECES), tiles, blocks, experts, firsts, lasts, GROUP)
+        split = number % splits
+        first_row += number // splits % PIECES * TOKENS
         weight_row = expert * weight_rows + block * OUTPUTS
         last_step = tl.minimum(split * share + share, steps)
         if PIECES > 1:
@@ -246,21 +241,17 @@ def multiply(
         if ROW_SCALES:
             row = first_row + tl.arange(0, TOKENS)
             total *= tl.load(row_scales + row, mask=row < last_row, other=0.0)[None, :]
-        if GATED:
-            store_gated(total, out, first_row, last_row, block * OUTPUTS, outputs, width, OUTPUTS, TOKENS)
-        else:
-            target = out + split.to(tl.int64) * all_rows * width
-            store_outputs(total, target, first_row, last_row, block * OUTPUTS, outputs, width, OUTPUTS, TOKENS)
+        store_tile(total, out, split, rows_of_split, first_row, last_row, block, outputs, width, PAIRED, OUTPUTS, TOKENS)
 
 
 def gate_up(rows: Rows, weight: DeviceWeight, tiles: Tiles, out: torch.Tensor) -> None:
     """silu(gate) * up; see :mod:`quantkit.kernels.moe_triton`."""
-    _launch(rows, weight, tiles, out[None])
+    launch_of(rows, weight, tiles, out[None], assembly=out.is_cuda).run()
 
 
 def matmul(rows: Rows, weight: DeviceWeight, tiles: Tiles, out: torch.Tensor) -> None:
     """Products, one of each run of inputs; see :mod:`quantkit.kernels.moe_triton`."""
-    _launch(rows, weight, tiles, out)
+    launch_of(rows, weight, tiles, out, assembly=out.is_cuda).run()
 
 
 def round_rows(values: torch.Tensor, weight: DeviceWeight, expert_of_row: torch.Tensor) -> Rows:
@@ -291,19 +282,10 @@ def _parts(weight: DeviceWeight) -> int:
     return INPUTS // weight.scheme.group_size if weight.scheme.granularity == "group" else 1
 
 
-def _launch(rows: Rows, weight: DeviceWeight, tiles: Tiles, out: torch.Tensor) -> None:
-    """out: ``[splits, rows, width]``; one split where gate and up are multiplied."""
-    shape, arguments, constants = arguments_of(rows, weight, tiles, out, assembly=out.is_cuda)
-    blocks = triton.cdiv(weight.rows, shape.outputs)
-    programs = tiles.most * blocks * len(out) * int(constants["PIECES"])  # type: ignore[call-overload]
-    programs = min(programs, moe_tiles.multiprocessors(out.device) * shape.residents)
-    multiply[(programs,)](*arguments, **constants, num_warps=shape.warps, maxnreg=shape.most_registers, enable_fp_fusion=True)
-
-
-def arguments_of(
+def launch_of(
     rows: Rows, weight: DeviceWeight, tiles: Tiles, out: torch.Tensor, *, assembly: bool, shape: Shape | None = None
-) -> tuple[Shape, tuple[object, ...], dict[str, object]]:
-    """Tile, arguments and constants of a launch.  out: ``[splits, rows, width]``, contiguous."""
+) -> Launch:
+    """out: ``[splits, rows, width]``, contiguous; one split where gate and up are multiplied."""
     assert weight.scheme is not None and out.is_contiguous() and rows.values.is_contiguous()
     assert rows.values.shape[1] == weight.padded_inputs and (not weight.paired or len(out) == 1)
     shape = shape or shape_of_tile(weight, tiles.tokens)
@@ -331,6 +313,7 @@ def arguments_of(
         weight.padded_inputs // INPUTS,
         len(weight.tables["scales"]) // weight.matrices,
         out.shape[2],
+        len(out),
     )
     constants: dict[str, object] = {
         "LOW": low,
@@ -342,8 +325,7 @@ def arguments_of(
         "GROUPED": weight.scheme.granularity == "group",
         "ZERO_POINTS": zero_points,
         "ROW_SCALES": rows.scales is not None,
-        "GATED": weight.paired,
-        "SPLITS": len(out),
+        "PAIRED": weight.paired,
         "PIECES": tiles.tokens // tokens,
         "OUTPUTS": shape.outputs,
         "TOKENS": tokens,
@@ -351,7 +333,10 @@ def arguments_of(
         "STAGES": shape.stages,
         "ASSEMBLY": assembly,
     }
-    return shape, arguments, constants
+    programs = tiles.most * triton.cdiv(weight.rows, shape.outputs) * len(out) * (tiles.tokens // tokens)
+    programs = min(programs, moe_tiles.multiprocessors(out.device) * shape.residents)
+    options = {"num_warps": shape.warps, "maxnreg": shape.most_registers, "enable_fp_fusion": True}
+    return Launch(multiply, shape, (programs,), arguments, constants, options)
 
 
 def _rectangles(tensor: torch.Tensor, height: int, width: int) -> TensorDescriptor:

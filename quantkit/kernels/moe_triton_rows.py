@@ -82,21 +82,21 @@ def sort_rows(
     tl.store(bounds + edge, first.to(tl.int64), mask=edge < EXPERTS + 2)
 
 
-@triton.jit
-def cut_rows(bounds, numbers, experts, firsts, lasts, count, MEMBERS: tl.constexpr, SIZE: tl.constexpr, TOKENS: tl.constexpr):
-    """Tiles of ``TOKENS`` rows of the experts ``numbers [MEMBERS]`` of a stack, by one program."""
-    member = tl.arange(0, SIZE)
-    number = tl.load(numbers + member, mask=member < MEMBERS, other=0)
-    first = tl.load(bounds + number, mask=member < MEMBERS, other=0).to(tl.int32)
-    last = tl.load(bounds + number + 1, mask=member < MEMBERS, other=0).to(tl.int32)
+@triton.jit(do_not_specialize=["begin", "end"])
+def cut_rows(bounds, numbers, experts, firsts, lasts, count, begin, end, SIZE: tl.constexpr, TOKENS: tl.constexpr):
+    """Tiles of ``TOKENS`` rows of the experts ``numbers [begin .. end]`` of a stack, by one program."""
+    member = begin + tl.arange(0, SIZE)
+    number = tl.load(numbers + member, mask=member < end, other=0)
+    first = tl.load(bounds + number, mask=member < end, other=0).to(tl.int32)
+    last = tl.load(bounds + number + 1, mask=member < end, other=0).to(tl.int32)
     tiles = (last - first + TOKENS - 1) // TOKENS
     before = tl.cumsum(tiles, 0) - tiles
     tl.store(count, tl.sum(tiles, 0))
     for turn in range(tl.max(tiles, 0)):
-        begin = first + turn * TOKENS
+        row = first + turn * TOKENS
         tl.store(experts + before + turn, member, mask=turn < tiles)
-        tl.store(firsts + before + turn, begin, mask=turn < tiles)
-        tl.store(lasts + before + turn, tl.minimum(begin + TOKENS, last), mask=turn < tiles)
+        tl.store(firsts + before + turn, row, mask=turn < tiles)
+        tl.store(lasts + before + turn, tl.minimum(row + TOKENS, last), mask=turn < tiles)
 
 
 @triton.jit
@@ -175,9 +175,12 @@ def sorted_by_torch(routing: Routing, experts: int) -> Order:
     )
 
 
-def cut(bounds: torch.Tensor, numbers: torch.Tensor, tokens: int, most: int) -> Tiles:
-    """Tiles of ``tokens`` rows, at most ``most``, of the experts ``numbers`` int64 ``[members]``; bounds: of an ``Order``."""
-    members, device = len(numbers), bounds.device
+def cut(bounds: torch.Tensor, numbers: torch.Tensor, members: range, tokens: int, most: int) -> Tiles:
+    """Tiles of ``tokens`` rows, at most ``most``, of some ``members`` of a stack, whose experts are ``numbers``, int64.
+
+    bounds: of an ``Order``.
+    """
+    device = bounds.device
     expert, first, last = (torch.empty(most, dtype=torch.int32, device=device) for _ in range(3))
     count = torch.empty(1, dtype=torch.int32, device=device)
     cut_rows[(1,)](
@@ -187,8 +190,9 @@ def cut(bounds: torch.Tensor, numbers: torch.Tensor, tokens: int, most: int) -> 
         first,
         last,
         count,
-        MEMBERS=members,
-        SIZE=max(16, triton.next_power_of_2(members)),
+        members.start,
+        members.stop,
+        SIZE=max(16, triton.next_power_of_2(len(members))),
         TOKENS=tokens,
         **OPTIONS,
     )
