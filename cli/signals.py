@@ -49,7 +49,7 @@ def raising_on_signals() -> Iterator[None]:
     again: list[threading.Timer] = []
 
     def send_again() -> None:
-        again.append(threading.Timer(AGAIN_SECONDS, signal.raise_signal, (signal.SIGINT,)))
+        again.append(threading.Timer(AGAIN_SECONDS, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)))
         again[-1].start()
 
     with _handling(handle, lost=send_again):
