@@ -346,6 +346,23 @@ def test_inspect_source_and_artifact(source: Path, artifacts: tuple[Path, dict[s
     assert max(len(line) for line in printed.splitlines()[1:]) <= 80  # the first line is the path
 
 
+def test_on_a_narrow_terminal_no_table_is_cut(
+    source: Path, artifacts: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is too wide goes on beyond the edge: every cell stands there in full."""
+    artifact = artifacts[0] / "w4a16-rtn"
+    commands = (("plan", source, "--to", "w4a16-rtn", "-o", tmp_path), ("inspect", artifact), ("verify", artifact), ("presets",))
+    wide, narrow = [], []
+    for shown, columns in ((wide, "400"), (narrow, "40")):
+        monkeypatch.setenv("COLUMNS", columns)
+        for command in commands:
+            result = run(*command)
+            assert result.exit_code == 0 and "…" not in result.stdout
+            text = result.stdout.split("The run")[0]  # the speeds of the machine differ each time
+            shown.append(sorted(word for word in text.split() if "─" not in word))
+    assert narrow == wide
+
+
 def test_verify_passes_and_fails(source: Path, artifacts: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     artifact = artifacts[0] / "w4a16-rtn"
     answer = run_json("verify", artifact, "--source", source, "--sample", 3)

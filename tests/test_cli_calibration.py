@@ -135,6 +135,8 @@ def test_calibrate_as_json(library: Library, tmp_path: Path) -> None:
     assert {row["name"] for row in answer["languages"]} == {"python", "de", "en"}
     assert answer["cache_peaks"]["3"] == {"key": 2.5, "value": pytest.approx(0.3)}
     assert [row["layer"] for row in answer["layers"]] == [1, 3]
+    both = run("calibrate", "source", "-o", tmp_path / "quiet", "--json", "--quiet")
+    assert json.loads(both.stdout)["directory"] == str(tmp_path / "quiet")
 
 
 def test_calibrate_says_where_the_importance_file_is(library: Library, tmp_path: Path) -> None:
