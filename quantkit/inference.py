@@ -78,7 +78,7 @@ class Inference:
         self._team, self._device, self._round = team, device, round_activations
         self._backend: Backend | None = None if device is None else "triton"
         self._workspace = Workspace()
-        self._weights: ReadyWeights = StoredWeights(model) if device is None else DeviceWeights(model, device, kept_bytes)
+        self._weights: ReadyWeights = StoredWeights(model) if device is None else DeviceWeights(model, team, device, kept_bytes)
         self._layers: dict[int, list[Unit]] = {layer: [] for layer in range(self.config.num_layers)}
         for unit in model.units:
             if unit.layer is not None:

@@ -5,6 +5,8 @@ layer at every step, so on a device those that there is room for stay there as t
 the first time on; the others are brought there at each step, and of them only the experts that tokens go to.  On the CPU it is
 :class:`~quantkit.kept_model.KeptModel` that keeps.
 
+Reading takes longer than all else on this road, so what is brought to a device is read by all threads, some experts at a time.
+
 Head and embedding stay on a device as BF16 where that loses nothing, else as float32, and meet the products as float32 tiles, whose
 size does not depend on what is kept.  So what there is room for never shows in logits.
 """
@@ -20,14 +22,15 @@ import torch
 from quantkit.estimate import available_memory
 from quantkit.kernels.device_mixture import Mixture, prepare
 from quantkit.kernels.device_weights import DeviceWeight, build, kind_of
-from quantkit.kernels.weights import Mlp, Weight
+from quantkit.kernels.weights import AnnouncedExperts, Mlp, Weight
 from quantkit.language_model import TABLE_ROWS, embedding_name, gather, head_name
 from quantkit.llama4 import Unit, WeightMatrix
 from quantkit.stored_model import StoredModel
-from quantkit.team import spans
+from quantkit.team import Team, spans
 
 KEPT_TABLE_BYTES = 256 << 20  # of the head in float32 on the CPU; a larger one is read again for every call
 DEVICE_TABLE_ROWS = 8192  # of the head in float32 on a device at a time: 168 MB of a Scout's
+AHEAD_BYTES = 2 << 30  # of memory, for experts that threads read at the same time
 RESERVED_BYTES = 6 << 30  # of a device: keys and values, hidden states, logits
 
 
@@ -60,9 +63,6 @@ class ReadyWeights(ABC):
     def head(self) -> Iterator[tuple[int, torch.Tensor]]:
         """The head from first to last: number of the first row, some rows in float32, valid until the next are asked for."""
 
-    def _stored_mixture(self, experts: Sequence[Unit], shared: tuple[Unit, Unit]) -> tuple[Sequence[Mlp], Mlp]:
-        return _Experts(self.model, experts), _stored_mlp(self.model, *shared)
-
     def _stored_embeddings(self, tokens: torch.Tensor) -> torch.Tensor:
         hidden = torch.empty(len(tokens), self.config.hidden_size)
         gather(self.model.rows(embedding_name(self.config), TABLE_ROWS), tokens, hidden)
@@ -82,7 +82,7 @@ class StoredWeights(ReadyWeights):
 
     def mixture(self, experts: Sequence[Unit], shared: tuple[Unit, Unit]) -> tuple[Sequence[Mlp] | Mixture, Mlp | None]:
         """See :class:`ReadyWeights`."""
-        return self._stored_mixture(experts, shared)
+        return StoredExperts(self.model, experts), _stored_mlp(self.model, *shared)
 
     def vector(self, name: str) -> torch.Tensor:
         """See :class:`ReadyWeights`."""
@@ -104,16 +104,18 @@ class StoredWeights(ReadyWeights):
 
 
 class DeviceWeights(ReadyWeights):
-    """For a device.  Norms, routers and biases stay there once they have been asked for, and so does the head if there is room.
+    """For a device; ``team`` reads.
+
+    Norms, routers and biases stay there once they have been asked for, and so does the head if there is room.
 
     budget: bytes of layers and of the embedding that stay there, too; None for as many as there is room for.  There is room for
     something when afterwards as much again and ``RESERVED_BYTES`` are free, since experts lie there twice while they are stacked.
     """
 
-    def __init__(self, model: StoredModel, device: torch.device, budget: int | None) -> None:
+    def __init__(self, model: StoredModel, team: Team, device: torch.device, budget: int | None) -> None:
         super().__init__(model)
         self.kept = 0  # bytes of layers and of the embedding
-        self._device, self._budget = device, budget
+        self._team, self._device, self._budget = team, device, budget
         self._vectors: dict[str, torch.Tensor] = {}
         self._tables: dict[str, torch.Tensor] = {}
         self._matrices: dict[str, list[DeviceWeight]] = {}
@@ -137,7 +139,7 @@ class DeviceWeights(ReadyWeights):
         key = shared[0].key
         if key in self._mixtures:
             return self._mixtures[key], None
-        stored = self._stored_mixture(experts, shared)
+        stored = StoredExperts(self.model, experts, self._team), _stored_mlp(self.model, *shared)
         if not self._may_keep(key, [*experts, *shared]):
             return stored
         mixture = prepare(*stored, self._device)
@@ -221,16 +223,42 @@ class DeviceWeights(ReadyWeights):
         return self._stored_bytes[matrix.name]
 
 
-class _Experts(Sequence[Mlp]):
-    """The routed experts of a layer, read when asked for."""
+class StoredExperts(AnnouncedExperts):
+    """The routed experts of a layer, read when asked for.  units: as of :meth:`ReadyWeights.mixture`.
 
-    def __init__(self, model: StoredModel, units: Sequence[Unit]) -> None:
-        self._model, self._units = model, units
+    team: reads those that were announced, as many at a time as there are threads and ``AHEAD_BYTES`` hold.
+    """
+
+    def __init__(self, model: StoredModel, units: Sequence[Unit], team: Team | None = None) -> None:
+        self._model, self._units, self._team = model, units, team
+        self._announced: list[int] = []
+        self._ahead: dict[int, Mlp] = {}
 
     def __len__(self) -> int:
         return len(self._units) // 2
 
     def __getitem__(self, index: int) -> Mlp:  # type: ignore[override]
+        if index in self._announced:
+            self._read_ahead(self._announced.index(index))
+        return self._ahead.pop(index) if index in self._ahead else self._read(index)
+
+    def announce(self, numbers: Sequence[int]) -> None:
+        """See :class:`AnnouncedExperts`."""
+        self._announced = list(numbers) if self._team is not None else []
+
+    def _read_ahead(self, place: int) -> None:
+        assert self._team is not None, "nothing is announced without one"
+        weights = sum(math.prod(matrix.shape) for unit in self._units[:2] for matrix in unit.matrices)
+        count = max(1, min(self._team.threads, AHEAD_BYTES // (2 * weights)))  # codes take a byte at least, BF16 takes two
+        numbers = self._announced[place : place + count]
+        self._announced = self._announced[place + count :]
+
+        def read(number: int) -> None:
+            self._ahead[number] = self._read(number)
+
+        self._team.run(read, numbers)
+
+    def _read(self, index: int) -> Mlp:
         return _stored_mlp(self._model, self._units[2 * index], self._units[2 * index + 1])
 
 

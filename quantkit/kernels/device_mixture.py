@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from quantkit.kernels.device_weights import DeviceWeight, alike, build, kind_of, scheme_of, stack
-from quantkit.kernels.weights import Mlp
+from quantkit.kernels.weights import AnnouncedExperts, Mlp
 
 Entry = tuple[int, DeviceWeight, DeviceWeight | None, DeviceWeight]  # number, gate, up, down of an expert
 
@@ -53,6 +53,8 @@ class Mixture:
 def prepare(experts: Sequence[Mlp], shared: Mlp, device: torch.device, wanted: Sequence[int] | None = None) -> Mixture:
     """Experts on the device, stacked by scheme.  wanted: the experts to ask for, ascending; None for all."""
     numbers = range(len(experts)) if wanted is None else wanted
+    if isinstance(experts, AnnouncedExperts):
+        experts.announce(numbers)
     groups: list[list[Entry]] = []
     for number in (*numbers, len(experts)):
         mlp = shared if number == len(experts) else experts[number]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +20,14 @@ class Mlp:
     gate: Weight
     up: Weight
     down: Weight
+
+
+class AnnouncedExperts(Sequence[Mlp]):
+    """Experts that want to know beforehand which of them will be asked for, so that they can be read ahead."""
+
+    @abstractmethod
+    def announce(self, numbers: Sequence[int]) -> None:
+        """These will be asked for next, each once and in this order."""
 
 
 def shape_of(weight: Weight) -> tuple[int, int]:
