@@ -25,13 +25,14 @@ from quantkit.errors import ArtifactError, CheckpointError, Interrupted
 from quantkit.evaluation_cache import Entry, EvaluationCache, decode_rows, encode_rows
 from quantkit.evaluation_checks import artifact_errors, reference_errors
 from quantkit.inference import Inference
-from quantkit.layer_pass import PORTION, Samples
+from quantkit.layer_pass import Samples
 from quantkit.stored_model import StoredModel
 from quantkit.team import Team, spans
 from quantkit.windows import Windows
 
 SAVE_SECONDS = 60.0  # between saved states of an unfinished sweep
 SWEEP_ELEMENTS = 16384 * 5120  # of the hidden states of a sweep: 16,384 tokens of a Scout
+ENCODED_ROWS = 256  # of final states, by a thread at a time
 DEVICE_SWEEP_ELEMENTS = 4 * SWEEP_ELEMENTS  # some 6 GB of a device while a layer is computed
 STOPPED = "Stopped. What was computed is kept: the same command goes on from there."
 
@@ -212,8 +213,11 @@ class ModelPass:
         rows, _ = self._windows.predictions(sweep.part)
         halves = torch.empty(len(rows), hidden.shape[1], dtype=torch.float16)
         exponents = torch.empty(len(rows), dtype=torch.int16)
-        for part in spans(len(rows), PORTION):
+
+        def encode(part: slice) -> None:
             halves[part], exponents[part] = encode_rows(hidden[rows[part].to(hidden.device)].cpu())
+
+        self._team.run(encode, spans(len(rows), ENCODED_ROWS))
         return {"halves": halves, "exponents": exponents, "routes": routes}
 
     def _resumed(self, sweep: Sweep, samples: Samples) -> tuple[int, torch.Tensor, torch.Tensor]:

@@ -118,7 +118,7 @@ class Inference:
 
         samples: how tokens lie in ``hidden``; rows without a token keep what they hold.  The routing has a row for each token.
         """
-        tokens = None if len(samples.tokens) == len(hidden) else samples.tokens
+        tokens = None if len(samples.tokens) == len(hidden) else samples.tokens.to(hidden.device)
         base = f"{self.config.prefix}model.layers.{number}."
         matrices = {unit.key.rpartition(".")[2]: unit for unit in self._layers[number] if unit.matrices and unit.expert is None}
         self._attention(number, base, matrices, hidden, samples, cache)
@@ -140,10 +140,7 @@ class Inference:
             )
         else:
             result = self._dense(rows, *own)
-        if tokens is None:
-            hidden += result
-        else:
-            hidden[tokens] += result
+        _add(hidden, tokens, result)
         return routing
 
     def _attention(
@@ -155,39 +152,48 @@ class Inference:
         samples: Samples,
         cache: KeyValueCache | None,
     ) -> None:
-        config = self.config
         norm = self._weights.vector(f"{base}input_layernorm.weight")
         joined = self._weights.matrices(matrices["qkv"])
         [out] = self._weights.matrices(matrices["o_proj"])
         biases = [self._bias(f"{base}self_attn.{name}.bias") for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
         for group in _groups(samples, cache is not None or self._device is not None):
-            tokens = torch.cat([torch.arange(begin, begin + length) for begin, length in group]).to(hidden.device)
-            rows = self._normalized(hidden, tokens, norm)
+            there, tokens = _rows_of(group, hidden)
+            rows = self._normalized(there, tokens, norm)
             query, key, value = (
                 _with_bias(self._product(rows, weight), bias) for weight, bias in zip(joined, biases, strict=False)
             )
+            count = len(rows)
+            del rows  # one window may be all that is in memory: each array counts
             if self._device is not None:
                 context = self._attended_there(number, group, samples.length, (query, key, value), cache)
             elif cache is not None:
                 context = self._continue(number, group, samples.length, (query, key, value), cache)
             else:
-                shape = (len(group), group[0][1], -1)
-                query, key, value = query.view(shape), key.view(shape), value.view(shape)
-                context = torch.empty_like(query)
+                context = self._gather(number, group, query, key, value)
+            del query, key, value
+            _add(there, tokens, _with_bias(self._product(context.view(count, -1), out), biases[3]))
+            del context
 
-                def attend(at: Heads, query=query, key=key, value=value, context=context) -> None:  # type: ignore[no-untyped-def]
-                    part, queries, keys = at
-                    context[part, :, queries] = forward.attend(
-                        config,
-                        number,
-                        query[part, :, queries],
-                        key[part, :, keys],
-                        value[part, :, keys],
-                        frequencies=self.model.frequencies,
-                    )
+    def _gather(
+        self, number: int, group: list[tuple[int, int]], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """What attention gathers for samples of equal length, one behind the other; it takes the place of ``query``."""
+        shape = (len(group), group[0][1], -1)
+        all_queries, all_keys, values = query.view(shape), key.view(shape), value.view(shape)
 
-                self._team.run(attend, self._heads(len(group), group[0][1]))
-            hidden[tokens] += _with_bias(self._product(context.view(len(tokens), -1), out), biases[3])
+        def attend(at: Heads) -> None:
+            part, queries, keys = at
+            all_queries[part, :, queries] = forward.attend(  # which nobody else reads
+                self.config,
+                number,
+                all_queries[part, :, queries],
+                all_keys[part, :, keys],
+                values[part, :, keys],
+                frequencies=self.model.frequencies,
+            )
+
+        self._team.run(attend, self._heads(len(group), group[0][1]))
+        return query
 
     def _attended_there(
         self, number: int, group: list[tuple[int, int]], length: int, projected: Projected, cache: KeyValueCache | None
@@ -319,6 +325,22 @@ def _groups(samples: Samples, mixed: bool) -> Iterator[list[tuple[int, int]]]:
         total += length
     if group:
         yield group
+
+
+def _rows_of(group: list[tuple[int, int]], hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A part of ``hidden``, and which of its rows are the group's; None: all."""
+    begin, end = group[0][0], sum(group[-1])
+    if end - begin == sum(length for _, length in group):
+        return hidden[begin:end], None
+    return hidden, torch.cat([torch.arange(first, first + length) for first, length in group]).to(hidden.device)
+
+
+def _add(hidden: torch.Tensor, rows: torch.Tensor | None, result: torch.Tensor) -> None:
+    """Add to some rows of ``hidden``, or to all."""
+    if rows is None:
+        hidden += result
+    else:
+        hidden[rows] += result
 
 
 def _with_bias(product: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -104,15 +104,16 @@ def _predictions(
     inference: Inference, hidden: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log probability of each target at its row, float64 ``[count]``, and whether it is the most likely token, bool."""
-    vocabulary = inference.config.vocab_size
-    values, greedy = torch.empty(len(rows), dtype=torch.float64), torch.empty(len(rows), dtype=torch.bool)
+    vocabulary, rows, targets = inference.config.vocab_size, rows.to(hidden.device), targets.to(hidden.device)
+    values = torch.empty(len(rows), dtype=torch.float64, device=hidden.device)
+    greedy = torch.empty(len(rows), dtype=torch.bool, device=hidden.device)
     at_once = max(1, LOGITS_BYTES // (4 * vocabulary))
     for start in range(0, len(rows), at_once):
         part = slice(start, start + at_once)
         wanted = targets[part]
-        logits = inference.logits(hidden[rows[part]], hidden.new_empty(len(wanted), vocabulary)).cpu()
+        logits = inference.logits(hidden[rows[part]], hidden.new_empty(len(wanted), vocabulary))
         largest, best = logits.max(-1)
         rest = torch.log(torch.exp((logits - largest[:, None]).to(torch.float64)).sum(-1))  # of the sum, beside the largest
         values[part] = (logits.gather(1, wanted[:, None])[:, 0] - largest).to(torch.float64) - rest
         greedy[part] = best == wanted
-    return values, greedy
+    return values.cpu(), greedy.cpu()
