@@ -215,9 +215,8 @@ def copy_rate(run: Run) -> None:
 
 def check(run: Run, name: str, *, round_activations: bool = True) -> None:
     """gate_up and down of four different experts, one of them without rows, against float64; and a layer against float32."""
-    hidden, width = min(run.sizes.hidden, 1024), min(run.sizes.width, 1024)
     for size in run.sizes.checked:
-        layer = cases.layer(name, 3, hidden, width, run.device, distinct=True)
+        layer = cases.layer(name, 3, run.sizes.hidden, run.sizes.width, run.device, distinct=True)
         counts = torch.tensor([0, size + 3, 1, 5], device=run.device)
         outcome: dict[str, Any] = {
             "scheme": name if round_activations else name + ", rows as they are",
