@@ -90,11 +90,19 @@ class CalibrationOptions:
             device = torch.device(self.device)
         except (RuntimeError, TypeError) as error:
             raise CalibrationError(f"device is {self.device!r}; expected cpu, cuda or cuda:N") from error
-        if device.type != "cuda" or (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        if device.type != "cuda" or (device.index or 0) >= count:
+            there = "no CUDA GPU" if not count else "cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
+            advice = ""
+            if device.type == "cuda" and torch.version.cuda is None:
+                advice = f" This torch ({torch.__version__}) is built without CUDA: install one with it, and quantkit[cuda]."
+            elif device.type == "cuda" and not count:
+                advice = " nvidia-smi tells whether the driver sees a GPU; CUDA_VISIBLE_DEVICES may hide it."
             raise CalibrationError(
-                f"there is no device {self.device!r} here; expected cpu, or one of {torch.cuda.device_count()} CUDA GPUs"
+                f"there is no device {self.device!r} here: expected cpu, or a GPU, and torch sees {there}.{advice}"
             )
-        return device
+        # the current device is a thread's own: by its number it is the same one in all threads
+        return device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ import xxhash
 
 from quantkit import metrics
 from quantkit.calibration import CalibrationOptions
-from quantkit.errors import ArtifactError, Interrupted
+from quantkit.errors import ArtifactError, CalibrationError, Interrupted
 from quantkit.estimate import available_cores
 from quantkit.evaluation import ArtifactEvaluation, Difference, Evaluation, Scores
 from quantkit.evaluation_cache import LIMIT_BYTES, EvaluationCache
@@ -87,9 +87,9 @@ def evaluate(
     round_activations: round the inputs of matrices as clients do where a scheme asks for it.  golden: questions that reference and
     artifacts answer besides, a file as :func:`quantkit.golden_set.read_questions` takes, or "bundled".
 
-    Raises ArtifactError, CheckpointError (of the reference), CorpusError, CalibrationError (no such device), RecipeError (a number
-    that means nothing), OutputError (the cache cannot be written), and Interrupted when ``stop`` was set or Ctrl-C pressed; then
-    the same call goes on from there.
+    Raises ArtifactError, CheckpointError (of the reference), CorpusError, CalibrationError (no such device, or too little memory
+    there), RecipeError (a number that means nothing), OutputError (the cache cannot be written), and Interrupted when ``stop`` was
+    set or Ctrl-C pressed; then the same call goes on from there.
     """
     paths = [artifacts] if isinstance(artifacts, str | Path) else list(artifacts)
     if not paths:
@@ -166,6 +166,11 @@ def evaluate(
                 answers.append(replace(given, name=one.name))
         except KeyboardInterrupt as error:
             raise Interrupted(STOPPED) from error
+        except torch.OutOfMemoryError as error:
+            raise CalibrationError(
+                f"{where} has too little memory ({error}). End other programs that use the GPU, take fewer tokens at once "
+                "(--batch-tokens), or compute on the CPU. What was computed is kept: the same command goes on from there."
+            ) from error
         summaries = _Summaries(list(zip(names, (_joined(found) for found in scores), strict=True)), cut, resamples, seed)
         found = [
             _artifact(one, scores[number], summaries, number, provenance)

@@ -23,8 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import torch
-
+from quantkit.calibration import CalibrationOptions
 from quantkit.encoder import Continuation, Encoder
 from quantkit.errors import CorpusError, QuantkitError
 from quantkit.generation import Prompt, end_tokens, generate
@@ -98,11 +97,11 @@ class _Requests:
     ) -> None:
         if max_length < 2 or max_gen_toks < 1:
             raise QuantkitError(f"max_length is {max_length} and max_gen_toks {max_gen_toks}; expected at least 2, and at least 1.")
+        where = CalibrationOptions(device=str(device or "cpu")).accelerator()  # which says what is wrong with a device
         self._encoder = Encoder.load(path if tokenizer is None else tokenizer)
         self._model = open_model(path)
         self._ends = end_tokens(self._model, self._encoder.directory)
         self._max_length, self._max_tokens = max_length, max_gen_toks
-        where = None if device in (None, "cpu") else torch.device(str(device))
         self._team = Team(threads or os.cpu_count() or 1)
         self._inference = keeping_inference(self._model, self._team, where, kept_bytes, round_activations)
 
