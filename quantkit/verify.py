@@ -18,12 +18,9 @@ What depends on the format is behind :class:`quantkit.comparison.Artifact`.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
-import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +28,7 @@ from quantkit import ledger
 from quantkit.checkpoint import CONFIG_NAME, Checkpoint
 from quantkit.comparison import Artifact, Item, check_decodes, check_source, choose
 from quantkit.errors import ArtifactError, CheckpointError, LedgerError, QuantkitError
-from quantkit.estimate import available_cores
+from quantkit.file_digests import hash_files
 from quantkit.formats import FORMATS
 from quantkit.gguf_artifact import GgufArtifact
 from quantkit.gguf_files import is_gguf
@@ -44,7 +41,6 @@ from quantkit.strict_json import brief, parse_object
 from quantkit.tensor_files import SIDECAR_BYTES, listing, read_small_file
 from quantkit.writer import JOURNAL, MANIFEST
 
-READ_BYTES = 8 << 20
 LEDGER = "ledger.json"
 # Files that a loader would read although the manifest does not vouch for them.  What uploads and downloads leave is none of these.
 _LOADED = re.compile(r".*\.(safetensors|packed|bin|pth?|py|gguf|index\.json)|config\.json|ledger\.json", re.IGNORECASE | re.DOTALL)
@@ -188,34 +184,14 @@ def check_manifest(path: Path, progress: Callable[[int, int], None] | None) -> s
             problems.append(f"{name} has {file.stat().st_size} bytes; the manifest says {entry.get('size')}")
         else:
             whole.append(file)
-    size = sum(file.stat().st_size for file in whole)
-    for file, digest in zip(whole, _hash_files(whole, size, progress), strict=True):
+    for file, digest in zip(whole, hash_files(whole, progress), strict=True):
         if digest != listed[file.name].get("sha256"):
             problems.append(f"{file.name} has another sha256 than the manifest says: its content was changed or damaged")
     if problems:
         raise ArtifactError("; ".join(problems))
     others = f"; not listed, and not read by loaders: {listing(strays)}" if strays else ""
+    size = sum(file.stat().st_size for file in whole)
     return f"{len(listed)} files, {size:,} bytes, every sha256 as listed{others}"
-
-
-def _hash_files(files: list[Path], total: int, progress: Callable[[int, int], None] | None) -> list[str]:
-    """The sha256 of each file; several are read at once."""
-    lock, done = threading.Lock(), 0
-
-    def digest(file: Path) -> str:
-        nonlocal done
-        result = hashlib.sha256()
-        with file.open("rb", buffering=0) as stream:
-            while piece := stream.read(READ_BYTES):
-                result.update(piece)
-                with lock:
-                    done += len(piece)
-                    if progress is not None:
-                        progress(done, total)
-        return result.hexdigest()
-
-    with ThreadPoolExecutor(available_cores()) as pool:
-        return list(pool.map(digest, files))
 
 
 def _check_ledger(artifact: Artifact, entries: Mapping[str, ledger.LedgerEntry], damage: QuantkitError | None) -> str:
