@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from .options import MAXIMUM_WORKERS, AsJson, expand
+from .options import MAXIMUM_WORKERS, AsJson, check_size, expand
+from .text import parse_size
 
 MEASUREMENT = "Measurement"
 OUTPUT = "Output and gates"
@@ -73,6 +74,15 @@ class Measurement:
             rich_help_panel=MEASUREMENT,
         ),
     ] = None
+    cache_limit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            callback=check_size,
+            help="Bytes that may lie there; what was not used for longest is removed. Default: 20GB.",
+            rich_help_panel=MEASUREMENT,
+        ),
+    ] = None
     batch_tokens: Annotated[
         int | None,
         typer.Option(
@@ -101,7 +111,8 @@ class Measurement:
         """The arguments of ``evaluate``, by name."""
         given = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "float_activations"}
         places = {name: None if given[name] is None else Path(given[name]) for name in ("golden", "cache")}
-        return {**given, **places, "round_activations": not self.float_activations}
+        limit = None if self.cache_limit is None else parse_size(self.cache_limit)
+        return {**given, **places, "cache_limit": limit, "round_activations": not self.float_activations}
 
 
 @dataclass(frozen=True)

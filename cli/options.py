@@ -60,7 +60,8 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
 # ------------------------------------------------------------------------------------------------------------ single ones
 
 
-def _parse_size(value: str | None) -> str | None:
+def check_size(value: str | None) -> str | None:
+    """The value of an option that says a size, as it was written; refuses others."""
     try:
         shard_bytes(value)
     except ValueError as error:
@@ -99,7 +100,7 @@ ShardSize = Annotated[
         "--max-shard-size",
         "--split-max-size",
         metavar="SIZE",
-        callback=_parse_size,
+        callback=check_size,
         help="Largest tensor file: 5GB, 500MB, 4GiB. Default: 5GB for safetensors and packed; a GGUF file stays whole.",
     ),
 ]

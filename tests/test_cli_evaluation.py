@@ -76,7 +76,22 @@ def test_options_reach_the_library(stub: Stub, tmp_path: Path) -> None:
         "--golden",
         "g.jsonl",
     ]
-    options += ["--device", "cuda", "--workers", 3, "--cache", "c", "--batch-tokens", 99, "--seed", 5, "--resamples", 11]
+    options += [
+        "--device",
+        "cuda",
+        "--workers",
+        3,
+        "--cache",
+        "c",
+        "--cache-limit",
+        "1.5GB",
+        "--batch-tokens",
+        99,
+        "--seed",
+        5,
+        "--resamples",
+        11,
+    ]
     result = run("eval", "out/a", "--reference", "model", *options, "--float-activations")
     assert result.exit_code == 0, result.output
     ((artifacts, reference, given),) = stub.calls
@@ -93,6 +108,7 @@ def test_options_reach_the_library(stub: Stub, tmp_path: Path) -> None:
         "workers": 3,
         "batch_tokens": 99,
         "cache": Path("c"),
+        "cache_limit": 1_500_000_000,
         "resamples": 11,
         "round_activations": False,
         "golden": Path("g.jsonl"),

@@ -190,7 +190,7 @@ def test_a_device_that_is_not_there(device: str, says: str, made: Made, cache: P
     assert result.exit_code == 9 and says in " ".join(result.output.split())
 
 
-@pytest.mark.parametrize("option", [("--seed", "-1"), ("--window", "2")])
+@pytest.mark.parametrize("option", [("--seed", "-1"), ("--window", "2"), ("--cache-limit", "20 apples"), ("--cache-limit", "0")])
 def test_options_out_of_range_are_wrong_usage(option: tuple[str, str], made: Made) -> None:
     for command in ("eval", "compare"):
         assert run(command, made.artifact("fp8-dynamic"), "--reference", DEMO, *option).exit_code == 2
