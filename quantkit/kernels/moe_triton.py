@@ -7,10 +7,10 @@
     down        one launch: float32 ``[splits, rows, hidden]``; where there are few rows, inputs are cut so that the device is full
     combine     for every token the shared expert's row, then its slots, over all splits, always in that order
 
-Experts of one scheme and shape are one stack and one launch of each, or two where the shared expert, which has all tokens, is better
-cut into larger tiles; a mixture of schemes takes one launch for each of them.
-Nothing waits for the device, once experts are prepared: how many tiles of rows there are is known to the device alone
-(``moe_tiles.Tiles``), and kernels take tiles until there are none.  No atomics: every row is written by one program.
+Experts of one scheme and shape are one stack and one launch of each, or two where the shared expert, which has all tokens, is
+better cut into larger tiles; a mixture of schemes takes one launch for each of them.  Nothing waits for the device, once experts
+are prepared: how many tiles of rows there are is known to the device alone (``moe_tiles.Tiles``), and kernels take tiles until
+there are none.  No atomics: every row is written by one program.
 
 A kind of weight has three functions, which ``KERNELS`` finds by name in its module:
 
