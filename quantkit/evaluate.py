@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,12 @@ from quantkit.evaluation_checks import (
     open_artifact,
     open_reference,
     read_manifest,
+    reference_errors,
 )
 from quantkit.evaluation_pass import STOPPED, EvaluationProgress, ModelPass, Sweep, Watch, cut_sweeps
 from quantkit.evaluation_provenance import Provenance, read_provenance
 from quantkit.evaluation_scores import Scorer, SweepScores, scores_folder
+from quantkit.file_digests import RememberedDigests
 from quantkit.golden import answer_golden
 from quantkit.golden_set import read_questions
 from quantkit.stored_model import StoredModel
@@ -55,6 +58,7 @@ from quantkit.windows import Convention, Windows, load_windows
 __all__ = ["EvaluationProgress", "evaluate"]
 
 Progress = Callable[[EvaluationProgress], None]
+DIGESTS = "file-digests.json"  # in the cache
 
 
 def evaluate(
@@ -128,7 +132,8 @@ def evaluate(
             )
             place = Path.home() / ".cache" / "quantkit" / "evaluation" if cache is None else Path(cache).expanduser()
             store = opened.enter_context(EvaluationCache(place, LIMIT_BYTES if cache_limit is None else cache_limit))
-            keys, provenances = _checked(base, models, watch)  # which takes a while: all other errors come first
+            digests = RememberedDigests(place / DIGESTS)
+            keys, provenances = _checked(base, models, digests, watch)  # which takes a while: all other errors come first
             team = opened.enter_context(Team(workers or available_cores()))
             sweeps = cut_sweeps(cut, base.config.hidden_size, batch_tokens, where)
             passes = [
@@ -194,18 +199,24 @@ def evaluate(
         )
 
 
-def _checked(base: StoredModel, models: Sequence[StoredModel], watch: Watch) -> tuple[list[str], list[Provenance]]:
-    """Digests of the files of reference and artifacts, and where the artifacts come from.  Raises ArtifactError."""
-    keys = [check_files(base, read_manifest(base), None)]
+def _checked(
+    base: StoredModel, models: Sequence[StoredModel], digests: RememberedDigests, watch: Watch
+) -> tuple[list[str], list[Provenance]]:
+    """What the states of reference and artifacts depend on, and where the artifacts come from.  Raises what is wrong with files."""
+
+    def key(model: StoredModel, manifest: dict[str, Any] | None) -> str:
+        def tell(done: int, total: int) -> None:
+            watch.tell("check", model.name, done, total)
+            watch.check()
+
+        return check_files(model, manifest, digests, tell)
+
+    with reference_errors():
+        keys = [key(base, read_manifest(base))]
     provenances = []
     for model in models:
         manifest = read_manifest(model)
-
-        def tell(done: int, total: int, name: str = model.name) -> None:
-            watch.tell("check", name, done, total)
-            watch.check()
-
-        keys.append(check_files(model, manifest, tell))
+        keys.append(key(model, manifest))
         provenances.append(read_provenance(model, manifest))
     return keys, provenances
 
@@ -218,8 +229,18 @@ def _names(models: Sequence[StoredModel]) -> list[str]:
 
 def _key(files: str, windows: Windows, device: str, round_activations: bool, sweeps: Sequence[Sweep]) -> str:
     """All that final states depend on."""
-    parts = (files, windows.digest, __version__, device, str(round_activations), str(sweeps[0].part.stop))
+    parts = (files, windows.digest, __version__, _sources(), device, str(round_activations), str(sweeps[0].part.stop))
     return xxhash.xxh3_64_hexdigest("\n".join(parts).encode())
+
+
+@lru_cache(maxsize=1)
+def _sources() -> str:
+    """Digest of quantkit's own code: a version in the making computes today what it did not yesterday."""
+    directory = Path(__file__).parent
+    digest = xxhash.xxh3_64()
+    for path in sorted(directory.rglob("*.py")):
+        digest.update(f"{path.relative_to(directory)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _measure(

@@ -2,7 +2,8 @@
 
 A figure from damaged files, from another model's tokenizer or from a model of other shape would look like any other figure, so each
 of these is one error here.  Files are compared with the manifest that lies beside them, where there is one: a bit that flipped in a
-tensor is found by its sha256, not by a strange perplexity.
+tensor is found by its sha256, not by a strange perplexity.  What no manifest vouches for is read as a whole as well, since names,
+sizes and times of change do not tell files apart everywhere; the digests are remembered.
 
 Text goes through the models as token ids, so what must agree of two tokenizers is what each id stands for.  Equal files need no
 closer look; others (clients write ``tokenizer.json`` anew) are compared token by token.  GGUF files hold the tokens themselves.
@@ -28,6 +29,7 @@ from gguf.constants import Keys
 
 from quantkit.corpus import load_tokenizer
 from quantkit.errors import AlreadyQuantizedError, ArtifactError, CheckpointError, CorpusError, LedgerError, RecipeError
+from quantkit.file_digests import RememberedDigests
 from quantkit.formats.gguf_tokenizer import TOKENIZER_FILE, tokenizer_metadata
 from quantkit.scheme import KEEP
 from quantkit.stored_model import CheckpointModel, GgufModel, StoredModel, open_model
@@ -168,13 +170,15 @@ def read_manifest(model: StoredModel) -> dict[str, Any] | None:
     return content if all(path.name in listed for path in model.files.paths) or os.path.isdir(model.path) else None
 
 
-def check_files(model: StoredModel, manifest: dict[str, Any] | None, progress: Callable[[int, int], None] | None) -> str:
+def check_files(
+    model: StoredModel, manifest: dict[str, Any] | None, digests: RememberedDigests, progress: Callable[[int, int], None]
+) -> str:
     """What the states of this model depend on: a digest of its files, after comparing them with the manifest.
 
-    Raises ArtifactError for files that differ from it.
+    digests: of files that no manifest vouches for.  Raises ArtifactError for files that differ from it, or cannot be read.
     """
+    directory = model_directory(model)
     if manifest is not None:
-        directory = model_directory(model)
         try:
             check_manifest(directory, progress)
         except (ArtifactError, CheckpointError, LedgerError) as error:
@@ -182,13 +186,21 @@ def check_files(model: StoredModel, manifest: dict[str, Any] | None, progress: C
                 f"{directory} is not what its manifest says: {error}. Do not use it; download or convert it again."
             ) from error
         except OSError as error:
-            raise ArtifactError(f"{directory} cannot be read: {error.strerror or error}. Check its permissions.") from error
+            raise _unreadable(directory, error) from error
         identity: Any = {path.name: manifest["files"].get(path.name) for path in model.files.paths}
     else:
-        identity = model.checkpoint.fingerprint() if isinstance(model, CheckpointModel) else model.fingerprint()
+        files = sorted(model.files.paths)
+        try:
+            identity = dict(zip((path.name for path in files), digests.of(files, progress), strict=True))
+        except OSError as error:
+            raise _unreadable(directory, error) from error
     config = dataclasses.asdict(dataclasses.replace(model.config, prefix=""))
     content = {"files": identity, "config": config, "schemes": model.schemes, "format": model.format}
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+
+
+def _unreadable(directory: Path, error: OSError) -> ArtifactError:
+    return ArtifactError(f"{directory} cannot be read: {error.strerror or error}. Check its permissions.")
 
 
 def check_same_model(reference: StoredModel, artifact: StoredModel) -> None:

@@ -63,7 +63,7 @@ def test_figures_depend_neither_on_threads_nor_on_the_cache(
     first = comparable(small(made["scout"], names, tmp_path / "one", workers=1))
     assert comparable(small(made["scout"], names, tmp_path / "two", workers=3)) == first
     assert comparable(small(made["scout"], names, tmp_path / "one")) == first
-    files = sorted(path for path in (tmp_path / "one").rglob("*") if path.is_file())
+    files = sorted((tmp_path / "one").glob("*/*"))
     assert sorted(path.name for path in files) == ["scores-00000", "scores-00000", "states-00000"]
     caplog.set_level(logging.WARNING)
     for path in files:
@@ -97,6 +97,36 @@ def test_what_files_hold_decides_what_is_used_again(made: dict[str, Made], tmp_p
     shutil.rmtree(artifact)
     shutil.copytree(made["scout"].artifact("w4a16-rtn"), artifact)
     assert small(made["scout"], [artifact], cache).artifacts[0].scores.divergence.value > 2 * first.scores.divergence.value
+
+
+def _changed_copy(source: Path, target: Path) -> Path:
+    """A copy of a file or directory with other weights, still finite; names, sizes and times are those of the original."""
+    (shutil.copytree if source.is_dir() else shutil.copy2)(source, target)
+    for path in [target] if target.is_file() else sorted(target.glob("model-*.safetensors")):
+        data = bytearray(path.read_bytes())
+        for place in range(len(data) // 2, len(data), 501):
+            data[place] ^= 128
+        path.write_bytes(data)
+        original = source if source.is_file() else source / path.name
+        shutil.copystat(original, path)
+    return target
+
+
+def test_files_of_equal_names_sizes_and_times_are_told_apart_by_their_content(made: dict[str, Made], tmp_path: Path) -> None:
+    """As in image layers and archives that set all times to one."""
+    [file] = made["scout"].artifact("Q8_0").glob("tiny-scout*.gguf")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    paths = [shutil.copy2(file, tmp_path / "a" / "model.gguf"), _changed_copy(file, tmp_path / "b" / "model.gguf")]
+    good, bad = (one.scores.divergence.value for one in small(made["scout"], paths, tmp_path / "cache").artifacts)
+    [alone] = small(made["scout"], paths[1:], tmp_path / "other").artifacts
+    assert bad == alone.scores.divergence.value and bad > 2 * good > 0
+    # The same of references.
+    other = _changed_copy(DEMO, tmp_path / "tiny-scout")
+    caches = [tmp_path / "cache", tmp_path / "other"]
+    found = [evaluate(paths[0], other, window=WINDOW, windows=COUNT, workers=1, resamples=20, cache=cache) for cache in caches]
+    assert comparable(found[0]) == comparable(found[1])
+    assert found[0].artifacts[0].scores.divergence.value > 2 * good
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -217,7 +247,7 @@ def test_a_cache_that_cannot_be_written(made: dict[str, Made], tmp_path: Path, m
     monkeypatch.setattr(evaluation_cache, "allocate_file", full)
     with pytest.raises(OutputError, match=r"states-00000: the disk is full: .* choose a cache directory \(--cache\)"):
         small(made["scout"], ["w4a16-rtn"], tmp_path / "cache")
-    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert not [path for path in (tmp_path / "cache").glob("*/*") if path.is_file()]
 
 
 def test_arguments_that_mean_nothing(made: dict[str, Made], cache: Path) -> None:
