@@ -1,7 +1,8 @@
 """Attention on a device, where each operation costs some microseconds however small it is: many samples at a time.
 
 Samples of equal length attend together.  A step of generation gives one token to every text, whose keys and values lie padded, of
-all texts together; so a step takes as many operations for a hundred texts as for one.
+all texts together; so a step takes as many operations for a hundred texts as for one.  Small tensors go to the device without
+waiting for what it does, which is safe from memory that is not pinned: it is copied before the call returns.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def attend_further(
     device, room = query.device, max(past[one] + more for one, more in zip(samples, lengths, strict=True))
     keys, values = _with_room(config, layer, padded, past, room, device)
     if max(lengths) == 1:
-        numbers, places = torch.tensor(samples, device=device), torch.tensor([past[one] for one in samples], device=device)
+        numbers, places = torch.tensor([samples, [past[one] for one in samples]]).to(device, non_blocking=True)
         keys[numbers, places] = forward.keys_at(config, layer, key, places, frequencies=frequencies)
         values[numbers, places] = value.view(len(samples), -1, config.head_dim)
         keys, values = keys[:, :room], values[:, :room]

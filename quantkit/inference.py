@@ -118,7 +118,7 @@ class Inference:
 
         samples: how tokens lie in ``hidden``; rows without a token keep what they hold.  The routing has a row for each token.
         """
-        tokens = None if len(samples.tokens) == len(hidden) else samples.tokens.to(hidden.device)
+        tokens = None if len(samples.tokens) == len(hidden) else samples.tokens.to(hidden.device, non_blocking=True)
         base = f"{self.config.prefix}model.layers.{number}."
         matrices = {unit.key.rpartition(".")[2]: unit for unit in self._layers[number] if unit.matrices and unit.expert is None}
         self._attention(number, base, matrices, hidden, samples, cache)
@@ -332,7 +332,8 @@ def _rows_of(group: list[tuple[int, int]], hidden: torch.Tensor) -> tuple[torch.
     begin, end = group[0][0], sum(group[-1])
     if end - begin == sum(length for _, length in group):
         return hidden[begin:end], None
-    return hidden, torch.cat([torch.arange(first, first + length) for first, length in group]).to(hidden.device)
+    rows = torch.cat([torch.arange(first, first + length) for first, length in group])
+    return hidden, rows.to(hidden.device, non_blocking=True)
 
 
 def _add(hidden: torch.Tensor, rows: torch.Tensor | None, result: torch.Tensor) -> None:
