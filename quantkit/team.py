@@ -19,6 +19,8 @@ from typing import Self, TypeVar
 
 import torch
 
+from quantkit.errors import CalibrationError
+
 T = TypeVar("T")
 
 TILE = 1024  # rows and columns of the tiles that threads take
@@ -29,7 +31,8 @@ SAMPLED_ROWS = 128  # at least, from which the size of outputs is told
 class Team:
     """``threads`` threads, each with a single-threaded BLAS while the team exists.  A context manager.
 
-    device: where large products are computed; None for the threads themselves.
+    device: where large products are computed; None for the threads themselves.  Where it has too little memory for what was done in
+    the block, leaving that raises CalibrationError.
     """
 
     def __init__(self, threads: int, device: torch.device | None = None) -> None:
@@ -50,6 +53,11 @@ class Team:
             self._executor.shutdown()
             self._executor = None
         torch.set_num_threads(self._torch_threads)
+        if self.device is not None and isinstance(error, torch.OutOfMemoryError):
+            raise CalibrationError(
+                f"{self.device} has too little memory ({error}). End other programs that use the GPU, take shorter sequences, or "
+                "compute on the CPU; the same command goes on from the last layer that is finished."
+            ) from error
 
     def run(self, work: Callable[[T], object], items: Iterable[T]) -> None:
         """Call ``work`` for every item; the calls must not depend on each other.  Raises what the first failing one raised."""

@@ -17,6 +17,8 @@ from simulated_device import simulate
 from triton_programs import interpreted_by, main, needs_triton
 
 from quantkit import convert, unit_work
+from quantkit.calibrate import calibrate
+from quantkit.errors import CalibrationError
 from quantkit.methods import blocks_gpu, gptq, gptq_gpu
 from quantkit.scheme import parse_scheme
 from quantkit.team import Team
@@ -154,6 +156,14 @@ def test_a_calibrated_conversion_on_a_device(tmp_path: Path, monkeypatch: pytest
     assert any(name.startswith("aten.mm") for name, _ in simulation.operators)
     for role, (error, _) in plain.relative_errors.items():
         assert there.relative_errors[role][0] == pytest.approx(error, rel=1e-2)
+
+
+def test_a_calibration_on_a_small_device_says_so(tmp_path: Path) -> None:
+    from speaking_models import options, write_random_texts, write_speaking_model
+
+    source, texts = write_speaking_model(tmp_path / "model"), write_random_texts(tmp_path / "texts.jsonl")
+    with simulate(memory=1 << 16), pytest.raises(CalibrationError, match="cuda:0 has too little memory"):
+        calibrate(source, tmp_path / "out", calibration=options(texts, device="cuda"), workers=2)
 
 
 if __name__ == "__main__":
