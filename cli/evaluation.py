@@ -6,7 +6,6 @@ crossed gate ends the command with its own exit code, so that a failed job still
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -76,24 +75,22 @@ def compare_command(
     """
     chosen, skipped = _models_among(artifacts)
     for path in skipped:
-        print(f"Skipped: {path} (no config.json, GGUF or packed file in it)", file=sys.stderr)
+        print(f"Skipped: {path} (a calibration or a report, no model)", file=sys.stderr)
     _measure(chosen, measurement, ending, _Report(output, title, skipped))
 
 
 def _models_among(paths: list[str]) -> tuple[list[str], list[str]]:
-    """Models, and directories that hold none, such as calibrations, which ``out/*`` names too; one path alone is always meant."""
-    empty = [path for path in paths if _is_empty(path)]
-    chosen = [path for path in paths if path not in empty]
-    return (chosen, empty) if chosen else (paths, [])
+    """Models, and what ``out/*`` names too: calibrations and reports.  Anything else that holds no model is an error, or a failed
+    conversion would pass all gates; so is a path alone."""
+    others = [path for path in paths if len(paths) > 1 and _is_by_product(Path(path))]
+    return [path for path in paths if path not in others], others
 
 
-def _is_empty(path: str) -> bool:
-    """Whether this is a directory without files of a model.  One that cannot be listed is left to the library to complain about."""
-    try:
-        names = os.listdir(path) if os.path.isdir(path) else ["config.json"]
-    except OSError:
-        return False
-    return not any(name == "config.json" or name.endswith((".gguf", ".packed")) for name in names)
+def _is_by_product(path: Path) -> bool:
+    from quantkit.report import is_report
+    from quantkit.statistics import is_statistics
+
+    return is_statistics(path) or is_report(path)
 
 
 def _measure(artifacts: list[str], measurement: Measurement, ending: Ending, report: _Report | None) -> None:

@@ -115,7 +115,7 @@ def evaluate(
             base = opened.enter_context(open_reference(reference))
             models = [opened.enter_context(open_artifact(path)) for path in paths]
             check_distinct(models)
-            names = _names(models)
+            names = _names(base, models)
             for model in models:
                 check_same_model(base, model)
                 check_same_tokenizer(base, model)
@@ -221,10 +221,11 @@ def _checked(
     return keys, provenances
 
 
-def _names(models: Sequence[StoredModel]) -> list[str]:
-    """What tables call the artifacts: their names; of those that share one, the paths."""
-    seen = Counter(model.name for model in models)
-    return [model.name if seen[model.name] == 1 else str(model.path) for model in models]
+def _names(base: StoredModel, models: Sequence[StoredModel]) -> list[str]:
+    """What tables call the artifacts: their names; of those that share one, with the reference or each other, the paths."""
+    seen = Counter(model.name for model in (base, *models))
+    paths = [str(model.path) if str(model.path) != base.name else os.path.abspath(model.path) for model in models]
+    return [model.name if seen[model.name] == 1 else path for model, path in zip(models, paths, strict=True)]
 
 
 def _key(files: str, windows: Windows, device: str, round_activations: bool, sweeps: Sequence[Sweep]) -> str:

@@ -139,6 +139,7 @@ class Evaluation:
 
     reference: the unquantized model's name; reference_path: where it lies.  text: JSON-able record of the text and its digest.
     convention: ``full`` or ``llama.cpp``.  positions: tokens predicted in each window.  environment: versions and hardware.
+    golden: of the reference, then of the artifacts in their order; empty without a golden set.
     """
 
     reference: str

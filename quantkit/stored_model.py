@@ -30,10 +30,12 @@ from quantkit.kernels.weights import Weight
 from quantkit.llama4 import Llama4Config, SourceTensor, Unit, WeightMatrix, units
 from quantkit.packed_artifact import PackedArtifact
 from quantkit.packed_files import SUFFIX as PACKED_SUFFIX
+from quantkit.recipe import WORKING_SUFFIXES
 from quantkit.safetensors_artifact import SafetensorsArtifact
 from quantkit.scheme import GGML, KEEP, Scheme
 from quantkit.strict_json import brief, parse_object
 from quantkit.tensor_files import SIDECAR_BYTES, TORCH_DTYPES, OpenFiles, read_small_file
+from quantkit.writer import JOURNAL
 
 UNQUANTIZED = "unquantized"
 TEXT_ROLES = ("routed_expert", "shared_expert", "dense_mlp", "attention", "router", "norm", "embedding", "lm_head")
@@ -270,6 +272,12 @@ def open_model(path: str | Path) -> StoredModel:
     Raises CheckpointError, ArtifactError, UnsupportedModelError for what is not a readable Llama 4.
     """
     target = Path(os.path.expanduser(path))
+    directory = (target if os.path.isdir(target) else target.parent).resolve()
+    if directory.name.endswith(WORKING_SUFFIXES) and os.path.isfile(directory / JOURNAL):
+        raise ArtifactError(
+            f"{directory} is a conversion that was not finished. Finish it with the command that began it, or remove it; nothing "
+            "in it is to be used."
+        )
     if is_gguf(target):
         return _open_gguf(target)
     if os.path.isdir(target) and os.path.isfile(target / CONFIG_NAME):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -240,18 +241,39 @@ def test_a_cache_with_strange_things_in_it(made: Made, cache: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ what is skipped
 
 
-def test_directories_without_a_model_are_skipped(made: Made, tmp_path: Path, cache: Path) -> None:
+def test_calibrations_and_reports_are_skipped(made: Made, tmp_path: Path, cache: Path) -> None:
     (tmp_path / "calibration").mkdir()
     (tmp_path / "calibration" / "statistics.json").write_text("{}")
-    one = made.artifact("fp8-dynamic")
-    options = ("--reference", DEMO, "--cache", cache, "-o", tmp_path / "report", *FEW)
+    one, report = made.artifact("fp8-dynamic"), tmp_path / "report"
+    options = ("--reference", DEMO, "--cache", cache, "-o", report, *FEW)
     result = run("compare", tmp_path / "calibration", one, *options)
     assert result.exit_code == 0, result.output
-    assert f"Skipped: {tmp_path / 'calibration'} (no" in result.stderr
-    as_json = run("compare", one, tmp_path / "calibration", *options, "--force", "--json")
-    assert f'"skipped": [\n    "{tmp_path / "calibration"}"\n  ]' in as_json.stdout
-    for paths in ((tmp_path / "calibration",), (tmp_path / "calibration", tmp_path / "calibration")):
+    assert f"Skipped: {tmp_path / 'calibration'} (a cal" in result.stderr
+    as_json = run("compare", one, tmp_path / "calibration", report, *options, "--force", "--json")
+    assert json.loads(as_json.stdout)["skipped"] == [str(tmp_path / "calibration"), str(report)]
+    for paths in ((tmp_path / "calibration",), (tmp_path / "calibration", report)):
         nothing = run("compare", *paths, *options, "--force")
-        assert nothing.exit_code == 7 and "Give the directory of a finished artifact" in " ".join(nothing.output.split())
+        assert nothing.exit_code == 7 and "Give the directory" in " ".join(nothing.output.split())
     with pytest.raises(CheckpointError):
         evaluate(one, tmp_path / "calibration", cache=cache)
+
+
+@pytest.mark.parametrize("what", ["empty", "unfinished", "unfinished GGUF"])
+def test_a_failed_conversion_passes_no_gate(what: str, made: Made, tmp_path: Path, cache: Path) -> None:
+    """``out/*`` names what it left, too."""
+    left = tmp_path / ("empty" if what == "empty" else "artifact.partial")
+    left.mkdir()
+    if what != "empty":
+        (left / "journal.jsonl").write_text("")
+        source = made.artifact("fp8-dynamic") / "config.json"
+        (left / ("config.json" if what == "unfinished" else "model.gguf")).write_bytes(source.read_bytes())
+    arguments = (made.artifact("fp8-dynamic"), left, "--reference", DEMO, "--cache", cache, "-o", tmp_path / "report", *FEW)
+    result = run("compare", *arguments, "--fail-if", "kld > 10")
+    assert result.exit_code == 7 and str(left) in "".join(result.stderr.split("\n")), result.output
+    assert what == "empty" or "was not finished" in " ".join(result.stderr.split())
+
+
+def test_a_report_is_not_written_into_an_artifact(made: Made, cache: Path) -> None:
+    one = made.artifact("fp8-dynamic")
+    result = run("compare", one, "--reference", DEMO, "--cache", cache, "-o", one, *FEW)
+    assert result.exit_code == 5 and "name another for the report" in " ".join(result.stderr.split())

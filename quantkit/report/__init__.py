@@ -13,12 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from quantkit.checkpoint import CONFIG_NAME
 from quantkit.errors import OutputError
 from quantkit.evaluation import Evaluation
 from quantkit.journal import output_errors, sync_directory, write_all
 from quantkit.report.html import html_report
 from quantkit.report.markdown import markdown_report
 from quantkit.report.words import title as usual_title
+from quantkit.writer import MANIFEST
 
 HTML_NAME, MARKDOWN_NAME, JSON_NAME = "report.html", "report.md", "report.json"
 NAMES = (HTML_NAME, MARKDOWN_NAME, JSON_NAME)
@@ -52,12 +54,20 @@ def write_report(
 
 
 def check_report(directory: str | Path, *, force: bool) -> None:
-    """Refuse a directory that holds a report, or that cannot be one.  Raises OutputError."""
+    """Refuse a directory that holds a report, that cannot be one, or that holds a model.  Raises OutputError."""
     target = Path(directory)
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target} is a file: name a directory for the report")
+    model = next((name for name in (CONFIG_NAME, MANIFEST) if os.path.lexists(target / name)), None)
+    if model is not None:
+        raise OutputError(f"{target} holds a model ({model}): name another for the report, or it would be shipped along")
     for name in NAMES:
         check_file(target / name, force=force)
+
+
+def is_report(directory: Path) -> bool:
+    """Whether a report is what this directory is for."""
+    return all((directory / name).is_file() for name in NAMES) and not os.path.lexists(directory / CONFIG_NAME)
 
 
 def check_file(path: Path, *, force: bool) -> None:
