@@ -266,3 +266,14 @@ def test_artifacts_of_one_name_are_told_apart(made: dict[str, Made], tmp_path: P
         shutil.copytree(made["scout"].artifact(name), paths[-1])
     found: tuple[ArtifactEvaluation, ...] = small(made["scout"], paths, cache).artifacts
     assert [one.name for one in found] == [str(path) for path in paths]
+
+
+def test_an_artifact_called_like_the_reference_is_told_apart(
+    made: dict[str, Made], tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    shutil.copytree(made["scout"].artifact("w4a16-rtn"), tmp_path / "out" / DEMO.name)
+    monkeypatch.chdir(tmp_path / "out")
+    for path in (tmp_path / "out" / DEMO.name, Path(DEMO.name)):
+        [found] = small(made["scout"], [path], cache).artifacts
+        assert found.name == str(tmp_path / "out" / DEMO.name)

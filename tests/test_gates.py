@@ -152,6 +152,15 @@ def test_figures_are_those_of_the_evaluation() -> None:
     assert figure(evaluation, own, "agreement", "low") == own.scores.agreement.low
 
 
+def test_the_reference_is_not_asked_for_an_artifact_called_like_it() -> None:
+    evaluation = with_golden(sample(2))
+    renamed = replace(evaluation.artifacts[1], name=evaluation.golden[0].name)
+    answers = (*evaluation.golden[:2], replace(evaluation.golden[2], name=renamed.name))
+    evaluation = replace(evaluation, artifacts=(evaluation.artifacts[0], renamed), golden=answers)
+    wanted, other = answers[2].accuracy.value, answers[0].accuracy.value
+    assert figure(evaluation, renamed, "golden") == wanted != other
+
+
 def test_a_gate_may_name_one_artifact() -> None:
     evaluation = sample(2)
     one = failed_gates(evaluation, [parse_gate("Q6_K: bits > 1")])
