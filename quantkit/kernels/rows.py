@@ -76,9 +76,7 @@ def fit_strip(numbers: Numbers, source: Source, strip: int, vectors: int, scratc
 
 
 @compiled
-def search_strip(
-    numbers: Numbers, source: Source, strip: int, vectors: int, scratch: Scratch, offsets: Any, shifts: Any
-) -> None:
+def search_strip(numbers: Numbers, source: Source, strip: int, vectors: int, scratch: Scratch, offsets: Any, shifts: Any) -> None:
     """One round: replace the scale codes and zero points of a strip by those at ``offsets`` and ``shifts`` that give less error."""
     candidates = offsets.size
     for place in range(0, (candidates + 1) * STRIP_ROWS, 16):
