@@ -100,7 +100,7 @@ def _print_several(console: Console, evaluation: Evaluation) -> None:
         table = make_table(names, ("mean KLD", "interval", "verdict"), wrap=names)
         for pair in evaluation.differences:
             apart = pair.divergence
-            table.add_row(*_names(pair), signed(apart.value), interval(apart), verdict(apart))
+            table.add_row(*_names(pair), signed(apart.value), interval(apart), verdict(apart, pair.divergence_p_value))
         print_table(console, table)
 
 

@@ -7,6 +7,7 @@ not independent of each other, and paired windows make differences between artif
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -106,12 +107,18 @@ class ArtifactEvaluation:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two artifacts on the same windows: first minus second."""
+    """Of two artifacts on the same windows: first minus second.
+
+    The p-values are of the hypothesis that there is no difference, adjusted by Holm's method over all pairs of the evaluation; NaN
+    where there are no intervals.
+    """
 
     first: str
     second: str
     divergence: Estimate
     log_perplexity: Estimate
+    divergence_p_value: float = math.nan
+    log_perplexity_p_value: float = math.nan
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ def sample(artifacts: int = 5, layers: int = 48, experts: int = 16, every: int =
 
 
 def difference(first: ArtifactEvaluation, second: ArtifactEvaluation) -> Difference:
-    """Of two artifacts, with narrow intervals."""
+    """Of two artifacts, with narrow intervals, and p-values as if there were no other pair."""
     apart = first.scores.divergence.value - second.scores.divergence.value
     width = 0.02 * (first.scores.divergence.value + second.scores.divergence.value)
     logarithms = math.log(first.scores.perplexity.value / second.scores.perplexity.value)
@@ -151,6 +151,8 @@ def difference(first: ArtifactEvaluation, second: ArtifactEvaluation) -> Differe
         second.name,
         Estimate(apart, apart - width, apart + width),
         Estimate(logarithms, logarithms - 0.3 * width, logarithms + 0.3 * width),
+        math.erfc(1.96 / math.sqrt(2) * abs(apart) / width),
+        math.erfc(1.96 / math.sqrt(2) * abs(logarithms) / (0.3 * width)),
     )
 
 
@@ -212,6 +214,13 @@ def without_anything(evaluation: Evaluation) -> Evaluation:
         for artifact in evaluation.artifacts
     )
     pairs = tuple(
-        replace(pair, divergence=bare(pair.divergence), log_perplexity=bare(pair.log_perplexity)) for pair in evaluation.differences
+        replace(
+            pair,
+            divergence=bare(pair.divergence),
+            log_perplexity=bare(pair.log_perplexity),
+            divergence_p_value=nothing,
+            log_perplexity_p_value=nothing,
+        )
+        for pair in evaluation.differences
     )
     return replace(evaluation, artifacts=artifacts, differences=pairs, windows=1, environment={}, golden=())

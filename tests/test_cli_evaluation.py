@@ -269,7 +269,8 @@ def all_figures(evaluation: Evaluation) -> list[str]:
         ]
         figures += [number(own.scores.divergence.value), interval(own.scores.divergence)]
     for pair in evaluation.differences:
-        figures += [signed(pair.divergence.value), interval(pair.divergence), verdict(pair.divergence)]
+        figures += [signed(pair.divergence.value), interval(pair.divergence)]
+        figures.append(verdict(pair.divergence, pair.divergence_p_value))
     for one in evaluation.golden:
         figures += [percent(one.accuracy.value, 1), percent_interval(one.accuracy, 1), number(one.tokens_per_second)]
     return [*figures, "mean KLD", "interval", "top-1", "verdict", "tokens/s"]

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantkit.evaluation import Estimate
-from quantkit.metrics import Group, Summary, TokenScores, same_routes, student_quantile, summarize
+from quantkit.metrics import Group, Summary, TokenScores, holm, same_routes, student_quantile, student_tail, summarize
 
 POSITIONS = (7, 3, 0, 12, 5, 1)
 
@@ -175,6 +175,56 @@ def test_intervals_of_few_windows_cover_what_they_promise(windows: int, kind: st
     assert 0.93 <= apart / trials <= 0.985
 
 
+def test_student_tails_are_those_of_tables() -> None:
+    five = {2: 4.302653, 3: 3.182446, 4: 2.776445, 9: 2.262157, 49: 2.009575, 10**4: 1.960201}
+    one_in_a_thousand = {2: 31.599055, 3: 12.923979, 10: 4.586894, 30: 3.645959}
+    for share, table in ((0.05, five), (0.001, one_in_a_thousand)):
+        for freedom, distance in table.items():
+            assert student_tail(distance, freedom) == pytest.approx(share, rel=1e-6)
+    assert student_tail(0, 5) == 1 and student_tail(1e9, 5) == pytest.approx(0, abs=1e-12)
+
+
+@given(st.lists(st.floats(0, 1) | st.just(math.nan), max_size=9), st.floats(0.001, 0.999))
+def test_holm_rejects_step_by_step(p_values: list[float], level: float) -> None:
+    """The smallest against level / n, the next one against level / (n - 1), until one is too large."""
+    known = sorted((value, place) for place, value in enumerate(p_values) if not math.isnan(value))
+    rejected = set()
+    for number, (value, place) in enumerate(known):
+        if not (len(known) - number) * value < level:
+            break
+        rejected.add(place)
+    adjusted = holm(p_values)
+    assert {place for place, value in enumerate(adjusted) if value < level} == rejected
+    assert [math.isnan(value) for value in adjusted] == [math.isnan(value) for value in p_values]
+
+
+def test_many_differences_are_judged_together() -> None:
+    """Of 28 differences that are none, some interval leaves out zero in most evaluations; some verdict is wrong in one of 20."""
+    trials, windows, artifacts = 120, 12, 8
+    draws = np.random.default_rng(3).lognormal(0, 0.5, (artifacts, trials * windows))
+    scores = random_scores(trials * windows, 1)
+    named = [(str(number), replace(scores, divergence=torch.from_numpy(own))) for number, own in enumerate(draws)]
+    groups = [Group(str(trial), np.arange(trial * windows, (trial + 1) * windows)) for trial in range(trials)]
+    found = [list(one.differences.values()) for one in summarize(named, (1,) * (trials * windows), groups, resamples=200, seed=0)]
+    alone = sum(any(pair.divergence.low > 0 or pair.divergence.high < 0 for pair in pairs) for pairs in found)
+    together = sum(any(pair.divergence_p_value < 0.05 for pair in pairs) for pairs in found)
+    assert alone / trials > 0.4
+    assert together / trials <= 0.07
+
+
+def test_a_single_pair_is_judged_by_its_interval() -> None:
+    trials, windows = 200, 8
+    draws = np.random.default_rng(4).standard_normal((2, trials * windows))
+    scores = random_scores(trials * windows, 1)
+    named = [("one", replace(scores, divergence=torch.from_numpy(2 + draws[0])))]
+    named.append(("other", replace(scores, divergence=torch.from_numpy(3 + draws[1]))))
+    groups = [Group(str(trial), np.arange(trial * windows, (trial + 1) * windows)) for trial in range(trials)]
+    pairs = [one.differences[0, 1] for one in summarize(named, (1,) * (trials * windows), groups, resamples=100, seed=0)]
+    verdicts = [pair.divergence_p_value < 0.05 for pair in pairs]
+    assert verdicts == [pair.divergence.low > 0 or pair.divergence.high < 0 for pair in pairs]
+    assert 0.2 < sum(verdicts) / trials < 0.8
+
+
 def test_pairs_share_their_draws() -> None:
     """An artifact that is a hair worse everywhere differs by a sharp amount, although each figure is uncertain."""
     positions = (10,) * 40
@@ -187,6 +237,8 @@ def test_pairs_share_their_draws() -> None:
     assert summary.scores[0].divergence.high - summary.scores[0].divergence.low > 0.01
     same = one_summary([("one", scores), ("copy", scores)], positions, everything(positions), resamples=50, seed=0)
     assert same.differences[0, 1].divergence == Estimate(0.0, 0.0, 0.0)
+    assert difference.divergence_p_value < 1e-9
+    assert same.differences[0, 1].divergence_p_value == 1
 
 
 @pytest.mark.parametrize(("positions", "resamples"), [((9,), 100), ((9, 0), 100), ((5, 4), 100), ((5, 3, 1), 0)])
@@ -198,6 +250,7 @@ def test_without_resamples_or_windows_there_is_no_interval(positions: tuple[int,
     found = summary.scores[0]
     for estimate in (found.perplexity, found.ratio, found.divergence, found.agreement, summary.differences[0, 1].divergence):
         assert math.isfinite(estimate.value) and math.isnan(estimate.low) and math.isnan(estimate.high)
+    assert math.isnan(summary.differences[0, 1].divergence_p_value)
     assert math.isfinite(found.perplexity_error)
 
 

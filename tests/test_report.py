@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantkit.errors import OutputError
-from quantkit.evaluation import Estimate, Evaluation
+from quantkit.evaluation import Difference, Estimate, Evaluation
 from quantkit.report import NAMES, write_report
 from quantkit.report.markup import Markup, Scale, element, escape, logarithmic_scale
 from quantkit.report.size_chart import size_chart
@@ -260,15 +260,39 @@ def test_the_frontier_holds_what_no_other_beats() -> None:
 def test_whether_differences_are_noise_is_said() -> None:
     certain = sample()
     assert any("All differences named here are more than noise" in line for line in summary(certain))
-    wide = tuple(replace(pair, divergence=Estimate(pair.divergence.value, -1, 1)) for pair in certain.differences)
+    assert any("for all 10 pairs of artifacts together, at 95 % with Holm's correction" in line for line in summary(certain))
+    one = summary(sample(2))[-1]
+    assert one == "The difference named here is more than noise: its 95 % interval leaves out zero."
+    wide = tuple(
+        replace(pair, divergence=Estimate(pair.divergence.value, -1, 1), divergence_p_value=0.9) for pair in certain.differences
+    )
     text = " ".join(summary(replace(certain, differences=wide)))
     assert "more than noise" not in text
-    assert text.count("may be noise") == 4
+    assert text.count("may be noise") == 4 + 1  # the last says how that is judged
     assert any("cannot be said" in line for line in summary(without_anything(sample(2))))
     assert len(summary(sample(1))) == 1
     worse = replace(certain.artifacts[1], bytes=certain.artifacts[0].bytes + 1)
     two = replace(certain, artifacts=(certain.artifacts[0], worse), differences=wide)
-    assert any("cannot be told from Q6_K" in line for line in summary(two))
+    assert any("cannot be told from Q6_K" in line and line.endswith("leaves zero possible.") for line in summary(two))
+
+
+def test_an_interval_without_zero_may_still_be_chance(tmp_path: Path) -> None:
+    certain = sample()
+    unsure = tuple(replace(pair, divergence_p_value=0.2, log_perplexity_p_value=0.06) for pair in certain.differences)
+    assert all(pair.divergence.low > 0 or pair.divergence.high < 0 for pair in unsure)
+    evaluation = replace(certain, differences=unsure)
+    text = " ".join(summary(evaluation))
+    assert "more than noise" not in text and text.count("may be noise") == 4 + 1
+    assert "for all 10 pairs of artifacts together" in text and "does not suffice" in text
+    worse = replace(certain.artifacts[1], bytes=certain.artifacts[0].bytes + 1)
+    two = replace(evaluation, artifacts=(certain.artifacts[0], worse))
+    assert any(line.endswith("which may be chance among 10 pairs.") for line in summary(two))
+    page, markdown, content = written(evaluation, tmp_path)
+    for shown in ("".join(page.text).replace("\N{NO-BREAK SPACE}", " "), markdown):
+        assert shown.count("not significant") == 20
+        assert "Verdicts hold for all 10 pairs together at 95 % (Holm's correction)." in shown
+    assert content["differences"][0]["divergence_p_value"] == 0.2
+    assert "significant when its 95 % interval leaves out zero" in written(sample(2), tmp_path)[1]
 
 
 def equal_results(low: float, artifacts: int = 2) -> Evaluation:
@@ -278,7 +302,7 @@ def equal_results(low: float, artifacts: int = 2) -> Evaluation:
     same = [replace(own, bytes=first.bytes + 10**9, scores=first.scores, kinds=first.kinds) for own in others]
     same.insert(0, replace(second, bytes=first.bytes - 10**9, scores=first.scores, kinds=first.kinds))
     zero = Estimate(0.0, low, low)
-    pairs = tuple(replace(pair, divergence=zero, log_perplexity=zero) for pair in evaluation.differences)
+    pairs = tuple(Difference(pair.first, pair.second, zero, zero, 1 + low, 1 + low) for pair in evaluation.differences)
     return replace(evaluation, artifacts=(first, *same), differences=pairs)
 
 
@@ -352,11 +376,9 @@ def test_a_difference_may_be_stored_either_way_round() -> None:
     assert difference(replace(evaluation, differences=()), first, second) is None
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "known"), [(0.1, 0.2, True), (-2, -1, True), (-1, 1, False), (0, 1, False), (math.nan, 1, None)]
-)
-def test_significance(low: float, high: float, known: bool | None) -> None:
-    assert significant(Estimate(0.5, low, high)) is known
+@pytest.mark.parametrize(("p_value", "known"), [(0.0, True), (0.049, True), (0.051, False), (1.0, False), (math.nan, None)])
+def test_significance(p_value: float, known: bool | None) -> None:
+    assert significant(p_value) is known
 
 
 def test_extreme_figures_render(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from quantkit.report.words import (
     default_command,
     headline,
     interval,
+    judgement,
     main_columns,
     number,
     one_line,
@@ -55,7 +56,7 @@ def markdown_report(evaluation: Evaluation, title: str, command: Sequence[str] |
     if evaluation.differences:
         parts += [
             "## Differences",
-            "On the same windows; below zero the first is closer to the reference.",
+            f"On the same windows; below zero the first is closer to the reference. {judgement(evaluation)}",
             _differences(evaluation),
         ]
     for attribute, heading in (("languages", "language"), ("kinds", "kind")):
@@ -108,10 +109,13 @@ def _main_table(evaluation: Evaluation) -> str:
 
 
 def _differences(evaluation: Evaluation) -> str:
-    def cells(estimate: Estimate) -> list[str]:
-        return [f"{signed(estimate.value)} ({interval(estimate)})", verdict(estimate)]
+    def cells(estimate: Estimate, p_value: float) -> list[str]:
+        return [f"{signed(estimate.value)} ({interval(estimate)})", verdict(estimate, p_value)]
 
-    rows = [[pair.first, pair.second, *cells(pair.divergence), *cells(pair.log_perplexity)] for pair in evaluation.differences]
+    rows = []
+    for pair in evaluation.differences:
+        figures = cells(pair.divergence, pair.divergence_p_value) + cells(pair.log_perplexity, pair.log_perplexity_p_value)
+        rows.append([pair.first, pair.second, *figures])
     return _table(["Artifact", "minus", "Mean KLD", "", "Log perplexity", ""], rows)
 
 

@@ -17,6 +17,7 @@ from quantkit.report.words import (
     UNKNOWN,
     frontier,
     interval,
+    judgement,
     main_columns,
     number,
     percent,
@@ -165,21 +166,21 @@ def difference_table(evaluation: Evaluation) -> Markup:
     """Every pair of artifacts."""
     rows = []
     for pair in evaluation.differences:
-        known = verdict(pair.divergence)
+        known, likewise = (
+            verdict(pair.divergence, pair.divergence_p_value),
+            verdict(pair.log_perplexity, pair.log_perplexity_p_value),
+        )
         cells = [
             cell(pair.second, kind="left"),
             cell(signed(pair.divergence.value), interval(pair.divergence), value=pair.divergence.value),
             cell(known, kind="yes" if known == "significant" else "no"),
             cell(signed(pair.log_perplexity.value), interval(pair.log_perplexity), value=pair.log_perplexity.value),
-            cell(verdict(pair.log_perplexity), kind="yes" if verdict(pair.log_perplexity) == "significant" else "no"),
+            cell(likewise, kind="yes" if likewise == "significant" else "no"),
         ]
         rows.append((head_cell(pair.first, value=pair.first), cells))
     headings = ["Artifact", "minus", "Mean KLD", "Verdict", "Log perplexity", "Verdict"]
-    caption = (
-        "Differences between artifacts. On the same windows; below zero the first is closer to the reference. A difference is "
-        "significant when its "
-        f"{PER_CENT} interval leaves out zero."
-    )
+    caption = "Differences between artifacts. On the same windows; below zero the first is closer to the reference. "
+    caption += judgement(evaluation)
     return table(caption, headings, rows, left=2, kind="sortable")
 
 

@@ -2,8 +2,9 @@
 
 A reader should learn from the first lines which artifact is best at which size, and whether the differences are more than noise.
 "Better" means a smaller mean divergence from the reference: unlike perplexity it cannot improve by luck.  A difference is called
-significant when the interval of the paired difference leaves out zero.  Numbers are rounded to what their interval supports, and
-what is not known is a dash, never a zero.
+significant, or more than noise, by its p-value, which is adjusted for all pairs: with one pair when the interval of the difference
+leaves out zero, with more when it does so clearly.  Numbers are rounded to what their interval supports, and what is not known is a
+dash, never a zero.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 from quantkit.evaluation import INTERVAL, ArtifactEvaluation, Difference, Estimate, Evaluation
@@ -161,7 +163,8 @@ def difference(evaluation: Evaluation, first: ArtifactEvaluation, second: Artifa
         if (pair.first, pair.second) == (first.name, second.name):
             return pair
         if (pair.first, pair.second) == (second.name, first.name):
-            return Difference(first.name, second.name, _negative(pair.divergence), _negative(pair.log_perplexity))
+            divergence, log_perplexity = _negative(pair.divergence), _negative(pair.log_perplexity)
+            return replace(pair, first=first.name, second=second.name, divergence=divergence, log_perplexity=log_perplexity)
     return None
 
 
@@ -169,11 +172,25 @@ def _negative(estimate: Estimate) -> Estimate:
     return Estimate(-estimate.value, -estimate.high, -estimate.low)
 
 
-def significant(estimate: Estimate) -> bool | None:
-    """Whether the interval of a difference leaves out zero; None where there is no interval."""
-    if math.isnan(estimate.low) or math.isnan(estimate.high):
-        return None
-    return estimate.low > 0 or estimate.high < 0
+def significant(p_value: float) -> bool | None:
+    """Whether a difference is more than noise, by its adjusted p-value; None where there is none."""
+    return None if math.isnan(p_value) else p_value < 1 - INTERVAL
+
+
+def _judged(evaluation: Evaluation) -> int:
+    """For how many pairs it is known whether they differ."""
+    return sum(significant(pair.divergence_p_value) is not None for pair in evaluation.differences)
+
+
+def judgement(evaluation: Evaluation) -> str:
+    """How verdicts on differences come about."""
+    count = _judged(evaluation)
+    if count < 2:
+        return f"A difference is significant when its {PER_CENT} interval leaves out zero."
+    return (
+        f"Verdicts hold for all {count:,} pairs together at {PER_CENT} (Holm's correction). Intervals are those of single "
+        "differences, so one that leaves out zero need not be significant."
+    )
 
 
 def nothing_between(estimate: Estimate) -> bool:
@@ -191,11 +208,11 @@ def _same(pair: Difference) -> bool:
     return nothing_between(pair.divergence) and nothing_between(pair.log_perplexity)
 
 
-def verdict(estimate: Estimate) -> str:
+def verdict(estimate: Estimate, p_value: float) -> str:
     """A difference in one or two words."""
     if nothing_between(estimate):
         return "no difference"
-    return {None: "no interval", True: "significant", False: "not significant"}[significant(estimate)]
+    return {None: "no interval", True: "significant", False: "not significant"}[significant(p_value)]
 
 
 def title(evaluation: Evaluation) -> str:
@@ -250,14 +267,25 @@ def summary(evaluation: Evaluation) -> list[str]:
             f"Smaller ones that are best at their size: {listing([artifact.name for artifact in best[MOST_STEPS + 1 :]])}."
         )
     lines += _behind(evaluation, best, behind)
-    if others and certain:
-        lines.append(f"All differences named here are more than noise: their {PER_CENT} intervals leave out zero.")
     apart = [pair for pair in evaluation.differences if not _same(pair)]
-    if others and (apart or not evaluation.differences) and all(significant(pair.divergence) is None for pair in apart):
+    if apart and (certain or _judged(evaluation) > 1):
+        lines.append(_sureness(evaluation, certain))
+    if others and (apart or not evaluation.differences) and all(significant(pair.divergence_p_value) is None for pair in apart):
         lines.append(
             "Whether these differences are more than noise cannot be said: they have no intervals, as with a single window of text."
         )
     return lines
+
+
+def _sureness(evaluation: Evaluation, certain: bool) -> str:
+    """What the words about noise rest on."""
+    count = _judged(evaluation)
+    if count == 1:
+        return f"The difference named here is more than noise: its {PER_CENT} interval leaves out zero."
+    together = f"for all {count:,} pairs of artifacts together, at {PER_CENT} with Holm's correction"
+    if certain:
+        return f"All differences named here are more than noise; this holds {together}."
+    return f"What may be noise is judged {together}: an interval that leaves out zero does not suffice."
 
 
 def _with_interval(estimate: Estimate) -> str:
@@ -269,13 +297,15 @@ def _lead(evaluation: Evaluation, closest: ArtifactEvaluation, second: ArtifactE
     if math.isnan(second.scores.divergence.value):
         return "It is the only one whose divergence is known."
     pair = difference(evaluation, closest, second)
-    known = None if pair is None else significant(pair.divergence)
+    known = None if pair is None else significant(pair.divergence_p_value)
     if pair is None or known is None:
         return f"{second.name} comes next."
     by = f"the difference of their mean divergence is {_with_interval(_negative(pair.divergence))}"
     if known:
         return f"It is closer than {second.name}, which comes next, by more than noise: {by}."
-    return f"It cannot be told from {second.name}, which comes next: {by}, which leaves zero possible."
+    apart = pair.divergence.low > 0 or pair.divergence.high < 0
+    doubt = f"which may be chance among {_judged(evaluation):,} pairs" if apart else "which leaves zero possible"
+    return f"It cannot be told from {second.name}, which comes next: {by}, {doubt}."
 
 
 def _step(evaluation: Evaluation, larger: ArtifactEvaluation, smaller: ArtifactEvaluation, certain: bool) -> str:
@@ -302,7 +332,7 @@ def _all_certain(evaluation: Evaluation, best: Sequence[ArtifactEvaluation], beh
 
 def _known(evaluation: Evaluation, first: ArtifactEvaluation, second: ArtifactEvaluation) -> bool | None:
     pair = difference(evaluation, first, second)
-    return None if pair is None else significant(pair.divergence)
+    return None if pair is None else significant(pair.divergence_p_value)
 
 
 def _behind(evaluation: Evaluation, best: Sequence[ArtifactEvaluation], artifacts: Sequence[ArtifactEvaluation]) -> list[str]:
