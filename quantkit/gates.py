@@ -2,7 +2,7 @@
 
     kld > 0.02                     of every artifact, on the estimate
     kld.high > 0.02                on the upper end of its interval: fails unless the artifact is surely below
-    w4a16-gptq: agreement < 95 %   of one artifact
+    w4a16-gptq: agreement < 95 %   of one artifact, by its name or its path
     size > 70GB
 
 A gate is parsed before any work, so that a typing error does not cost an evaluation.  It fails closed: a figure that is not known
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -35,10 +36,11 @@ METRICS = (
     *("agreement", "router_agreement", "router_agreement_mean", "bits", "size", "golden"),
 )
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_TELLING = 1000  # per cent of the limit: beyond this, as of a limit near zero, a percentage says nothing
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _PATTERN = re.compile(
     r"\s*(?:(?P<artifact>.*\S)\s*:)?\s*(?P<metric>[A-Za-z_]+(?:_[0-9.]+)?)(?:\.(?P<end>low|high))?"
-    r"\s*(?P<operator>>=|<=|>|<)\s*(?P<number>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*(?P<unit>%|[A-Za-z]*)\s*",
+    r"\s*(?P<operator>>=|<=|>|<)\s*(?P<number>[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)\s*(?P<unit>%|[A-Za-z]*)\s*",
     re.DOTALL,
 )
 
@@ -79,13 +81,14 @@ class FailedGate:
         if apart == 0:
             return f"{crossed}: exactly at the limit"
         share = 100 * apart / abs(self.gate.limit) if self.gate.limit else math.inf
-        part = "" if math.isinf(share) else f" ({share:,.0f} % of the limit)" if share >= 100 else f" ({share:.3g} % of the limit)"
+        part = f" ({share:.0f} % of the limit)" if share >= 100 else f" ({share:.3g} % of the limit)"
+        part = part if share < _TELLING else ""
         return f"{crossed}: beyond it by {_figure(self.gate.metric, apart)}{part}"
 
 
 def parse_gate(text: str) -> Gate:
     """Read a gate as it is written on the command line.  Raises GateError."""
-    match = _PATTERN.fullmatch(text.strip())
+    match = _PATTERN.fullmatch(text.strip()) if isinstance(text, str) else None
     if not match:
         raise GateError(
             f"{text!r} is not a gate: write METRIC, one of > >= < <=, and a number, such as 'kld > 0.02', 'kld.high > 0.02', "
@@ -116,31 +119,44 @@ def _limit(text: str, metric: str, number: float, unit: str) -> float:
     raise GateError(f"{text!r}: {metric} takes {takes}, not {unit!r}")
 
 
-def check_gates(gates: Iterable[Gate], paths: Iterable[str | Path], golden: bool) -> None:
+def _parsed(gates: Iterable[Gate | str] | Gate | str) -> list[Gate]:
+    """One gate or several, each as such or as text."""
+    several = [gates] if isinstance(gates, Gate | str) or not isinstance(gates, Iterable) else gates
+    return [gate if isinstance(gate, Gate) else parse_gate(gate) for gate in several]
+
+
+def check_gates(gates: Iterable[Gate | str] | Gate | str, paths: Iterable[str | Path], golden: bool) -> None:
     """Refuse gates that no artifact at these paths can meet: on others, or on a golden set that is not there.  Raises GateError."""
     paths = list(paths)
-    names = [_path_names(path) for path in paths]
-    for gate in gates:
-        if gate.artifact is not None and not any(gate.artifact in one for one in names):
+    for gate in _parsed(gates):
+        if gate.artifact is not None and not any(_names(gate.artifact, path) for path in paths):
             known = ", ".join(Path(path).name for path in paths)
             raise GateError(f"{gate.text!r}: no artifact here is called {gate.artifact!r}; there are {known}")
         if gate.metric == "golden" and not golden:
             raise GateError(f"{gate.text!r}: without a golden set there is no such figure; name one with --golden FILE")
 
 
-def _path_names(path: str | Path) -> set[str]:
-    """What a gate may call the artifact at a path: its path, the last part of it, and of a file that without the ending."""
-    resolved = Path(path).expanduser().resolve().name
-    names = {str(path), Path(path).name, resolved}
-    return names | {name.removesuffix(".gguf") for name in names}
+def _names(artifact: str, path: str | Path) -> bool:
+    """Whether a gate means the artifact at a path: it has the path, however written, its last part, or that without an ending."""
+    names = {str(path), Path(path).name, Path(path).expanduser().resolve().name}
+    same = os.path.abspath(_at_home(artifact)) == os.path.abspath(_at_home(str(path)))
+    return same or artifact in names | {name.removesuffix(".gguf") for name in names}
 
 
-def failed_gates(evaluation: Evaluation, gates: Iterable[Gate]) -> list[FailedGate]:
-    """The gates that artifacts cross, gate by gate.  Raises GateError for a gate on an artifact that was not evaluated."""
+def _at_home(path: str) -> str:
+    """With the home directory in place of ``~``, which no shell replaces within a gate."""
+    return f"{Path.home()}{path[1:]}" if path.startswith("~/") else path
+
+
+def failed_gates(evaluation: Evaluation, gates: Iterable[Gate | str] | Gate | str) -> list[FailedGate]:
+    """The gates that artifacts cross, gate by gate; gates may be texts.
+
+    Raises GateError for what is no gate, and for a gate on an artifact that was not evaluated.
+    """
     failed = []
-    for gate in gates:
+    for gate in _parsed(gates):
         meant = [own for own in evaluation.artifacts if gate.artifact in (None, own.name)]
-        meant = meant or [own for own in evaluation.artifacts if gate.artifact in _path_names(own.path)]
+        meant = meant or [own for own in evaluation.artifacts if gate.artifact and _names(gate.artifact, own.path)]
         if not meant:
             known = ", ".join(own.name for own in evaluation.artifacts)
             raise GateError(f"{gate.text!r}: no artifact here is called {gate.artifact!r}; there are {known}")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -49,6 +52,10 @@ def test_what_may_be_written(text: str, artifact: str | None, metric: str, end: 
         ("kld = 1", "is not a gate"),
         ("kld > high", "is not a gate"),
         ("kld > nan", "is not a gate"),
+        ("kld > \u0661", "is not a gate"),
+        ("kld > 1e\u0663", "is not a gate"),
+        (5, "5 is not a gate"),
+        (None, "None is not a gate"),
         ("klf > 1", "no metric 'klf'"),
         ("kld_98 > 1", "no metric 'kld_98'"),
         ("bits.high > 4", "no interval"),
@@ -60,9 +67,10 @@ def test_what_may_be_written(text: str, artifact: str | None, metric: str, end: 
         ("kld > 1e999", "too large"),
     ],
 )
-def test_what_may_not(text: str, says: str) -> None:
-    with pytest.raises(GateError) as caught:
-        parse_gate(text)
+def test_what_may_not(text: Any, says: str) -> None:
+    for read in (parse_gate, lambda text: failed_gates(THREE, [text]), lambda text: check_gates(text, [], golden=True)):
+        with pytest.raises(GateError) as caught:
+            read(text)
     assert says in str(caught.value)
     assert caught.value.exit_code == 10
 
@@ -170,6 +178,18 @@ def test_a_gate_may_name_one_artifact() -> None:
         failed_gates(evaluation, [parse_gate("Q9: bits > 1")])
 
 
+def test_gates_may_be_texts_and_name_a_path_however_written() -> None:
+    evaluation = sample(2)
+    parsed = failed_gates(evaluation, [parse_gate("bits > 1"), parse_gate("Q6_K: bits > 1")])
+    assert failed_gates(evaluation, ["bits > 1", "Q6_K: bits > 1"]) == parsed
+    with pytest.raises(GateError, match="5 is not a gate"):
+        failed_gates(evaluation, 5)  # type: ignore[arg-type]
+    assert failed_gates(evaluation, "bits > 1") == failed_gates(evaluation, parse_gate("bits > 1")) == parsed[:2]
+    here = replace(evaluation, artifacts=tuple(replace(own, path=f"out/{own.name}") for own in evaluation.artifacts))
+    for name in ("./out/Q6_K", "out/Q6_K/", "out/./Q6_K", os.path.abspath("out/Q6_K")):
+        assert [one.artifact for one in failed_gates(here, f"{name}: bits > 1")] == ["Q6_K"]
+
+
 def test_the_end_of_the_interval_is_stricter() -> None:
     evaluation = sample(1)
     divergence = evaluation.artifacts[0].scores.divergence
@@ -202,6 +222,8 @@ def test_the_message_says_what_where_and_by_how_much() -> None:
     assert text.startswith("2 gates are crossed:")
     assert "w4a16-rtn: kld is 0.0342, and the gate says > 0.02: beyond it by 0.0142 (71 % of the limit)" in text
     assert "size is 61.0248 GB, and the gate says > 60 GB: beyond it by 1.02476 GB (1.71 % of the limit)" in text
+    near_zero = failed_gates(evaluation, ["w4a16-rtn: kld > 1e-12", "w4a16-rtn: kld > 0.0001", "w4a16-rtn: kld > 0.01"])
+    assert [one.message.partition("beyond it by ")[2] for one in near_zero] == ["0.0342", "0.0341", "0.0242 (242 % of the limit)"]
     exact = failed_gates(evaluation, [parse_gate("w4a16-rtn: kld >= 0.0342")])
     assert "exactly at the limit" in str(failure(exact))
     assert failure(exact).exit_code == 10
@@ -211,6 +233,13 @@ def test_mistakes_are_found_before_anything_is_measured() -> None:
     paths = ["out/w4a16-gptq", "files/model-Q4_K_M.gguf"]
     for name in ("w4a16-gptq", "model-Q4_K_M", "model-Q4_K_M.gguf", "out/w4a16-gptq"):
         check_gates([parse_gate(f"{name}: kld > 1")], paths, golden=False)
+    for name in ("./out/w4a16-gptq", "out/w4a16-gptq/", "out//w4a16-gptq", "out/x/../w4a16-gptq", os.path.abspath(paths[0])):
+        check_gates([f"{name}: kld > 1"], paths, golden=False)
+        check_gates("./out/w4a16-gptq/: kld > 1", [name], golden=False)
+    check_gates("~/out/w4a16-gptq: kld > 1", [Path.home() / "out/w4a16-gptq"], golden=False)
+    for name in ("gptq", "out", "other/w4a16-gptq", "./", "~nobody\0/w4a16-gptq"):
+        with pytest.raises(GateError, match="no artifact here is called"):
+            check_gates(f"{name}: kld > 1", paths, golden=False)
     with pytest.raises(GateError, match="no artifact here is called 'Q6_K'"):
         check_gates([parse_gate("Q6_K: kld > 1")], paths, golden=False)
     with pytest.raises(GateError, match="--golden"):
