@@ -8,17 +8,36 @@ waiting for what it does, which is safe from memory that is not pinned: it is co
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 
 import torch
 
 from quantkit import forward
 from quantkit.config import Llama4Config
+from quantkit.forward import NextTokens
 
 GROWTH = 256  # positions by which room for keys and values grows, at least
 
-Padded = dict[int, tuple[torch.Tensor, torch.Tensor]]  # by layer, keys and values [samples, room, key_value_heads, head_dim]
 Projected = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # query, key, value: tokens of some samples one behind the other
+
+
+@dataclass(frozen=True)
+class Step:
+    """One token of each of some samples.  numbers, places: which samples, and positions of the tokens, int64 ``[samples]``."""
+
+    numbers: torch.Tensor
+    places: torch.Tensor
+    tokens: NextTokens
+
+
+@dataclass
+class Padded:
+    """layers: by layer, keys and values ``[samples, room, key_value_heads, head_dim]``.  steps: by the first of their samples, what
+    is the same for all layers that see these tokens next; whoever moves on to the next tokens clears them."""
+
+    layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    steps: dict[int, Step] = field(default_factory=dict)
 
 
 def attend(
@@ -53,13 +72,16 @@ def attend_further(
     device, room = query.device, max(past[one] + more for one, more in zip(samples, lengths, strict=True))
     keys, values = _with_room(config, layer, padded, past, room, device)
     if max(lengths) == 1:
-        numbers, places = torch.tensor([samples, [past[one] for one in samples]]).to(device, non_blocking=True)
-        keys[numbers, places] = forward.keys_at(config, layer, key, places, frequencies=frequencies)
-        values[numbers, places] = value.view(len(samples), -1, config.head_dim)
+        step = padded.steps.get(samples[0])
+        if step is None:
+            numbers, places = torch.tensor([samples, [past[one] for one in samples]]).to(device, non_blocking=True)
+            step = padded.steps[samples[0]] = Step(numbers, places, forward.next_tokens(config, places, room, frequencies))
+        keys[step.numbers, step.places] = forward.next_keys(config, layer, key, step.tokens)
+        values[step.numbers, step.places] = value.view(len(samples), -1, config.head_dim)
         keys, values = keys[:, :room], values[:, :room]
         if len(samples) < len(past):
-            keys, values = keys[numbers], values[numbers]
-        return forward.attend_next(config, layer, query, keys, values, places, frequencies=frequencies)
+            keys, values = keys[step.numbers], values[step.numbers]
+        return forward.attend_next(config, layer, query, keys, values, step.tokens)
     parts = []
     for sample, length, end in zip(samples, lengths, accumulate(lengths), strict=True):
         rows, before = slice(end - length, end), past[sample]
@@ -75,7 +97,7 @@ def _with_room(
     config: Llama4Config, layer: int, padded: Padded, past: Sequence[int], room: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of a layer, with so many positions at least."""
-    held = padded.get(layer)
+    held = padded.layers.get(layer)
     if held is None or held[0].shape[1] < room:
         longest = max(past)
         room = max(room, longest + max(GROWTH, longest // 4)) if longest else room  # a first step has all that prompts have
@@ -84,5 +106,5 @@ def _with_room(
         if held is not None:
             for new, old in zip(larger, held, strict=True):
                 new[:, : old.shape[1]] = old
-        padded[layer] = held = larger
+        padded.layers[layer] = held = larger
     return held

@@ -33,8 +33,24 @@ class Routing:
     logits: torch.Tensor
 
 
+@dataclass(frozen=True)
+class NextTokens:
+    """What the layers share while each text gets one more token; see :func:`next_tokens`.
+
+    turn: of the rotation, complex64 ``[texts, 1, head_dim / 2]``.  growth: of queries where layers do not rotate, float32
+    ``[texts, 1, 1]``; None where they do not grow.  hidden: by whether a layer rotates, the positions that a text does not look at,
+    bool ``[texts, 1, 1, longest]``.
+    """
+
+    turn: torch.Tensor
+    growth: torch.Tensor | None
+    hidden: dict[bool, torch.Tensor]
+
+
 def rms_norm(values: torch.Tensor, epsilon: float, weight: torch.Tensor | None = None) -> torch.Tensor:
     """``values`` divided by the root of the mean of their squares (plus epsilon) along the last dimension, times ``weight``."""
+    if values.is_cuda:  # one launch instead of six
+        return functional.rms_norm(values, values.shape[-1:], weight, epsilon)
     normal = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + epsilon)
     return normal if weight is None else normal * weight
 
@@ -60,8 +76,16 @@ def rotary_frequencies(config: Llama4Config) -> torch.Tensor:
 
 def rotate(values: torch.Tensor, frequencies: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Turn each pair of ``values [..., length, heads, head_dim]`` by its frequency times the position of its row."""
+    return _rotated(values, _turn(frequencies, positions))
+
+
+def _turn(frequencies: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Complex ``[length, 1, head_dim / 2]``."""
     angles = positions.to(torch.float32)[:, None] * frequencies
-    turn = torch.polar(torch.ones_like(angles), angles)[:, None, :]  # [length, 1, head_dim / 2]
+    return torch.polar(torch.ones_like(angles), angles)[:, None, :]
+
+
+def _rotated(values: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     pairs = torch.view_as_complex(values.reshape(*values.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * turn).flatten(-2)
 
@@ -75,6 +99,7 @@ def attend(
     *,
     frequencies: torch.Tensor | None = None,
     past: tuple[torch.Tensor, torch.Tensor] | None = None,
+    first: int = 0,
 ) -> torch.Tensor:
     """What attention gathers, before the output projection: float32 ``[length, heads * head_dim]``, or with samples of equal length
     in front.
@@ -82,13 +107,16 @@ def attend(
     query: ``[length, heads * head_dim]``; key, value: ``[length, key_value_heads * head_dim]``, as projected.  The values that a
     quantized KV cache would hold are those of :func:`cached_keys` and ``value``.  frequencies: of the rotation, if not those of
     the config.  Heads that share keys may be given by themselves.  past: keys as :func:`cached_keys` gives them and values, both
-    ``[..., earlier, key_value_heads, head_dim]``, of the positions before these.
+    ``[..., earlier, key_value_heads, head_dim]``, of the positions before these.  first: position of the first token, where those
+    before it are not looked at: in a layer that attends in chunks, the beginning of one.
     """
     if query.dim() == 2:  # fused attention wants a dimension for samples
         earlier = None if past is None else (past[0][None], past[1][None])
-        return attend(config, layer, query[None], key[None], value[None], frequencies=frequencies, past=earlier)[0]
+        return attend(config, layer, query[None], key[None], value[None], frequencies=frequencies, past=earlier, first=first)[0]
     length, leading = query.shape[-2], query.shape[:-2]
-    first = 0 if past is None else past[0].shape[-3]
+    held = first  # position of the first key
+    if past is not None:
+        first, held = past[0].shape[-3], 0
     query = query.reshape(*leading, length, -1, config.head_dim)
     value = value.reshape(*leading, length, -1, config.head_dim)
     positions = torch.arange(first, first + length, device=query.device)
@@ -112,50 +140,48 @@ def attend(
         parts.append(
             functional.scaled_dot_product_attention(
                 query[..., begin - first : end - first, :, :].transpose(-3, -2),
-                key[..., start:end, :, :].transpose(-3, -2),
-                value[..., start:end, :, :].transpose(-3, -2),
+                key[..., start - held : end - held, :, :].transpose(-3, -2),
+                value[..., start - held : end - held, :, :].transpose(-3, -2),
                 attn_mask=mask,
                 is_causal=mask is None,
                 enable_gqa=grouped,
             ).transpose(-3, -2)
         )
-    return torch.cat(parts, -3).reshape(*leading, length, -1)
+    joined = torch.cat(parts, -3) if len(parts) > 1 else parts[0]
+    return joined.reshape(*leading, length, -1)
+
+
+def next_tokens(config: Llama4Config, positions: torch.Tensor, longest: int, frequencies: torch.Tensor) -> NextTokens:
+    """What :func:`attend_next` needs to know of tokens at ``positions``, int64 ``[texts]``, all below ``longest``."""
+    place = torch.arange(longest, device=positions.device)
+    later = place > positions[:, None]
+    earlier = place < (positions // config.attention_chunk_size * config.attention_chunk_size)[:, None]  # than the chunk
+    hidden = {False: later[:, None, None], True: (later | earlier)[:, None, None]}
+    return NextTokens(_turn(frequencies, positions), _growth(config, positions) if config.temperature_tuning else None, hidden)
 
 
 def attend_next(
-    config: Llama4Config,
-    layer: int,
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    positions: torch.Tensor,
-    *,
-    frequencies: torch.Tensor | None = None,
+    config: Llama4Config, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tokens: NextTokens
 ) -> torch.Tensor:
-    """What one token of each sample gathers, as :func:`attend` gives it: float32 ``[samples, heads * head_dim]``.
+    """What one token of each text gathers, as :func:`attend` gives it: float32 ``[texts, heads * head_dim]``.
 
-    query: as projected, of the tokens at ``positions``, int64 ``[samples]``.  keys, values: ``[samples, longest, key_value_heads,
-    head_dim]``, keys as :func:`cached_keys` gives them; those behind a sample's position are finite and do not matter.
+    query: as projected.  keys, values: ``[texts, longest, key_value_heads, head_dim]``, keys as :func:`next_keys` gives them, those
+    of ``tokens`` among them; those behind a text's token are finite and do not matter.
     """
-    samples, longest, shared = len(query), keys.shape[1], config.num_heads // config.num_key_value_heads
-    query = _turned(config, layer, query.view(samples, -1, config.head_dim), positions, frequencies)
-    place = torch.arange(longest, device=query.device)
-    seen = place <= positions[:, None]
-    if config.rope_layers[layer]:
-        seen &= place >= (positions // config.attention_chunk_size * config.attention_chunk_size)[:, None]
-    elif config.temperature_tuning:
-        query = query * _growth(config, positions)
-    query = query.reshape(samples, config.num_key_value_heads, shared, config.head_dim)
+    texts, shared, rotary = len(query), config.num_heads // config.num_key_value_heads, config.rope_layers[layer]
+    query = next_keys(config, layer, query, tokens)
+    if not rotary and tokens.growth is not None:
+        query = query * tokens.growth
+    query = query.reshape(texts, config.num_key_value_heads, shared, config.head_dim)
     scores = torch.einsum("nksd,nlkd->nksl", query, keys) / math.sqrt(config.head_dim)
-    likely = torch.softmax(scores.masked_fill_(~seen[:, None, None], -math.inf), -1)
-    return torch.einsum("nksl,nlkd->nksd", likely, values).reshape(samples, -1)
+    likely = torch.softmax(scores.masked_fill_(tokens.hidden[rotary], -math.inf), -1)
+    return torch.einsum("nksl,nlkd->nksd", likely, values).reshape(texts, -1)
 
 
-def keys_at(
-    config: Llama4Config, layer: int, key: torch.Tensor, positions: torch.Tensor, *, frequencies: torch.Tensor | None = None
-) -> torch.Tensor:
-    """As :func:`cached_keys`, of tokens ``[tokens, features]`` at any ``positions``, int64 ``[tokens]``."""
-    return _turned(config, layer, key.view(len(key), -1, config.head_dim), positions, frequencies)
+def next_keys(config: Llama4Config, layer: int, key: torch.Tensor, tokens: NextTokens) -> torch.Tensor:
+    """As :func:`cached_keys`, of one token ``[texts, features]`` of each text: ``[texts, heads, head_dim]``."""
+    heads = key.view(len(key), -1, config.head_dim)
+    return _normal(config, _rotated(heads, tokens.turn)) if config.rope_layers[layer] else heads
 
 
 def cached_keys(
@@ -183,7 +209,10 @@ def _turned(
     if not config.rope_layers[layer]:
         return heads
     used = rotary_frequencies(config) if frequencies is None else frequencies
-    heads = rotate(heads, used.to(heads.device), positions)
+    return _normal(config, rotate(heads, used.to(heads.device), positions))
+
+
+def _normal(config: Llama4Config, heads: torch.Tensor) -> torch.Tensor:
     return rms_norm(heads, config.rms_norm_eps) if config.use_qk_norm else heads
 
 

@@ -22,9 +22,10 @@ from quantkit.errors import ArtifactError
 from quantkit.kept_model import KEPT_BYTES, KeptModel
 from quantkit.kernels.device_weights import DeviceWeight
 from quantkit.kernels.dispatch import Backend, dequant_matmul, moe_forward
+from quantkit.kernels.moe_tiles import KnownRows
 from quantkit.kernels.weights import Weight
 from quantkit.layer_pass import PORTION, Samples
-from quantkit.llama4 import Unit
+from quantkit.llama4 import Unit, units_by_layer
 from quantkit.ready_weights import DeviceWeights, ReadyWeights, StoredWeights
 from quantkit.stored_model import StoredModel
 from quantkit.team import Team, multiply, spans
@@ -33,7 +34,9 @@ from quantkit.workspace import Workspace
 LOGITS_ROWS = 512  # that a device multiplies at a time: the bits of a product may depend on how many there are
 NORMALIZED = 64 * 5120  # numbers that a thread normalizes at a time, so that they stay in its cache
 
-Heads = tuple[slice, slice, slice]  # samples, and columns of queries and of keys
+ATTENDED = 64 << 20  # numbers of queries that threads attend with at the same time, each of which needs some three besides
+
+Heads = tuple[slice, slice, slice, slice]  # samples, positions, and columns of queries and of keys
 
 
 @dataclass
@@ -46,11 +49,12 @@ class KeyValueCache:
 
     lengths: list[int]
     layers: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    padded: Padded = field(default_factory=dict)
+    padded: Padded = field(default_factory=Padded)
 
     def advance(self, samples: Samples) -> None:
         """All layers have seen the tokens of ``samples``."""
         self.lengths = [length + more for length, more in zip(self.lengths, samples.lengths, strict=True)]
+        self.padded.steps.clear()
 
     def forget(self, sample: int) -> None:
         """Let go of the keys and values of a finished sample; what is padded goes with the whole cache."""
@@ -78,11 +82,11 @@ class Inference:
         self._team, self._device, self._round = team, device, round_activations
         self._backend: Backend | None = None if device is None else "triton"
         self._workspace = Workspace()
+        self._known_rows = KnownRows()
         self._weights: ReadyWeights = StoredWeights(model) if device is None else DeviceWeights(model, team, device, kept_bytes)
-        self._layers: dict[int, list[Unit]] = {layer: [] for layer in range(self.config.num_layers)}
-        for unit in model.units:
-            if unit.layer is not None:
-                self._layers[unit.layer].append(unit)
+        self._frequencies = model.frequencies if device is None else model.frequencies.to(device)
+        self._layers = units_by_layer(model.units, self.config.num_layers)
+        self._placed: tuple[Samples, torch.Tensor] | None = None  # the samples seen last, and the rows of their tokens
 
     # -------------------------------------------------------------------------------------------------- beginning and end
 
@@ -118,17 +122,17 @@ class Inference:
 
         samples: how tokens lie in ``hidden``; rows without a token keep what they hold.  The routing has a row for each token.
         """
-        tokens = None if len(samples.tokens) == len(hidden) else samples.tokens.to(hidden.device, non_blocking=True)
+        tokens = None if len(samples.tokens) == len(hidden) else self._rows_of(samples, hidden.device)
         base = f"{self.config.prefix}model.layers.{number}."
         matrices = {unit.key.rpartition(".")[2]: unit for unit in self._layers[number] if unit.matrices and unit.expert is None}
-        self._attention(number, base, matrices, hidden, samples, cache)
-        rows = self._normalized(hidden, tokens, self._weights.vector(f"{base}post_attention_layernorm.weight"))
+        self._attention(number, base, matrices, hidden, samples, tokens, cache)
+        rows = self._inputs(self._normalized(hidden, tokens, self._weights.vector(f"{base}post_attention_layernorm.weight")))
         own = matrices["gate_up_proj"], matrices["down_proj"]
         routing = None
         if self.config.moe_layers[number]:
             experts, shared = self._weights.mixture([unit for unit in self._layers[number] if unit.expert is not None], own)
             result, routing = moe_forward(
-                self._inputs(rows),
+                rows,
                 self._weights.vector(f"{base}feed_forward.router.weight"),
                 experts,
                 shared,
@@ -150,19 +154,26 @@ class Inference:
         matrices: dict[str, Unit],
         hidden: torch.Tensor,
         samples: Samples,
+        tokens: torch.Tensor | None,
         cache: KeyValueCache | None,
     ) -> None:
+        """tokens: rows of ``hidden`` that hold one, None for all."""
         norm = self._weights.vector(f"{base}input_layernorm.weight")
         joined = self._weights.matrices(matrices["qkv"])
         [out] = self._weights.matrices(matrices["o_proj"])
         biases = [self._bias(f"{base}self_attn.{name}.bias") for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+        done = 0
         for group in _groups(samples, cache is not None or self._device is not None):
-            there, tokens = _rows_of(group, hidden)
-            rows = self._normalized(there, tokens, norm)
+            begin, end, count = group[0][0], sum(group[-1]), sum(length for _, length in group)
+            if tokens is None or end - begin == count:
+                there, chosen = hidden[begin:end], None
+            else:
+                there, chosen = hidden, tokens[done : done + count]
+            done += count
+            rows = self._inputs(self._normalized(there, chosen, norm))
             query, key, value = (
                 _with_bias(self._product(rows, weight), bias) for weight, bias in zip(joined, biases, strict=False)
             )
-            count = len(rows)
             del rows  # one window may be all that is in memory: each array counts
             if self._device is not None:
                 context = self._attended_there(number, group, samples.length, (query, key, value), cache)
@@ -171,7 +182,7 @@ class Inference:
             else:
                 context = self._gather(number, group, query, key, value)
             del query, key, value
-            _add(there, tokens, _with_bias(self._product(context.view(count, -1), out), biases[3]))
+            _add(there, chosen, _with_bias(self._product(context.view(count, -1), out), biases[3]))
             del context
 
     def _gather(
@@ -182,17 +193,21 @@ class Inference:
         all_queries, all_keys, values = query.view(shape), key.view(shape), value.view(shape)
 
         def attend(at: Heads) -> None:
-            part, queries, keys = at
-            all_queries[part, :, queries] = forward.attend(  # which nobody else reads
+            part, positions, queries, keys = at
+            all_queries[part, positions, queries] = forward.attend(  # which nobody else reads
                 self.config,
                 number,
-                all_queries[part, :, queries],
-                all_keys[part, :, keys],
-                values[part, :, keys],
-                frequencies=self.model.frequencies,
+                all_queries[part, positions, queries],
+                all_keys[part, positions, keys],
+                values[part, positions, keys],
+                frequencies=self._frequencies,
+                first=positions.start,
             )
 
-        self._team.run(attend, self._heads(len(group), group[0][1]))
+        work = self._heads(number, len(group), group[0][1])
+        together = max(1, ATTENDED // all_queries[work[0][:3]].numel())
+        for some in spans(len(work), len(work) if together >= self._team.threads else together):
+            self._team.run(attend, work[some])
         return query
 
     def _attended_there(
@@ -201,23 +216,37 @@ class Inference:
         """What attention gathers on the device for the samples of ``group``."""
         lengths = [tokens for _, tokens in group]
         if cache is None:
-            return device_attention.attend(self.config, number, projected, lengths, self.model.frequencies)
+            return device_attention.attend(self.config, number, projected, lengths, self._frequencies)
         numbers = [begin // length for begin, _ in group]
         return device_attention.attend_further(
-            self.config, number, projected, numbers, lengths, cache.lengths, cache.padded, self.model.frequencies
+            self.config, number, projected, numbers, lengths, cache.lengths, cache.padded, self._frequencies
         )
 
-    def _heads(self, samples: int, length: int) -> list[Heads]:
-        """Work on attention for samples of that length: some of them with all heads, or one with those that share a key."""
-        together, head = PORTION // (4 * length), self.config.head_dim
+    def _heads(self, number: int, samples: int, length: int) -> list[Heads]:
+        """Work on attention for samples of that length: some of them with all heads; or a chunk of one, with the heads that share a
+        key, where the layer attends in chunks; or one with a single head."""
+        config, together = self.config, PORTION // (4 * length)
         if together:
-            return [(part, slice(None), slice(None)) for part in spans(samples, together)]
-        share = self.config.num_heads // self.config.num_key_value_heads * head
+            return [(part, slice(0, length), slice(None), slice(None)) for part in spans(samples, together)]
+        chunked, shared = config.rope_layers[number], config.num_heads // config.num_key_value_heads
+        heads = shared if chunked else 1  # keys that are rotated are so once
         return [
-            (slice(sample, sample + 1), slice(number * share, (number + 1) * share), slice(number * head, (number + 1) * head))
+            (
+                slice(sample, sample + 1),
+                positions,
+                slice(head * config.head_dim, (head + heads) * config.head_dim),
+                slice(head // shared * config.head_dim, (head // shared + 1) * config.head_dim),
+            )
             for sample in range(samples)
-            for number in range(self.config.num_key_value_heads)
+            for head in range(0, config.num_heads, heads)
+            for positions in spans(length, config.attention_chunk_size if chunked else length)
         ]
+
+    def _rows_of(self, samples: Samples, device: torch.device) -> torch.Tensor:
+        """Rows that hold a token; they go to the device once, for all layers."""
+        if self._placed is None or self._placed[0] is not samples:
+            self._placed = (samples, samples.tokens.to(device, non_blocking=True))
+        return self._placed[1]
 
     def _normalized(self, hidden: torch.Tensor, rows: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
         """RMS norm of some rows of ``hidden``, or of all."""
@@ -250,7 +279,7 @@ class Inference:
             query, key, value = (rows[None, end - tokens : end] for rows in projected)
             past = self._continued(number, begin // length, key, value, cache)
             context[end - tokens : end] = forward.attend(
-                self.config, number, query, key, value, frequencies=self.model.frequencies, past=past
+                self.config, number, query, key, value, frequencies=self._frequencies, past=past
             )[0]
 
         self._team.run(attend, range(len(group)))
@@ -262,7 +291,7 @@ class Inference:
         """What the cache holds of a sample, with a dimension for it in front; afterwards the cache holds the new ones, too."""
         past = cache.layers.get((number, sample))
         keys = forward.cached_keys(
-            self.config, number, key, frequencies=self.model.frequencies, first=0 if past is None else len(past[0])
+            self.config, number, key, frequencies=self._frequencies, first=0 if past is None else len(past[0])
         )[0]
         values = value.view(-1, self.config.num_key_value_heads, self.config.head_dim)
         cache.layers[number, sample] = (
@@ -287,6 +316,7 @@ class Inference:
             round_activations=self._round,
             team=self._team,
             workspace=self._workspace,
+            known_rows=self._known_rows,
         )
         return product.to(torch.float32)
 
@@ -325,15 +355,6 @@ def _groups(samples: Samples, mixed: bool) -> Iterator[list[tuple[int, int]]]:
         total += length
     if group:
         yield group
-
-
-def _rows_of(group: list[tuple[int, int]], hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A part of ``hidden``, and which of its rows are the group's; None: all."""
-    begin, end = group[0][0], sum(group[-1])
-    if end - begin == sum(length for _, length in group):
-        return hidden[begin:end], None
-    rows = torch.cat([torch.arange(first, first + length) for first, length in group])
-    return hidden, rows.to(hidden.device, non_blocking=True)
 
 
 def _add(hidden: torch.Tensor, rows: torch.Tensor | None, result: torch.Tensor) -> None:

@@ -19,7 +19,7 @@ from quantkit.checkpoint import Checkpoint
 from quantkit.config import Llama4Config
 from quantkit.errors import CalibrationError
 from quantkit.layer_pass import PORTION, Borrowed, LayerPass, Samples
-from quantkit.llama4 import Unit, units
+from quantkit.llama4 import Unit, units, units_by_layer
 from quantkit.team import Team, multiply
 from quantkit.tensor_files import TORCH_DTYPES
 
@@ -87,11 +87,7 @@ def hidden_states(checkpoint: Checkpoint, tokens: torch.Tensor, samples: Samples
     embed(checkpoint, tokens, hidden)
     output = torch.zeros_like(hidden)
     scratch = torch.zeros(len(tokens), max(config.hidden_size, config.num_heads * config.head_dim))
-    layers: dict[int, list[Unit]] = {layer: [] for layer in range(config.num_layers)}
-    for unit in units(config):
-        if unit.layer is not None:
-            layers[unit.layer].append(unit)
-    for layer, parts in layers.items():
+    for layer, parts in units_by_layer(units(config), config.num_layers).items():
         LayerPass(checkpoint, parts, layer, samples, team, Unobserved()).run(hidden, output, scratch)
         hidden, output = output, hidden
     return hidden

@@ -16,7 +16,7 @@ Expert MLPs have width ``intermediate_size``, dense MLPs ``intermediate_size_mlp
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -115,6 +115,15 @@ def _source_shape(config: Llama4Config, matrix: WeightMatrix) -> tuple[int, ...]
 def units(config: Llama4Config) -> list[Unit]:
     """All work in natural order: embedding, layers, final norm, head, vision tower, projector."""
     return list(_units(config, config.num_experts))
+
+
+def units_by_layer(given: Iterable[Unit], layers: int) -> dict[int, list[Unit]]:
+    """The units of every layer, those of the tables, the final norm and the vision tower left out."""
+    found: dict[int, list[Unit]] = {layer: [] for layer in range(layers)}
+    for unit in given:
+        if unit.layer is not None:
+            found[unit.layer].append(unit)
+    return found
 
 
 def _units(config: Llama4Config, experts: int) -> Iterator[Unit]:

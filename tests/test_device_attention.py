@@ -57,7 +57,7 @@ def test_samples_that_go_on(config: Llama4Config, layer: int, monkeypatch: pytes
     prompts, ends = [4, 9, 1, 17], [12, 25, 9, 19]  # tokens of a sample at first, and at last
     texts = [projected(config, end, number) for number, end in enumerate(ends)]
     expected = [forward.attend(config, layer, *text) for text in texts]
-    padded: Padded = {}
+    padded = Padded()
     past, running, first = [0] * 4, [0, 1, 2, 3], True
     while running:
         more = [prompts[number] if first else 1 for number in running]
@@ -73,9 +73,10 @@ def test_samples_that_go_on(config: Llama4Config, layer: int, monkeypatch: pytes
         for number, part in zip(running, torch.split(found, more), strict=True):
             torch.testing.assert_close(part, expected[number][past[number] : past[number] + steps[number]])
             past[number] += steps[number]
+        padded.steps.clear()
         running, first = [number for number in running if past[number] < ends[number]], False
     assert past == ends
-    keys, values = padded[layer]
+    keys, values = padded.layers[layer]
     assert keys.shape == values.shape and keys.shape[1] >= 25
 
 
@@ -83,5 +84,6 @@ def test_rows_behind_a_sample_do_not_matter(config: Llama4Config) -> None:
     query, key, value = projected(config, 6, 1)
     keys = forward.cached_keys(config, 1, key)[None].expand(2, -1, -1, -1)
     values = value.view(1, 6, -1, config.head_dim).expand(2, -1, -1, -1)
-    found = forward.attend_next(config, 1, query[[3, 5]], keys, values, torch.tensor([3, 5]))
+    tokens = forward.next_tokens(config, torch.tensor([3, 5]), 6, forward.rotary_frequencies(config))
+    found = forward.attend_next(config, 1, query[[3, 5]], keys, values, tokens)
     torch.testing.assert_close(found, forward.attend(config, 1, query, key, value)[[3, 5]])

@@ -21,6 +21,7 @@ from quantkit.kernels import moe_cpu, reference
 from quantkit.kernels.activations import rounded_inputs
 from quantkit.kernels.device_mixture import Mixture
 from quantkit.kernels.device_weights import DeviceWeight
+from quantkit.kernels.moe_tiles import KnownRows
 from quantkit.kernels.weights import Mlp, Weight
 from quantkit.team import Team
 from quantkit.workspace import Workspace
@@ -36,15 +37,18 @@ def dequant_matmul(
     round_activations: bool = True,
     team: Team | None = None,
     workspace: Workspace | None = None,
+    known_rows: KnownRows | None = None,
 ) -> torch.Tensor:
     """``x [tokens, in]`` times the transposed weight: ``[tokens, out]``.
 
     x: float32, for triton BF16.  backend: None goes by the device of ``x``.  round_activations: round ``x`` as clients do where the
-    weight's scheme asks for it.  team, workspace: of the CPU; without them one thread and new memory.
+    weight's scheme asks for it.  team, workspace: of the CPU; without them one thread and new memory.  known_rows: of a device, for
+    who multiplies again and again.
     """
     backend = backend or backend_of(x)
     if backend == "triton":
-        return cast("torch.Tensor", _triton().dequant_matmul(x, weight, round_activations=round_activations))
+        result = _triton().dequant_matmul(x, weight, round_activations=round_activations, known_rows=known_rows)
+        return cast("torch.Tensor", result)
     assert not isinstance(weight, DeviceWeight), "weights on a device are for triton"
     if backend == "cpu":
         return moe_cpu.dequant_matmul(x, weight, round_activations=round_activations, team=team, workspace=workspace)

@@ -16,6 +16,7 @@ TOKENS = (16, 32, 64, 128)  # rows of a tile; a power of two, at least what a te
 FILLED = 0.75  # rows per expert, on average, from which on a tile is worth its size
 INPUTS = 128  # inputs of a step: planes and scales are cut so
 MOST_SPLITS = 8
+MOST_KNOWN = 8  # numbers of rows
 LEAST_STEPS = 4  # of a split: below, filling the pipeline takes longer than the work
 
 
@@ -119,6 +120,33 @@ class Tiles:
 
 
 @dataclass(frozen=True)
+class AllRows:
+    """All rows through the only weight of a stack.  place: int64 zeros ``[rows]``, their place in the stack.  order: int64 ``[1,
+    rows]``, one after the other."""
+
+    tiles: Tiles
+    place: torch.Tensor
+    order: torch.Tensor
+
+
+class KnownRows:
+    """Keeps what says how all rows are taken, which depends on their number alone: in a decoder's step making it anew would take
+    more launches than the product."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, torch.device], AllRows] = {}
+
+    def all(self, rows: int, device: torch.device) -> AllRows:
+        """Of so many rows on the device."""
+        key = rows, device
+        found = self._known.pop(key) if key in self._known else all_rows(rows, device)
+        self._known[key] = found  # the latest stand at the end
+        while len(self._known) > MOST_KNOWN:
+            del self._known[next(iter(self._known))]
+        return found
+
+
+@dataclass(frozen=True)
 class Rows:
     """What is multiplied: values ``[rows, inputs]``, contiguous, inputs padded with zeros to a multiple of 128; BF16, or FP8.
 
@@ -148,13 +176,15 @@ def cut(first: torch.Tensor, last: torch.Tensor, tokens: int, most: int) -> Tile
     return Tiles(expert, begin, end, count, most, tokens)
 
 
-def all_rows(rows: int, device: torch.device, tokens: int | None = None) -> Tiles:
-    """Tiles of all rows through the only weight of a stack.  Nothing is copied from the host, which would wait for the device."""
-    tokens = tokens or tokens_of_tile(rows, 1)
+def all_rows(rows: int, device: torch.device) -> AllRows:
+    """All rows through the only weight of a stack.  Nothing is copied from the host, which would wait for the device."""
+    tokens = tokens_of_tile(rows, 1)
     most = max(1, -(-rows // tokens))
     first = torch.arange(0, most * tokens, tokens, dtype=torch.int32, device=device)
     count = torch.full((1,), -(-rows // tokens), dtype=torch.int32, device=device)
-    return Tiles(torch.zeros_like(first), first, (first + tokens).clamp_(max=rows), count, most, tokens)
+    tiles = Tiles(torch.zeros_like(first), first, (first + tokens).clamp_(max=rows), count, most, tokens)
+    order = torch.arange(rows, device=device)
+    return AllRows(tiles, torch.zeros_like(order), order[None])
 
 
 def splits(blocks: int, steps: int, programs: int) -> int:

@@ -45,7 +45,7 @@ from quantkit.errors import RecipeError
 from quantkit.kernels import moe_tiles, moe_triton_rows
 from quantkit.kernels.device_mixture import Mixture, Stack, prepare
 from quantkit.kernels.device_weights import DeviceWeight, build, padded
-from quantkit.kernels.moe_tiles import INPUTS, Rows, Shape, Tiles
+from quantkit.kernels.moe_tiles import INPUTS, KnownRows, Rows, Shape, Tiles
 from quantkit.kernels.weights import Mlp, Weight
 from quantkit.team import spans
 
@@ -80,7 +80,9 @@ def kernels_of(kind: str) -> Kernels:
 # --------------------------------------------------------------------------------------------------------------- forward
 
 
-def dequant_matmul(x: torch.Tensor, weight: Weight | DeviceWeight, *, round_activations: bool = True) -> torch.Tensor:
+def dequant_matmul(
+    x: torch.Tensor, weight: Weight | DeviceWeight, *, round_activations: bool = True, known_rows: KnownRows | None = None
+) -> torch.Tensor:
     """``x [tokens, in]`` BF16 times the transposed weight: BF16 ``[tokens, out]``."""
     x = x.to(torch.bfloat16)
     with _current(x.device):
@@ -89,15 +91,14 @@ def dequant_matmul(x: torch.Tensor, weight: Weight | DeviceWeight, *, round_acti
         values = _padded_rows(x, there.padded_inputs)
         if not len(x):
             return x.new_empty((0, there.outputs))
-        tiles = moe_tiles.all_rows(len(x), x.device)
-        place = x.new_zeros(len(x), dtype=torch.int64)
-        out, splits = x.new_empty((len(x), there.outputs)), splits_of(there, [tiles], x.device)
+        rows = (known_rows or KnownRows()).all(len(x), x.device)
+        out, splits = x.new_empty((len(x), there.outputs)), splits_of(there, [rows.tiles], x.device)
         if splits == 1:
-            _multiply(values, there, [tiles], place, round_activations, out[None])
+            _multiply(values, there, [rows.tiles], rows.place, round_activations, out[None])
             return out
         parts = torch.empty((splits, *out.shape), device=x.device)
-        _multiply(values, there, [tiles], place, round_activations, parts)
-        moe_triton_rows.combine(parts, torch.arange(len(x), device=x.device)[None], out)
+        _multiply(values, there, [rows.tiles], rows.place, round_activations, parts)
+        moe_triton_rows.combine(parts, rows.order, out)
         return out
 
 
