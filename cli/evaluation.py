@@ -95,6 +95,7 @@ def _is_by_product(path: Path) -> bool:
 
 def _measure(artifacts: list[str], measurement: Measurement, ending: Ending, report: _Report | None) -> None:
     """What both commands do: measure, write, show, check gates."""
+    _check_paths(artifacts, measurement, ending)
     gates = _gates(artifacts, measurement, ending)
     with reporting(ending.as_json, _what_is_kept):
         from quantkit.evaluate import evaluate
@@ -133,6 +134,23 @@ def _measure(artifacts: list[str], measurement: Measurement, ending: Ending, rep
         print_json(content)
         if error is not None:
             raise typer.Exit(error.exit_code)
+
+
+def _check_paths(artifacts: list[str], measurement: Measurement, ending: Ending) -> None:
+    """An empty path, or an artifact that is given twice, is wrong usage."""
+    with reporting(ending.as_json):
+        from quantkit.errors import RecipeError
+        from quantkit.evaluation_checks import artifact_paths, checked_path
+
+        try:
+            artifact_paths(artifacts)
+            for name in ("reference", "text", "golden", "cache"):
+                if getattr(measurement, name) is not None:
+                    checked_path(f"--{name}", getattr(measurement, name))
+            return
+        except RecipeError as error:
+            mistake = str(error)
+    raise typer.BadParameter(mistake)
 
 
 def _gates(artifacts: list[str], measurement: Measurement, ending: Ending) -> list[Gate]:

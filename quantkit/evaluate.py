@@ -15,7 +15,7 @@ import os
 import platform
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import lru_cache
@@ -28,16 +28,19 @@ import xxhash
 
 from quantkit import metrics
 from quantkit.calibration import CalibrationOptions
-from quantkit.errors import ArtifactError, CalibrationError, Interrupted
+from quantkit.errors import CalibrationError, Interrupted
 from quantkit.estimate import available_cores
 from quantkit.evaluation import ArtifactEvaluation, Difference, Evaluation, Scores
 from quantkit.evaluation_cache import LIMIT_BYTES, EvaluationCache
 from quantkit.evaluation_checks import (
+    artifact_paths,
+    cache_directory,
     check_arguments,
     check_distinct,
     check_files,
     check_same_model,
     check_same_tokenizer,
+    checked_path,
     model_directory,
     open_artifact,
     open_reference,
@@ -62,10 +65,10 @@ DIGESTS = "file-digests.json"  # in the cache
 
 
 def evaluate(
-    artifacts: str | Path | Sequence[str | Path],
-    reference: str | Path,
+    artifacts: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    reference: str | os.PathLike[str],
     *,
-    text: str | Path | None = None,
+    text: str | os.PathLike[str] | None = None,
     revision: str | None = None,
     window: int = 512,
     windows: int | None = None,
@@ -74,11 +77,11 @@ def evaluate(
     device: str = "cpu",
     workers: int | None = None,
     batch_tokens: int | None = None,
-    cache: str | Path | None = None,
+    cache: str | os.PathLike[str] | None = None,
     cache_limit: int | None = None,
     resamples: int = 1000,
     round_activations: bool = True,
-    golden: str | Path | None = None,
+    golden: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     stop: threading.Event | None = None,
 ) -> Evaluation:
@@ -92,13 +95,18 @@ def evaluate(
     artifacts answer besides, a file as :func:`quantkit.golden_set.read_questions` takes, or "bundled".
 
     Raises ArtifactError, CheckpointError (of the reference), CorpusError, CalibrationError (no such device, or too little memory
-    there), RecipeError (a number that means nothing), OutputError (the cache cannot be written), and Interrupted when ``stop`` was
-    set or Ctrl-C pressed; then the same call goes on from there.
+    there), RecipeError (an argument that means nothing, an artifact given twice), OutputError (the cache cannot be written), and
+    Interrupted when ``stop`` was set or Ctrl-C pressed; then the same call goes on from there.
     """
-    paths = [artifacts] if isinstance(artifacts, str | Path) else list(artifacts)
-    if not paths:
-        raise ArtifactError("No artifact was given. Give the directory or the GGUF file of at least one.")
+    paths = artifact_paths(artifacts)
+    reference = checked_path("reference", reference)
+    text = None if text is None else checked_path("text", text)
+    golden = None if golden is None else checked_path("golden", golden)
     check_arguments(
+        round_activations=round_activations,
+        revision=revision,
+        progress=progress,
+        stop=stop,
         window=window,
         windows=windows,
         seed=seed,
@@ -107,6 +115,7 @@ def evaluate(
         resamples=resamples,
         cache_limit=cache_limit,
     )
+    place = cache_directory(cache)
     where = CalibrationOptions(device=device).accelerator()
     questions = () if golden is None else read_questions(golden)  # what is wrong with them is said before the work
     watch = Watch(progress, stop)
@@ -130,7 +139,6 @@ def evaluate(
                 revision=revision,
                 vocab_size=base.config.vocab_size,
             )
-            place = Path.home() / ".cache" / "quantkit" / "evaluation" if cache is None else Path(cache).expanduser()
             store = opened.enter_context(EvaluationCache(place, LIMIT_BYTES if cache_limit is None else cache_limit))
             digests = RememberedDigests(place / DIGESTS)
             keys, provenances = _checked(base, models, digests, watch)  # which takes a while: all other errors come first

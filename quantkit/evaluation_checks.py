@@ -19,7 +19,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,15 @@ import xxhash
 from gguf.constants import Keys
 
 from quantkit.corpus import load_tokenizer
-from quantkit.errors import AlreadyQuantizedError, ArtifactError, CheckpointError, CorpusError, LedgerError, RecipeError
+from quantkit.errors import (
+    AlreadyQuantizedError,
+    ArtifactError,
+    CheckpointError,
+    CorpusError,
+    LedgerError,
+    OutputError,
+    RecipeError,
+)
 from quantkit.file_digests import RememberedDigests
 from quantkit.formats.gguf_tokenizer import TOKENIZER_FILE, tokenizer_metadata
 from quantkit.scheme import KEEP
@@ -66,8 +75,40 @@ _WANTED_CHECKPOINT = "Give the directory of a Llama 4 checkpoint as downloaded."
 _CLOSE = 1e-5  # relative, for numbers that GGUF files hold as float32
 
 
+def artifact_paths(artifacts: object) -> list[str | Path]:
+    """The paths of artifacts, of which there may be one.  Raises RecipeError for what is none, and for one that was given twice."""
+    several = artifacts if isinstance(artifacts, Iterable) and not isinstance(artifacts, str | bytes | os.PathLike) else [artifacts]
+    paths = [checked_path("an artifact", path) for path in several]
+    if not paths:
+        raise RecipeError("No artifact was given. Give the directory or the GGUF file of at least one.")
+    _check_distinct([((os.path.realpath(os.path.expanduser(path)),), path) for path in paths])
+    return paths
+
+
+def checked_path(name: str, value: object) -> str | Path:
+    """The path that an argument of that name has to be: text as it is.  Raises RecipeError."""
+    path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise RecipeError(f"{name} is {brief(value)}; expected a path")
+    return value if isinstance(value, str) else Path(path)
+
+
+def cache_directory(cache: object) -> Path:
+    """The directory that ``cache`` names; None: the usual one.  Raises RecipeError for what is no path, OutputError for a file."""
+    if cache is None:
+        return Path.home() / ".cache" / "quantkit" / "evaluation"
+    place = Path(os.path.expanduser(checked_path("cache", cache)))
+    if os.path.exists(place) and not os.path.isdir(place):
+        raise OutputError(f"{place} is a file: name a directory for the cache (--cache)")
+    return place
+
+
 def check_arguments(
     *,
+    round_activations: object,
+    revision: object,
+    progress: object,
+    stop: object,
     window: int,
     windows: int | None,
     seed: int,
@@ -87,7 +128,26 @@ def check_arguments(
             if value is None and name in ("windows", "workers", "batch_tokens", "cache_limit"):
                 continue
             if type(value) is not int or value < least:
-                raise kind(f"{name} is {value!r}; expected an integer of at least {least}")
+                raise kind(f"{name} is {brief(value)}; expected an integer of at least {least}")
+    fitting = (
+        ("round_activations", round_activations, isinstance(round_activations, bool), "True or False"),
+        ("revision", revision, revision is None or isinstance(revision, str), "text, or None"),
+        ("progress", progress, progress is None or callable(progress), "a function, or None"),
+        ("stop", stop, stop is None or isinstance(stop, threading.Event), "a threading.Event, or None"),
+    )
+    for name, found, fits, wanted in fitting:
+        if not fits:
+            raise RecipeError(f"{name} is {brief(found)}; expected {wanted}")
+
+
+def check_window(window: int, models: Sequence[StoredModel]) -> None:
+    """Raise CorpusError for a window that is longer than what one of the models knows."""
+    for model in models:
+        if window > model.config.max_positions:
+            raise CorpusError(
+                f"A window of {window:,} tokens is more than the {model.config.max_positions:,} positions that {model.path} knows. "
+                "Ask for a shorter one (--window)."
+            )
 
 
 @contextmanager
@@ -138,14 +198,19 @@ def open_reference(path: str | Path) -> StoredModel:
 
 
 def check_distinct(models: Sequence[StoredModel]) -> None:
-    """Raise ArtifactError when two are the same files, whatever their paths look like."""
-    seen: dict[tuple[str, ...], Path] = {}
-    for model in models:
-        files = tuple(sorted(map(os.path.realpath, (model_directory(model), *model.files.paths))))
-        first = seen.setdefault(files, model.path)
-        if first is not model.path:
-            other = "" if str(first) == str(model.path) else f", the second time as {model.path}"
-            raise ArtifactError(f"{first} was given twice{other}. Give each artifact once.")
+    """Raise RecipeError when two are the same files, whatever their paths look like."""
+    files = (tuple(sorted(map(os.path.realpath, (model_directory(model), *model.files.paths)))) for model in models)
+    _check_distinct([(own, model.path) for own, model in zip(files, models, strict=True)])
+
+
+def _check_distinct(known: Iterable[tuple[tuple[str, ...], str | Path]]) -> None:
+    """By what tells artifacts apart, their paths."""
+    seen: dict[tuple[str, ...], str | Path] = {}
+    for own, path in known:
+        if own in seen:
+            other = "" if str(seen[own]) == str(path) else f", the second time as {path}"
+            raise RecipeError(f"{seen[own]} was given twice{other}. Give each artifact once.")
+        seen[own] = path
 
 
 def model_directory(model: StoredModel) -> Path:

@@ -207,8 +207,13 @@ def _check_prelude(prelude: bytes, size: int, where: str) -> tuple[int, int]:
     _, version, prelude_size, length, start, stated = _PRELUDE.unpack(prelude)
     if version != VERSION:
         raise CheckpointError(f"{where}: version {version} of the packed format; this quantkit reads version {VERSION}. Update it.")
-    if prelude_size != _PRELUDE.size or length > MAX_HEADER_BYTES or start != _aligned(_PRELUDE.size + length, BLOCK_ALIGNMENT):
+    if length > MAX_HEADER_BYTES:
         raise CheckpointError(f"{where}: damaged at its start: it declares a header of {length:,} bytes. {_ADVICE}")
+    if prelude_size != _PRELUDE.size or start != _aligned(_PRELUDE.size + length, BLOCK_ALIGNMENT):
+        raise CheckpointError(
+            f"{where}: damaged at its start: it declares a prelude of {prelude_size:,} bytes, a header of {length:,} and data from "
+            f"byte {start:,} on, which do not go together. {_ADVICE}"
+        )
     if stated < start:
         raise CheckpointError(f"{where}: damaged at its start: it declares {stated:,} bytes in all. {_ADVICE}")
     if size < stated:

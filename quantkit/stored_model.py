@@ -286,6 +286,8 @@ def open_model(path: str | Path) -> StoredModel:
         content = parse_object(read_small_file(target / CONFIG_NAME, SIDECAR_BYTES), str(target / CONFIG_NAME))
         if content.get("quantization_config"):
             return _open_artifact(target, SafetensorsArtifact(target, {}), "compressed-tensors")
+    if target.suffix == PACKED_SUFFIX and os.path.isfile(target):
+        raise CheckpointError(f"{target} is a file of an artifact in the packed format. Give the directory that holds it.")
     return CheckpointModel(target, Checkpoint.open(path))
 
 

@@ -251,9 +251,9 @@ def test_a_cache_that_cannot_be_written(made: dict[str, Made], tmp_path: Path, m
 
 
 def test_arguments_that_mean_nothing(made: dict[str, Made], cache: Path) -> None:
-    with pytest.raises(ArtifactError, match="No artifact was given"):
+    with pytest.raises(RecipeError, match="No artifact was given"):
         small(made["scout"], [], cache)
-    with pytest.raises(ArtifactError, match="given twice"):
+    with pytest.raises(RecipeError, match="given twice"):
         small(made["scout"], ["w4a16-rtn", "w4a16-rtn"], cache)
     with pytest.raises(CorpusError, match="no convention"):
         small(made["scout"], ["w4a16-rtn"], cache, convention="other")

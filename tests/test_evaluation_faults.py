@@ -53,6 +53,11 @@ def run(*arguments: object) -> Any:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
+def said(result: Any) -> str:
+    """What a command said, without the breaks and the frame of its lines."""
+    return " ".join(result.output.replace("│", " ").split())
+
+
 # ----------------------------------------------------------------------------------------------------------- damaged files
 
 
@@ -206,8 +211,68 @@ def test_one_artifact_under_two_spellings_is_one(made: Made, tmp_path: Path, cac
     (tmp_path / "link").symlink_to(made.artifact("Q8_0"))
     [file] = made.artifact("Q8_0").glob("tiny-scout*.gguf")
     for other in (made.output / "fp8-dynamic" / ".." / "Q8_0", tmp_path / "link", file):
-        with pytest.raises(ArtifactError, match=r"Q8_0 was given twice, the second time as .*\. Give each artifact once"):
+        with pytest.raises(RecipeError, match=r"Q8_0 was given twice, the second time as .*\. Give each artifact once"):
             small(made, [made.artifact("Q8_0"), other], cache)
+
+
+def test_an_artifact_given_twice_is_wrong_usage(made: Made, tmp_path: Path, cache: Path) -> None:
+    one = made.artifact("fp8-dynamic")
+    result = run("compare", one, f"{one}/", "--reference", DEMO, "--cache", cache, "-o", tmp_path / "report", *FEW)
+    assert result.exit_code == 2 and "given twice" in said(result)
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("name", ["artifacts", "reference", "text", "golden", "cache"])
+@pytest.mark.parametrize("value", ["", 5, b"demo", "a\0b", ["", 3], object(), None])
+def test_what_is_no_path(name: str, value: Any, made: Made, cache: Path) -> None:
+    if value is None and name in ("text", "golden", "cache"):
+        return  # has a meaning
+    given: dict[str, Any] = {"artifacts": made.artifact("fp8-dynamic"), "reference": DEMO, "cache": cache} | {name: value}
+    with pytest.raises(RecipeError, match=r"(an artifact|reference|text|golden|cache) is .*; expected a path"):
+        evaluate(**given)
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("option", ["--reference", "--text", "--golden", "--cache"])
+def test_an_empty_path_is_wrong_usage(option: str, made: Made) -> None:
+    one = str(made.artifact("fp8-dynamic"))
+    assert run("eval", one, "--reference", DEMO, option, "").exit_code == 2
+    result = run("eval", "", "--reference", DEMO)
+    assert result.exit_code == 2 and "expected a path" in said(result)
+
+
+def test_paths_of_any_kind(made: Made, cache: Path) -> None:
+    class Elsewhere:
+        def __init__(self, path: Path) -> None:
+            self.path = path
+
+        def __fspath__(self) -> str:
+            return str(self.path)
+
+    one = Elsewhere(made.artifact("fp8-dynamic"))
+    found = evaluate(iter([one]), Elsewhere(DEMO), window=32, windows=2, cache=Elsewhere(cache), workers=1, resamples=0)
+    assert [own.name for own in found.artifacts] == ["fp8-dynamic"] and found.reference_path == str(DEMO)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("progress", 5), ("stop", 5), ("round_activations", "no"), ("revision", 5), ("workers", "two"), ("resamples", [1])],
+)
+def test_other_arguments_of_the_wrong_kind(argument: str, value: Any, made: Made, cache: Path) -> None:
+    with pytest.raises(RecipeError, match=rf"{argument} is .*; expected "):
+        small(made, ["fp8-dynamic"], cache, **{argument: value})
+
+
+def test_a_cache_that_is_a_file(made: Made, cache: Path) -> None:
+    cache.write_text("")
+    result = run("eval", made.artifact("fp8-dynamic"), "--reference", DEMO, "--cache", cache, *FEW)
+    assert result.exit_code == 5 and "cache is a file: name a directory for the cache" in said(result)
+
+
+def test_a_packed_file_in_place_of_its_directory(made: Made, cache: Path) -> None:
+    file = made.artifact("packed-int4") / "model.packed"
+    with pytest.raises(ArtifactError, match=r"model\.packed is a file of .* packed format\. Give the directory that holds it"):
+        small(made, [file], cache)
 
 
 def test_an_empty_text(made: Made, tmp_path: Path, cache: Path) -> None:
@@ -219,7 +284,7 @@ def test_an_empty_text(made: Made, tmp_path: Path, cache: Path) -> None:
 
 def test_a_window_longer_than_the_text_is_as_long_as_the_text(made: Made, tmp_path: Path, cache: Path) -> None:
     (tmp_path / "text.txt").write_text("one two three four")
-    found = small(made, ["fp8-dynamic"], cache, text=tmp_path / "text.txt", window=100_000, windows=None)
+    found = small(made, ["fp8-dynamic"], cache, text=tmp_path / "text.txt", window=30_000, windows=None)
     assert found.windows == 1 and 3 < found.window < 40
     assert found.artifacts[0].scores.positions == found.window - 1
 
@@ -251,9 +316,9 @@ def test_calibrations_and_reports_are_skipped(made: Made, tmp_path: Path, cache:
     assert f"Skipped: {tmp_path / 'calibration'} (a cal" in result.stderr
     as_json = run("compare", one, tmp_path / "calibration", report, *options, "--force", "--json")
     assert json.loads(as_json.stdout)["skipped"] == [str(tmp_path / "calibration"), str(report)]
-    for paths in ((tmp_path / "calibration",), (tmp_path / "calibration", report)):
+    for paths, code in (((tmp_path / "calibration",), 7), ((tmp_path / "calibration", report), 2)):
         nothing = run("compare", *paths, *options, "--force")
-        assert nothing.exit_code == 7 and "Give the directory" in " ".join(nothing.output.split())
+        assert nothing.exit_code == code and "Give the directory" in said(nothing)
     with pytest.raises(CheckpointError):
         evaluate(one, tmp_path / "calibration", cache=cache)
 

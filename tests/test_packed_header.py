@@ -137,6 +137,7 @@ def test_a_header_that_readers_would_refuse_is_not_written() -> None:
         ),
         (lambda d: d[:8] + struct.pack("<I", 0) + d[12:], "version 0 of the packed format"),
         (lambda d: d[:12] + struct.pack("<I", 72) + d[16:], "damaged at its start"),
+        (lambda d: d[:12] + struct.pack("<I", 4096) + d[16:], "declares a prelude of 4,096 bytes, .* which do not go together"),
         (lambda d: d[:16] + struct.pack("<Q", 2**63) + d[24:], "declares a header of 9,223,372,036,854,775,808 bytes"),
         (lambda d: d[:16] + struct.pack("<Q", 10) + d[24:], "checksum that was stored with it|damaged"),
         (lambda d: d[:24] + struct.pack("<Q", 8192) + d[32:], "damaged at its start"),
