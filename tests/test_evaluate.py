@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from quantkit import evaluation_cache
-from quantkit.errors import ArtifactError, CheckpointError, CorpusError, Interrupted, OutputError
+from quantkit.errors import ArtifactError, CheckpointError, CorpusError, Interrupted, OutputError, RecipeError
 from quantkit.evaluate import EvaluationProgress, evaluate
 from quantkit.evaluation import ArtifactEvaluation, Evaluation
 from tests.evaluation_models import COUNT, WINDOW, Made, make_maverick, make_scout, small
