@@ -109,7 +109,7 @@ class DeviceWeights(ReadyWeights):
     Norms, routers and biases stay there once they have been asked for, and so does the head if there is room.
 
     budget: bytes of layers and of the embedding that stay there, too; None for as many as there is room for.  There is room for
-    something when afterwards as much again and ``RESERVED_BYTES`` are free, since experts lie there twice while they are stacked.
+    something when afterwards as much again and ``RESERVED_BYTES`` are free, since layers that do not stay are brought there, too.
     """
 
     def __init__(self, model: StoredModel, team: Team, device: torch.device, budget: int | None) -> None:
@@ -245,6 +245,11 @@ class StoredExperts(AnnouncedExperts):
     def announce(self, numbers: Sequence[int]) -> None:
         """See :class:`AnnouncedExperts`."""
         self._announced = list(numbers) if self._team is not None else []
+
+    def schemes(self, number: int) -> tuple[str, ...]:
+        """See :class:`AnnouncedExperts`."""
+        units = self._units[2 * number : 2 * number + 2]
+        return tuple(self._model.schemes[matrix.name] for unit in units for matrix in unit.matrices)
 
     def _read_ahead(self, place: int) -> None:
         assert self._team is not None, "nothing is announced without one"

@@ -1,5 +1,7 @@
 """All experts of a layer on a device: stacked by scheme, so that each scheme takes one launch, with the shared expert as one more.
 
+An expert goes to its place in the stack as soon as it is there, so beside the layer there is one expert, not all of them again.
+
 This module needs no Triton: who evaluates many times prepares once, and gives the result to ``dispatch.moe_forward``.
 """
 
@@ -10,10 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from quantkit.kernels.device_weights import DeviceWeight, alike, build, kind_of, scheme_of, stack
+from quantkit.kernels.device_weights import DeviceWeight, Filling, alike, build, kind_of, scheme_of
 from quantkit.kernels.weights import AnnouncedExperts, Mlp
 
-Entry = tuple[int, DeviceWeight, DeviceWeight | None, DeviceWeight]  # number, gate, up, down of an expert
+Entry = tuple[DeviceWeight, DeviceWeight | None, DeviceWeight]  # gate, up, down of an expert
 
 
 @dataclass(frozen=True)
@@ -52,39 +54,67 @@ class Mixture:
 
 def prepare(experts: Sequence[Mlp], shared: Mlp, device: torch.device, wanted: Sequence[int] | None = None) -> Mixture:
     """Experts on the device, stacked by scheme.  wanted: the experts to ask for, ascending; None for all."""
-    numbers = range(len(experts)) if wanted is None else wanted
+    numbers = list(range(len(experts)) if wanted is None else wanted)
+    names: list[tuple[str, ...]] = [()] * len(numbers)
     if isinstance(experts, AnnouncedExperts):
         experts.announce(numbers)
-    groups: list[list[Entry]] = []
-    for number in (*numbers, len(experts)):
-        mlp = shared if number == len(experts) else experts[number]
-        entry = (number, *_on_device(mlp, device))
-        for group in groups:
-            if all(_both_alike(one, other) for one, other in zip(group[0][1:], entry[1:], strict=True)):
-                group.append(entry)
-                break
-        else:
-            groups.append([entry])
-        del mlp  # before the next one is read
-    return Mixture(len(experts), tuple(_stacked(group, len(experts), device) for group in groups))
+        names = [experts.schemes(number) for number in numbers]
+    last = _on_device(shared, device)
+    groups: list[_Group] = []
+    for place, number in enumerate(numbers):
+        entry = _on_device(experts[number], device)
+        group = next((group for group in groups if group.takes(names[place], entry)), None)
+        if group is None:
+            group = _Group(names[place], entry, names[place:].count(names[place]) + _alike(entry, last))
+            groups.append(group)
+        group.add(number, entry)
+        del entry  # before the next one is read
+    group = next((group for group in groups if _alike(group.first, last)), None)
+    if group is None:
+        group = _Group((), last, 1)
+        groups.append(group)
+    group.add(len(experts), last)
+    return Mixture(len(experts), tuple(group.stacked(len(experts), device) for group in groups))
 
 
-def _on_device(mlp: Mlp, device: torch.device) -> tuple[DeviceWeight, DeviceWeight | None, DeviceWeight]:
+class _Group:
+    """Experts of one scheme, which become a stack.
+
+    names: of the schemes, as far as they are known before.  first: the first of them.  room: how many there will be, or more.
+    """
+
+    def __init__(self, names: tuple[str, ...], first: Entry, room: int) -> None:
+        self.first = first
+        self._names, self._numbers = names, list[int]()
+        self._fillings = [None if weight is None else Filling(weight, room) for weight in first]
+
+    def takes(self, names: tuple[str, ...], entry: Entry) -> bool:
+        """Whether an expert belongs to it."""
+        return names == self._names and _alike(self.first, entry)
+
+    def add(self, number: int, entry: Entry) -> None:
+        """The next one."""
+        self._numbers.append(number)
+        for filling, weight in zip(self._fillings, entry, strict=True):
+            if filling is not None and weight is not None:
+                filling.add(weight)
+
+    def stacked(self, experts: int, device: torch.device) -> Stack:
+        """All of them.  experts: in the layer."""
+        gate, up, down = (None if filling is None else filling.finish() for filling in self._fillings)
+        assert gate is not None and down is not None
+        routed = sum(number < experts for number in self._numbers)
+        return Stack(torch.tensor(self._numbers, device=device), routed, gate, up, down)
+
+
+def _on_device(mlp: Mlp, device: torch.device) -> Entry:
     down = build(mlp.down, device)
     if kind_of(mlp.gate) == kind_of(mlp.up) and scheme_of(mlp.gate) == scheme_of(mlp.up):
         return build(mlp.gate, device, mlp.up), None, down
     return build(mlp.gate, device), build(mlp.up, device), down
 
 
-def _both_alike(one: DeviceWeight | None, other: DeviceWeight | None) -> bool:
-    return one is other if one is None or other is None else alike(one, other)
-
-
-def _stacked(group: list[Entry], experts: int, device: torch.device) -> Stack:
-    numbers = [entry[0] for entry in group]
-    ups = [up for _, _, up, _ in group if up is not None]
-    gate = stack([gate for _, gate, _, _ in group])
-    down = stack([down for _, _, _, down in group])
-    return Stack(
-        torch.tensor(numbers, device=device), sum(number < experts for number in numbers), gate, stack(ups) if ups else None, down
-    )
+def _alike(one: Entry, other: Entry) -> bool:
+    """Whether two experts can stand in one stack."""
+    pairs = zip(one, other, strict=True)
+    return all(mine is theirs if mine is None or theirs is None else alike(mine, theirs) for mine, theirs in pairs)

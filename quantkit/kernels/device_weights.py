@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
@@ -103,24 +103,52 @@ def build(weight: Weight, device: torch.device, up: Weight | None = None) -> Dev
     return DeviceWeight(kind, scheme_of(weight), 1, up is not None, outputs, inputs, codes, tables, _input_scale(matrices, device))
 
 
+class Filling:
+    """A stack that is filled one matrix after the other, in memory that is taken at once, so that they do not lie there twice.
+
+    first: like all that will come.  room: how many stacks of that size will come, or more.
+    """
+
+    def __init__(self, first: DeviceWeight, room: int) -> None:
+        self._first, self._room, self._count = first, room, 0
+        self._stacks: dict[str, torch.Tensor] = {}
+        self._scales: list[torch.Tensor] = []
+
+    def add(self, weight: DeviceWeight) -> None:
+        """The next one."""
+        assert alike(self._first, weight) and self._count < self._room
+        if self._room > 1:
+            for name, piece in _tensors(weight).items():
+                if name not in self._stacks:
+                    self._stacks[name] = piece.new_empty((self._room * len(piece), *piece.shape[1:]))
+                self._stacks[name][self._count * len(piece) : (self._count + 1) * len(piece)] = piece
+        if weight.input_scale is not None:
+            self._scales.append(weight.input_scale)
+        self._count += 1
+
+    def finish(self) -> DeviceWeight:
+        """The stack of all that were added."""
+        if self._count == 1:
+            return self._first
+        if self._count < self._room:
+            for name, full in self._stacks.items():
+                self._stacks[name] = full[: len(full) // self._room * self._count].clone()
+        tables = {name: self._stacks[f"table {name}"] for name in self._first.tables}
+        scales = torch.cat(self._scales) if self._scales else None
+        matrices = self._count * self._first.matrices
+        return replace(self._first, matrices=matrices, codes=self._stacks["codes"], tables=tables, input_scale=scales)
+
+
+def _tensors(weight: DeviceWeight) -> dict[str, torch.Tensor]:
+    return {"codes": weight.codes, **{f"table {name}": table for name, table in weight.tables.items()}}
+
+
 def stack(weights: Sequence[DeviceWeight]) -> DeviceWeight:
-    """Stacks of the same scheme and shape as one, in their order."""
-    first = weights[0]
-    if len(weights) == 1:
-        return first
-    assert all(alike(first, weight) for weight in weights)
-    scales = [weight.input_scale for weight in weights if weight.input_scale is not None]
-    return DeviceWeight(
-        first.kind,
-        first.scheme,
-        sum(weight.matrices for weight in weights),
-        first.paired,
-        first.outputs,
-        first.inputs,
-        torch.cat([weight.codes for weight in weights]),
-        {name: torch.cat([weight.tables[name] for weight in weights]) for name in first.tables},
-        torch.cat(scales) if scales else None,
-    )
+    """Stacks of the same scheme and size as one, in their order."""
+    filling = Filling(weights[0], len(weights))
+    for weight in weights:
+        filling.add(weight)
+    return filling.finish()
 
 
 def alike(one: DeviceWeight, other: DeviceWeight) -> bool:

@@ -29,6 +29,10 @@ class AnnouncedExperts(Sequence[Mlp]):
     def announce(self, numbers: Sequence[int]) -> None:
         """These will be asked for next, each once and in this order."""
 
+    @abstractmethod
+    def schemes(self, number: int) -> tuple[str, ...]:
+        """Names of the schemes of an expert's matrices, known before it is read."""
+
 
 def shape_of(weight: Weight) -> tuple[int, int]:
     """(out, in).  Codes of every scheme have the shape of their weight."""
