@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -31,25 +32,31 @@ def print_evaluation(console: Console, evaluation: Evaluation) -> None:
         _print_several(console, evaluation)
     if evaluation.golden:
         print_heading(console, "Golden set")
-        print_table(console, _golden_table(evaluation))
+        _print_golden(console, evaluation)
     for own in evaluation.artifacts:
         for line in own.fallbacks:
             print_note(console, one_line(f"Note: {own.name}: {line}"), "yellow")
     if len(evaluation.artifacts) > 1:
         print_heading(console, "Findings")
-        findings = Table.grid(padding=(0, 1))
-        findings.add_column()
-        findings.add_column(overflow="fold")
-        for line in map(one_line, summary(evaluation)):
-            if console.width == UNBOUNDED:
-                console.print(Text(f"- {line}"), soft_wrap=True)
-            else:
-                findings.add_row("-", Text(line))
-        if findings.row_count:
-            console.print(findings)
+        _print_sentences(console, summary(evaluation))
     console.print()
     of = f"{many(evaluation.windows, 'window')} of {evaluation.window:,} tokens, convention {evaluation.convention}"
     print_note(console, f"{of}; {text.duration(evaluation.seconds)}. Brackets: 95 % intervals.", "dim")
+
+
+def _print_sentences(console: Console, lines: Iterable[str]) -> None:
+    from quantkit.report.words import one_line
+
+    findings = Table.grid(padding=(0, 1))
+    findings.add_column()
+    findings.add_column(overflow="fold")
+    for line in map(one_line, lines):
+        if console.width == UNBOUNDED:
+            console.print(Text(f"- {line}"), soft_wrap=True)
+        else:
+            findings.add_row("-", Text(line))
+    if findings.row_count:
+        console.print(findings)
 
 
 def _print_one(console: Console, evaluation: Evaluation, own: ArtifactEvaluation) -> None:
@@ -110,11 +117,17 @@ def _names(pair: Difference) -> tuple[Text, Text]:
     return Text(one_line(pair.first)), Text(one_line(pair.second))
 
 
-def _golden_table(evaluation: Evaluation) -> Table:
-    from quantkit.report.words import number, one_line, percent, percent_interval, seconds, size
+def _print_golden(console: Console, evaluation: Evaluation) -> None:
+    from quantkit.report.golden_words import answer_time, gained_and_lost, golden_findings, p_value, time_spread
+    from quantkit.report.words import interval, number, one_line, percent, percent_interval, size
 
-    table = make_table(("model",), ("size", "right", "interval", "time", "tokens/s"), wrap="model")
+    answers = make_table(("model",), ("size", "right", "interval", "gained, lost", "sign test"), wrap="model")
+    times = make_table(("model",), ("time", "spread", "tokens/s", "spread"), wrap="model")
     for one in evaluation.golden:
+        name, speed = Text(one_line(one.name)), one.tokens_per_second
         right = (percent(one.accuracy.value, 1), percent_interval(one.accuracy, 1))
-        table.add_row(Text(one_line(one.name)), size(one.bytes), *right, seconds(one.latency), number(one.tokens_per_second))
-    return table
+        answers.add_row(name, size(one.bytes), *right, gained_and_lost(one), p_value(one))
+        times.add_row(name, answer_time(one.latency.value), time_spread(one.latency), number(speed.value), interval(speed))
+    print_table(console, answers)
+    print_table(console, times)
+    _print_sentences(console, golden_findings(evaluation))

@@ -30,7 +30,7 @@ from quantkit import metrics
 from quantkit.calibration import CalibrationOptions
 from quantkit.errors import CalibrationError, Interrupted
 from quantkit.estimate import available_cores
-from quantkit.evaluation import ArtifactEvaluation, Difference, Evaluation, Scores
+from quantkit.evaluation import ArtifactEvaluation, Difference, Evaluation, GoldenAnswers, Scores
 from quantkit.evaluation_cache import LIMIT_BYTES, EvaluationCache
 from quantkit.evaluation_checks import (
     artifact_paths,
@@ -40,6 +40,7 @@ from quantkit.evaluation_checks import (
     check_files,
     check_same_model,
     check_same_tokenizer,
+    check_window,
     checked_path,
     model_directory,
     open_artifact,
@@ -51,7 +52,7 @@ from quantkit.evaluation_pass import STOPPED, EvaluationProgress, ModelPass, Swe
 from quantkit.evaluation_provenance import Provenance, read_provenance
 from quantkit.evaluation_scores import Scorer, SweepScores, scores_folder
 from quantkit.file_digests import RememberedDigests
-from quantkit.golden import answer_golden
+from quantkit.golden import check_questions, golden_answers
 from quantkit.golden_set import read_questions
 from quantkit.stored_model import StoredModel
 from quantkit.team import Team
@@ -129,6 +130,9 @@ def evaluate(
                 check_same_model(base, model)
                 check_same_tokenizer(base, model)
             directory = model_directory(base)
+            check_window(window, (base, *models))
+            if questions:
+                check_questions(questions, directory, (base, *models))
             cut = load_windows(
                 text,
                 directory,
@@ -142,7 +146,7 @@ def evaluate(
             store = opened.enter_context(EvaluationCache(place, LIMIT_BYTES if cache_limit is None else cache_limit))
             digests = RememberedDigests(place / DIGESTS)
             keys, provenances = _checked(base, models, digests, watch)  # which takes a while: all other errors come first
-            team = opened.enter_context(Team(workers or available_cores()))
+            team = opened.enter_context(Team(workers or available_cores(), check=watch.check))
             sweeps = cut_sweeps(cut, base.config.hidden_size, batch_tokens, where)
             passes = [
                 ModelPass(
@@ -163,20 +167,23 @@ def evaluate(
             scores = _measure(passes[0], passes[1:], cut, sweeps, team, store, watch)
             for one in passes:
                 one.release()  # what lies on a device makes room for the weights that stay there while questions are answered
-            answers = []
-            for one in passes if questions else ():
-                with one.own_errors():
-                    given = answer_golden(
-                        one.model,
-                        questions,
-                        directory,
-                        team=team,
-                        device=where,
-                        round_activations=round_activations,
-                        progress=lambda name, done, total: watch.tell("golden", name, done, total),
-                        stop=stop,
-                    )
-                answers.append(replace(given, name=one.name))
+            answers: tuple[GoldenAnswers, ...] = ()
+            if questions:
+                given = golden_answers(
+                    [base, *models],
+                    questions,
+                    directory,
+                    team=team,
+                    device=where,
+                    round_activations=round_activations,
+                    guard=lambda number: passes[number].own_errors(),
+                    progress=lambda name, done, total: watch.tell("golden", name, done, total),
+                    stop=stop,
+                )
+                answers = tuple(replace(found, name=one.name) for found, one in zip(given, passes, strict=True))
+            summaries = _Summaries(
+                list(zip(names, (_joined(found) for found in scores), strict=True)), cut, resamples, seed, watch
+            )
         except KeyboardInterrupt as error:
             raise Interrupted(STOPPED) from error
         except torch.OutOfMemoryError as error:
@@ -184,7 +191,6 @@ def evaluate(
                 f"{where} has too little memory ({error}). End other programs that use the GPU, take fewer tokens at once "
                 "(--batch-tokens), or compute on the CPU. What was computed is kept: the same command goes on from there."
             ) from error
-        summaries = _Summaries(list(zip(names, (_joined(found) for found in scores), strict=True)), cut, resamples, seed)
         found = [
             _artifact(one, scores[number], summaries, number, provenance)
             for number, (one, provenance) in enumerate(zip(passes[1:], provenances, strict=True))
@@ -202,7 +208,7 @@ def evaluate(
             environment=_environment(device),
             artifacts=tuple(found),
             differences=summaries.differences,
-            golden=tuple(answers),
+            golden=answers,
             seconds=watch.seconds,
         )
 
@@ -284,13 +290,19 @@ def _joined(scores: Sequence[SweepScores]) -> metrics.TokenScores:
 class _Summaries:
     """Figures over all windows, by kind and by language."""
 
-    def __init__(self, artifacts: Sequence[tuple[str, metrics.TokenScores]], windows: Windows, resamples: int, seed: int) -> None:
+    def __init__(
+        self, artifacts: Sequence[tuple[str, metrics.TokenScores]], windows: Windows, resamples: int, seed: int, watch: Watch
+    ) -> None:
+        def tell(done: int, total: int) -> None:
+            watch.tell("intervals", "", done, total)
+            watch.check()
+
         def predicting(group: metrics.Group) -> bool:
             return any(windows.positions[number] for number in group.windows)
 
         kinds, languages = ([*filter(predicting, metrics.Group.by(labels))] for labels in (windows.kinds, windows.languages))
         groups = [metrics.Group("", np.arange(len(windows.lengths))), *kinds, *languages]
-        summaries = metrics.summarize(artifacts, windows.positions, groups, resamples=resamples, seed=seed)
+        summaries = metrics.summarize(artifacts, windows.positions, groups, resamples=resamples, seed=seed, progress=tell)
         named = [(group.name, summary) for group, summary in zip(groups, summaries, strict=True)]
         self._all = summaries[0]
         self._kinds, self._languages = dict(named[1 : 1 + len(kinds)]), dict(named[1 + len(kinds) :])

@@ -122,12 +122,27 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class GoldenComparison:
+    """An artifact's answers beside the reference's to the same questions.
+
+    gained: questions that the artifact answers right and the reference wrong; lost: the other way round.  p_value: of both being
+    equally good, by the exact two-sided sign test (McNemar's); adjusted_p_value: by Holm's method over all artifacts.
+    """
+
+    gained: int
+    lost: int
+    p_value: float
+    adjusted_p_value: float
+
+
+@dataclass(frozen=True)
 class GoldenAnswers:
     """How one artifact, or the reference, answers a golden set.
 
     accuracy: share of right answers.  by_kind: accuracy by kind of question (``exact``, ``contains``, ``choice``).  latency: mean
-    seconds from question to complete answer; tokens_per_second: generated tokens over generation time.  answers: (identifier,
-    right, what was answered) in order.
+    seconds from question to complete answer.  tokens_per_second: of generating, once prompts are read.  The ends of both are their
+    spread, NaN where there is none, over ``rounds`` rounds of measuring.  answers: (identifier, right, what was answered) in order.
+    beside_reference: None for the reference itself.
     """
 
     name: str
@@ -135,9 +150,11 @@ class GoldenAnswers:
     questions: int
     accuracy: Estimate
     by_kind: dict[str, float]
-    latency: float
-    tokens_per_second: float
+    latency: Estimate
+    tokens_per_second: Estimate
+    rounds: int
     answers: tuple[tuple[str, bool, str], ...]
+    beside_reference: GoldenComparison | None = None
 
 
 @dataclass(frozen=True)

@@ -60,17 +60,24 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Step:
+    """One pass through the layers: how many prompts got a token, and the seconds until all of them had it."""
+
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Generation:
-    """The answers, in the order of the prompts, and the seconds that all of it took."""
+    """The answers, in the order of the prompts, and the seconds that all of it took.
+
+    steps: those that took one token of each prompt; not the first ones, which read whole prompts and, often, weights that later
+    steps find in memory.
+    """
 
     answers: tuple[Answer, ...]
     seconds: float
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Generated tokens of all answers over the time of all, prompts included; 0 when there are none."""
-        count = sum(len(answer.tokens) for answer in self.answers)
-        return count / self.seconds if count else 0.0
+    steps: tuple[Step, ...]
 
 
 def end_tokens(model: StoredModel, directory: Path) -> frozenset[int]:
@@ -125,19 +132,23 @@ def generate(
     added = {token.content: identity for identity, token in tokenizer.get_added_tokens_decoder().items()}
     began = time.perf_counter()
     found: dict[int, Answer] = {}
+    steps: list[Step] = []
     total = 0
     config = inference.config
     width = config.hidden_size + 2 * config.num_layers * config.num_key_value_heads * config.head_dim  # numbers of one token
     for sweep in sweeps([len(prompt.tokens) + prompt.max_tokens for prompt in prompts], CACHE_BYTES // (4 * width)):
         started = time.perf_counter()
         texts = {index: _Text(prompts[index], tokenizer, ends, added) for index in sweep}
-        for index, token in _steps(inference, texts, stop):
-            total += 1
-            if texts[index].take(token):
-                found[index] = texts[index].answer(time.perf_counter() - started)
-            if progress is not None:
-                progress(len(found), total)
-    return Generation(tuple(found[index] for index in range(len(prompts))), time.perf_counter() - began)
+        for number, (following, seconds) in enumerate(_steps(inference, texts, stop)):
+            if number:
+                steps.append(Step(len(following), seconds))
+            for index, token in following.items():
+                total += 1
+                if texts[index].take(token):
+                    found[index] = texts[index].answer(time.perf_counter() - started)
+                if progress is not None:
+                    progress(len(found), total)
+    return Generation(tuple(found[index] for index in range(len(prompts))), time.perf_counter() - began, tuple(steps))
 
 
 class _Text:
@@ -173,12 +184,15 @@ class _Text:
         return Answer(tuple(self.tokens), self._text, self.reason, seconds)
 
 
-def _steps(inference: Inference, texts: Mapping[int, _Text], stop: threading.Event | None) -> Iterator[tuple[int, int]]:
-    """(index, next token) for all texts that are not finished, step after step."""
+def _steps(
+    inference: Inference, texts: Mapping[int, _Text], stop: threading.Event | None
+) -> Iterator[tuple[dict[int, int], float]]:
+    """Step after step, the next token of all texts that are not finished, by index, and the seconds it took."""
     indices = list(texts)
     cache = KeyValueCache([0] * len(indices))
     tokens, samples = padded([texts[index].prompt.tokens for index in indices])
     while True:
+        began = time.perf_counter()
         hidden = inference.embed(tokens)
         for number in range(inference.config.num_layers):
             check_stop(stop)
@@ -187,9 +201,9 @@ def _steps(inference: Inference, texts: Mapping[int, _Text], stop: threading.Eve
         running = [sample for sample, length in enumerate(samples.lengths) if length]
         rows = torch.tensor([sample * samples.length + samples.lengths[sample] - 1 for sample in running], device=hidden.device)
         following = _most_likely(inference, hidden[rows])
+        yield {indices[sample]: token for sample, token in zip(running, following, strict=True)}, time.perf_counter() - began
         tokens, lengths = torch.zeros(len(indices), dtype=torch.int64), torch.zeros(len(indices), dtype=torch.int64)
         for sample, token in zip(running, following, strict=True):
-            yield indices[sample], token
             if texts[indices[sample]].reason is None:
                 tokens[sample], lengths[sample] = token, 1
             else:

@@ -119,6 +119,8 @@ def _parse(line: str, where: str, number: str) -> Question:
         for answer in answers:
             if answer not in choices:
                 raise _wrong(where, "answer", answer, "one of the choices, character by character")
+        if len(set(answers)) == len(choices):
+            raise _wrong(where, "answer", members["answer"], "some of the choices, not all of them")
     limit = members.get("max_tokens", MAX_TOKENS)
     if type(limit) is not int or not 1 <= limit <= LONGEST_ANSWER:
         raise _wrong(where, "max_tokens", limit, f"a number from 1 to {LONGEST_ANSWER:,}")

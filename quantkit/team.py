@@ -32,12 +32,14 @@ class Team:
     """``threads`` threads, each with a single-threaded BLAS while the team exists.  A context manager.
 
     device: where large products are computed; None for the threads themselves.  Where it has too little memory for what was done in
-    the block, leaving that raises CalibrationError.
+    the block, leaving that raises CalibrationError.  check: called before every tile; what it raises ends the work, so that a layer
+    of hours can be stopped within seconds.
     """
 
-    def __init__(self, threads: int, device: torch.device | None = None) -> None:
+    def __init__(self, threads: int, device: torch.device | None = None, check: Callable[[], None] | None = None) -> None:
         self.threads = threads
         self.device = device
+        self._check = check
         self._torch_threads = torch.get_num_threads()
         self._executor: ThreadPoolExecutor | None = None
 
@@ -61,11 +63,17 @@ class Team:
 
     def run(self, work: Callable[[T], object], items: Iterable[T]) -> None:
         """Call ``work`` for every item; the calls must not depend on each other.  Raises what the first failing one raised."""
+
+        def checked(item: T) -> None:
+            if self._check is not None:
+                self._check()
+            work(item)
+
         if self._executor is None:
             for item in items:
-                work(item)
+                checked(item)
             return
-        futures = [self._executor.submit(work, item) for item in items]
+        futures = [self._executor.submit(checked, item) for item in items]
         wait(futures)
         for future in futures:
             future.result()

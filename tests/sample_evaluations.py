@@ -17,6 +17,7 @@ from quantkit.evaluation import (
     RoleSize,
     Scores,
 )
+from quantkit.golden_figures import beside_reference
 
 NAMES = ("fp8-dynamic", "Q6_K", "w4a16-gptq", "Q4_K_M", "w4a16-rtn")
 BITS = (8.04, 6.57, 4.53, 4.85, 4.53)
@@ -172,12 +173,13 @@ def with_golden(evaluation: Evaluation) -> Evaluation:
                 questions=questions,
                 accuracy=Estimate(right, right - 0.04, min(1.0, right + 0.035)),
                 by_kind={"exact": right - 0.02, "contains": right + 0.01, "choice": right},
-                latency=4.2 + size / 1e11,
-                tokens_per_second=7.4 - size / 1e11,
+                latency=Estimate(4.2 + size / 1e11, 4.1 + size / 1e11, 4.4 + size / 1e11),
+                tokens_per_second=Estimate(7.4 - size / 1e11, 7.1 - size / 1e11, 7.5 - size / 1e11),
+                rounds=4,
                 answers=tuple((f"q{number:03d}", number not in wrong, "forty-two <b>") for number in range(questions)),
             )
         )
-    return replace(evaluation, golden=tuple(answers))
+    return replace(evaluation, golden=beside_reference(answers))
 
 
 def without_anything(evaluation: Evaluation) -> Evaluation:

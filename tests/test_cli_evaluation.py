@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from quantkit.errors import CheckpointError, Interrupted
 from quantkit.evaluate import EvaluationProgress, evaluate
 from quantkit.evaluation import Evaluation
+from quantkit.report.golden_words import gained_and_lost, golden_findings, p_value, time_spread
 from quantkit.report.words import interval, number, percent, percent_interval, ratio, signed, size, summary, verdict
 from quantkit_cli.display import Display
 from quantkit_cli.evaluation import compare_command, evaluate_command
@@ -272,7 +273,8 @@ def all_figures(evaluation: Evaluation) -> list[str]:
         figures += [signed(pair.divergence.value), interval(pair.divergence)]
         figures.append(verdict(pair.divergence, pair.divergence_p_value))
     for one in evaluation.golden:
-        figures += [percent(one.accuracy.value, 1), percent_interval(one.accuracy, 1), number(one.tokens_per_second)]
+        figures += [percent(one.accuracy.value, 1), percent_interval(one.accuracy, 1), gained_and_lost(one), p_value(one)]
+        figures += [time_spread(one.latency), number(one.tokens_per_second.value), interval(one.tokens_per_second)]
     return [*figures, "mean KLD", "interval", "top-1", "verdict", "tokens/s"]
 
 
@@ -289,7 +291,8 @@ def test_without_a_terminal_nothing_is_cut_or_broken(stub: Stub, tmp_path: Path)
         assert all(figure in row for figure in (ratio(own.scores.ratio.value), interval(own.scores.divergence)))
     for figure in (*all_figures(evaluation), "perplexity", "99 %"):
         assert figure in result.stdout, figure
-    assert [line[2:] for line in lines if line.startswith("- ")] == summary(evaluation)
+    said = [line[2:] for line in lines if line.startswith("- ")]
+    assert said == golden_findings(evaluation) + summary(evaluation)
     stub.answer = renamed(sample(1), LONG)
     one = run("eval", "a", "--reference", "m").stdout
     assert f"{LONG}fp8-dynamic beside" in one and "…" not in one
@@ -302,8 +305,8 @@ def test_on_a_terminal_names_are_broken_and_figures_are_not(width: int) -> None:
     assert "…" not in text
     for figure in all_figures(evaluation):
         assert figure in text, figure
-    rows = text.split("Golden set")[1].split("Note:")[0]
-    assert rows.count(LONG[:8]) == len(evaluation.golden), "every row has its name, or the beginning of it"
+    rows = text.split("Golden set")[1].split("\n-")[0]
+    assert rows.count(LONG[:8]) == 2 * len(evaluation.golden), "every row of both tables has its name, or the beginning of it"
 
 
 def test_names_with_control_characters_keep_lines_whole() -> None:
@@ -336,6 +339,23 @@ def test_progress_without_a_terminal_is_plain_lines() -> None:
     assert lines[1] == "Artifact: 25 %, 100 token-layers/s, 30 s left, w4a16, layer 2 of 4"
     assert lines[-1] == "Scoring: 25 %, w4a16"
     assert len(lines) == 5
+
+
+def test_many_short_jobs_print_few_lines() -> None:
+    """Twelve artifacts in six sweeps, two minutes in all."""
+    console = Console(file=io.StringIO(), force_terminal=False)
+    seconds = 0.0
+    with Display(console, threading.Event(), evaluation_view) as display:
+        for _ in range(6):
+            for number in range(12):
+                for done in range(5):
+                    display.update(EvaluationProgress("artifact", f"artifact {number}", done, 4, done, 4, seconds))
+                    seconds += 120 / (6 * 12 * 5)
+        display.update(EvaluationProgress("intervals", "", 0, 0, 1, 4, seconds))
+    assert isinstance(console.file, io.StringIO)
+    lines = console.file.getvalue().splitlines()
+    assert 10 <= len(lines) <= 13
+    assert lines[0] == "Artifact: 0 %, artifact 0, layer 1 of 4" and lines[-1] in ("Intervals: 25 %", lines[-2])
 
 
 def test_progress_keeps_to_its_line_whatever_the_name() -> None:

@@ -76,7 +76,7 @@ def scores(directory: Path) -> dict[str, dict[str, Any]]:
 
 def golden(directory: Path, share: float) -> dict[str, Any]:
     """Answers, when ``share`` of what there is to keep may be kept."""
-    from quantkit.golden import answer_golden
+    from quantkit.golden import golden_answers
     from quantkit.golden_set import read_questions
     from quantkit.kernels import moe_triton
     from quantkit.kernels.device_mixture import prepare
@@ -107,7 +107,9 @@ def golden(directory: Path, share: float) -> dict[str, Any]:
         mock.patch.object(DeviceWeights, "__init__", remembered),
     ):
         questions = read_questions(directory / "questions.jsonl")
-        found = answer_golden(model, questions, directory / "source", team=team, device=torch.device("cpu"), kept_bytes=budget)
+        [found] = golden_answers(
+            [model], questions, directory / "source", team=team, device=torch.device("cpu"), kept_bytes=budget, rounds=1
+        )
         layers = sum(model.config.moe_layers)
     answers = [answer for _, _, answer in found.answers]
     return {"answers": answers, "kept": kept[0].kept, "budget": budget, "layers": layers, **prepared}

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from quantkit.evaluation import ArtifactEvaluation, Evaluation
 from quantkit.report.charts import MANY, by_label, dot_plot, error_panels, layerless_errors, legend
 from quantkit.report.glossary import GLOSSARY
+from quantkit.report.golden_words import golden_findings
 from quantkit.report.heat_maps import coverage_groups, coverage_map, router_map
 from quantkit.report.markup import Markup, element, join, key, typeset
 from quantkit.report.size_chart import size_chart
@@ -163,8 +164,12 @@ def _golden(evaluation: Evaluation) -> Markup:
         return Markup("")
     answers = answers_table(evaluation)
     more = Markup("") if answers is None else _details("Questions that the models answer differently", answers)
-    lead = "Questions with known answers, generated token by token. Time and speed hold for this machine only."
-    return _section("Golden set", golden_table(evaluation), more, lead=lead)
+    lead = (
+        "Questions with known answers, all asked at once and answered token by token. Time and speed hold for this machine, and "
+        "depend on what else it did."
+    )
+    findings = element("ul", *(element("li", typeset(line)) for line in golden_findings(evaluation)), class_="findings")
+    return _section("Golden set", findings, golden_table(evaluation), more, lead=lead)
 
 
 def _artifacts(evaluation: Evaluation, content: dict[str, object]) -> Markup:

@@ -13,6 +13,16 @@ from collections.abc import Iterable, Sequence
 from quantkit.evaluation import Estimate, Evaluation
 from quantkit.report.charts import by_label, label_positions
 from quantkit.report.glossary import GLOSSARY
+from quantkit.report.golden_words import (
+    GOLDEN_HEADINGS,
+    answer_time,
+    gained_and_lost,
+    golden_findings,
+    p_value,
+    speed_with_spread,
+    time_spread,
+    with_spread,
+)
 from quantkit.report.heat_maps import router_rows
 from quantkit.report.words import (
     PER_CENT,
@@ -27,7 +37,6 @@ from quantkit.report.words import (
     percent,
     percent_interval,
     role,
-    seconds,
     signed,
     size,
     summary,
@@ -139,8 +148,11 @@ def _golden(evaluation: Evaluation) -> str:
     for one in evaluation.golden:
         right = f"{percent(one.accuracy.value, 1)} ({percent_interval(one.accuracy, 1)})"
         by_kind = [percent(one.by_kind.get(kind, math.nan), 1) for kind in kinds]
-        rows.append([one.name, size(one.bytes), right, *by_kind, seconds(one.latency), number(one.tokens_per_second)])
-    return _table(["Model", "Size", "Right", *kinds, "Time to an answer", "Tokens per second"], rows)
+        beside = with_spread(gained_and_lost(one), p_value(one))
+        time = with_spread(answer_time(one.latency.value), time_spread(one.latency))
+        rows.append([one.name, size(one.bytes), right, *by_kind, beside, time, speed_with_spread(one)])
+    table = _table(["Model", "Size", "Right", *kinds, *GOLDEN_HEADINGS], rows)
+    return "\n\n".join([table, "\n".join(f"- {escape(line)}" for line in golden_findings(evaluation))])
 
 
 def _fallbacks(evaluation: Evaluation) -> str:

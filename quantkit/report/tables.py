@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from quantkit.evaluation import ArtifactEvaluation, Estimate, Evaluation
 from quantkit.report.charts import by_label, label_positions
+from quantkit.report.golden_words import GOLDEN_HEADINGS, answer_time, gained_and_lost, p_value, time_spread
 from quantkit.report.heat_maps import router_rows
 from quantkit.report.markup import Markup, element, join, key, typeset
 from quantkit.report.words import (
@@ -19,6 +20,7 @@ from quantkit.report.words import (
     interval,
     judgement,
     main_columns,
+    many,
     number,
     percent,
     percent_interval,
@@ -214,6 +216,10 @@ def router_table(evaluation: Evaluation) -> Markup:
 
 def golden_table(evaluation: Evaluation) -> Markup:
     """Accuracy, speed and size on the golden set."""
+
+    def known(text: str) -> str:
+        return "" if text == UNKNOWN else text
+
     kinds = list(dict.fromkeys(kind for one in evaluation.golden for kind in one.by_kind))
     rows = []
     for one in evaluation.golden:
@@ -221,13 +227,19 @@ def golden_table(evaluation: Evaluation) -> Markup:
             cell(size(one.bytes), value=one.bytes),
             cell(percent(one.accuracy.value, 1), percent_interval(one.accuracy, 1), value=one.accuracy.value),
             *(cell(percent(one.by_kind.get(kind, math.nan), 1), value=one.by_kind.get(kind, math.nan)) for kind in kinds),
-            cell(seconds(one.latency), value=one.latency),
-            cell(number(one.tokens_per_second), value=one.tokens_per_second),
+            cell(gained_and_lost(one), "" if one.beside_reference is None else p_value(one)),
+            cell(answer_time(one.latency.value), known(time_spread(one.latency)), value=one.latency.value),
+            cell(number(one.tokens_per_second.value), known(interval(one.tokens_per_second)), value=one.tokens_per_second.value),
         ]
         rows.append((head_cell(one.name, value=one.name), cells))
-    headings = ["Model", "Size", "Right", *kinds, "Time to an answer", "Tokens per second"]
-    count = evaluation.golden[0].questions
-    return table(f"Golden set. {count} questions; right answers by kind of question.", headings, rows, kind="sortable")
+    headings = ["Model", "Size", "Right", *kinds, *GOLDEN_HEADINGS]
+    count = many(evaluation.golden[0].questions, "question")
+    caption = (
+        f"Golden set. {count}; right answers by kind of question. Gained and lost: questions that only the artifact, and that only "
+        "the reference answers right, with the p-value of the sign test. Below right answers stands their "
+        f"{PER_CENT} interval, below times and speeds their spread."
+    )
+    return table(caption, headings, rows, kind="sortable")
 
 
 def answers_table(evaluation: Evaluation) -> Markup | None:
