@@ -42,7 +42,8 @@ class View:
 
     label: what is being done.  job: what it is done to; rate and plain lines begin anew with another one.  seconds: since the
     beginning.  amount: what is done and of how much, where a percentage does not say it all.  place: words for where the run is.
-    per_second: a rate in words.
+    per_second: a rate in words.  steady: plain lines come by the clock alone, as is fit for many short jobs; else one also comes at
+    the beginning and at the end of each.
     """
 
     label: str
@@ -53,6 +54,7 @@ class View:
     amount: str
     place: str
     per_second: Callable[[float], str]
+    steady: bool = False
 
 
 class Meter:
@@ -111,7 +113,8 @@ class Display(Generic[Snapshot]):
         """Take a snapshot; it may come from any thread, one at a time."""
         view, last = self._view_of(snapshot), self._view
         if last is None or view.job != last.job:
-            self._meter, self._printed = Meter(), -PLAIN_INTERVAL_SECONDS
+            self._meter = Meter()
+            self._printed = self._printed if view.steady else -PLAIN_INTERVAL_SECONDS
         elif view.done < last.done:
             self._meter = Meter()  # the same again, for the next part of the text
         self._meter.add(view.seconds, view.done)
@@ -131,7 +134,7 @@ class Display(Generic[Snapshot]):
             os.write(STDERR, f"\n{STOPPING}\n".encode())
 
     def _print_line(self, view: View) -> None:
-        if view.done < view.total and view.seconds - self._printed < PLAIN_INTERVAL_SECONDS:
+        if (view.steady or view.done < view.total) and view.seconds - self._printed < PLAIN_INTERVAL_SECONDS:
             return
         self._printed = view.seconds
         words = (text.percent(view.done, view.total), *self._figures(view), view.place)

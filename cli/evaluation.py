@@ -101,6 +101,7 @@ def _measure(artifacts: list[str], measurement: Measurement, ending: Ending, rep
         from quantkit.evaluate import evaluate
         from quantkit.gates import failed_gates, failure
         from quantkit.report import check_file, check_report, evaluation_content, json_text, write_report, write_text
+        from quantkit.report.words import shortened
 
         from .display import watching
         from .evaluation_progress import evaluation_view
@@ -111,6 +112,8 @@ def _measure(artifacts: list[str], measurement: Measurement, ending: Ending, rep
             check_file(Path(ending.save), force=ending.force)
         with watching(evaluation_view, quiet=ending.quiet, as_json=ending.as_json) as (progress, stop):
             evaluation = evaluate(artifacts, progress=progress, stop=stop, **measurement.arguments())
+        if note := shortened(evaluation):
+            print(f"Note: {note}", file=sys.stderr)
         content = evaluation_content(evaluation)
         written: list[Path] = []
         if report is not None:

@@ -1,7 +1,8 @@
 """What the display of an evaluation shows.
 
 An evaluation goes from model to model and back for every batch of text, so rate and time left are those of the model that is being
-run: its token-layers, or the bytes that are being checked.
+run: its token-layers, or the bytes that are being checked.  Without a terminal lines come by the clock: twelve artifacts in eight
+sweeps would begin and end some two hundred jobs.
 """
 
 from __future__ import annotations
@@ -15,8 +16,15 @@ from .display import View
 if TYPE_CHECKING:
     from quantkit.evaluate import EvaluationProgress
 
-LABELS = {"check": "Checking", "reference": "Reference", "artifact": "Artifact", "scores": "Scoring", "golden": "Golden set"}
-UNITS = {"scores": "positions", "golden": "questions"}
+LABELS = {
+    "check": "Checking",
+    "reference": "Reference",
+    "artifact": "Artifact",
+    "scores": "Scoring",
+    "golden": "Golden set",
+    "intervals": "Intervals",
+}
+UNITS = {"scores": "positions", "golden": "questions", "intervals": "groups of text"}
 
 
 def evaluation_view(progress: EvaluationProgress) -> View:
@@ -35,6 +43,7 @@ def evaluation_view(progress: EvaluationProgress) -> View:
         amount="",
         place=place,
         per_second=text.size if progress.phase == "check" else partial(_counted, UNITS.get(progress.phase, "token-layers")),
+        steady=True,
     )
 
 

@@ -181,9 +181,7 @@ def evaluate(
                     stop=stop,
                 )
                 answers = tuple(replace(found, name=one.name) for found, one in zip(given, passes, strict=True))
-            summaries = _Summaries(
-                list(zip(names, (_joined(found) for found in scores), strict=True)), cut, resamples, seed, watch
-            )
+            summaries = _Summaries(list(zip(names, (_joined(found) for found in scores), strict=True)), cut, resamples, seed, watch)
         except KeyboardInterrupt as error:
             raise Interrupted(STOPPED) from error
         except torch.OutOfMemoryError as error:

@@ -41,9 +41,10 @@ STOPPED = "Stopped. What was computed is kept: the same command goes on from the
 class EvaluationProgress:
     """Where an evaluation is.
 
-    phase: ``check`` (hashing files), ``reference`` or ``artifact`` (layers), ``scores`` (logits), ``golden``.  model: its name.
-    tokens: token-layers done of ``tokens_total`` of this model; bytes in the phase ``check``, positions in ``scores``.  seconds:
-    since the beginning.
+    phase: ``check`` (hashing files), ``reference`` or ``artifact`` (layers), ``scores`` (logits), ``golden``, ``intervals`` (the
+    bootstrap).  model: its name, empty for ``intervals``, which are computed for all at once.  tokens: token-layers done of
+    ``tokens_total`` of this model; bytes in the phase ``check``, positions in ``scores``, questions in ``golden``, and groups of
+    text in ``intervals``.  seconds: since the beginning.
     """
 
     phase: str

@@ -97,6 +97,7 @@ class Scorer:
                 except ArtifactError:
                     raise self._failure(artifact, logits, rows[part], sweep) from None
                 parts[artifact].append(_token_scores(compared))
+                self._watch.tell("scores", artifact.name, part.stop, len(rows))
         return {artifact: TokenScores.joined(found) for artifact, found in parts.items()}
 
     def _comparison(self, reference_logits: torch.Tensor, targets: torch.Tensor) -> Callable[[torch.Tensor], ComparedRows]:

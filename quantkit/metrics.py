@@ -24,7 +24,7 @@ distribution has zero when its 95 % point lies as far from the figure as the end
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from statistics import NormalDist
@@ -87,15 +87,29 @@ class Summary:
 
 
 def summarize(
-    artifacts: Sequence[tuple[str, TokenScores]], positions: Sequence[int], groups: Sequence[Group], *, resamples: int, seed: int
+    artifacts: Sequence[tuple[str, TokenScores]],
+    positions: Sequence[int],
+    groups: Sequence[Group],
+    *,
+    resamples: int,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[Summary]:
     """All figures of each group of windows.
 
     artifacts: with their names, all against one reference.  positions: how many each window has, at least one in every group.
+    progress: is told the groups that are done, and of how many.
     """
     counts = np.asarray(positions, dtype=np.int64)
     sums = _window_sums(artifacts, counts)
-    return [_summary(artifacts, counts, sums, group, resamples, seed) for group in groups]
+    found: list[Summary] = []
+    for group in groups:
+        if progress is not None:
+            progress(len(found), len(groups))
+        found.append(_summary(artifacts, counts, sums, group, resamples, seed))
+    if progress is not None:
+        progress(len(found), len(groups))
+    return found
 
 
 def _summary(

@@ -12,6 +12,8 @@ Two conventions, since a perplexity means something only beside others of its ki
 ``llama-perplexity`` knows one text.  Here each kind (a text file is one kind) is a text of its own, its documents joined by empty
 lines; a kind that does not fill a window is left out, and the description says so.
 
+Where no text fills a window, ``full`` takes shorter ones, and the description says that, too.
+
 A kind such as ``prose.de`` names a language behind its last dot, natural or of programs; a kind without a dot has none.
 """
 
@@ -120,7 +122,8 @@ def load_windows(
         kinds = tuple(corpus.kinds[number] for number in corpus.token_kinds[:, 0].tolist())
         lengths = tuple(corpus.lengths.tolist())
         tokens = corpus.tokens[:, : max(lengths)].to(torch.int64).contiguous()  # a text may be shorter than what was asked
-        return _described(Windows(tokens, lengths, 0, kinds, corpus.sample_names, corpus.description), convention)
+        shorter = {"window_reduced_to": max(lengths)} if max(lengths) < window else {}
+        return _described(Windows(tokens, lengths, 0, kinds, corpus.sample_names, {**corpus.description, **shorter}), convention)
     return _second_halves(text, Path(tokenizer_directory), window, windows, seed, revision, vocab_size)
 
 

@@ -168,7 +168,24 @@ def test_progress_counts_up_to_the_end(made: dict[str, Made], cache: Path) -> No
         done = [event.tokens for event in events if event.model == name and event.phase in ("reference", "artifact")]
         assert done == sorted(done) and done[0] == 0 and done[-1] == 4 * COUNT * WINDOW
         assert {event.tokens_total for event in events if event.model == name and event.phase != "check"} >= {4 * COUNT * WINDOW}
+    for name in ("w4a16-rtn", "Q8_0"):
+        scored = [(event.tokens, event.tokens_total) for event in events if event.model == name and event.phase == "scores"]
+        assert sum(done == 0 for done, _ in scored) == sum(done == total for done, total in scored) == -(-COUNT // 3)
+    drawn = [event for event in events if event.phase == "intervals"]
+    assert events[-len(drawn) :] == drawn and len(drawn) > 2 and {event.model for event in drawn} == {""}
+    assert [event.tokens for event in drawn] == list(range(drawn[-1].tokens_total + 1))
     assert all(earlier.seconds <= later.seconds for earlier, later in pairwise(events))
+
+
+def test_the_bootstrap_can_be_stopped(made: dict[str, Made], cache: Path) -> None:
+    stop = threading.Event()
+
+    def progress(event: EvaluationProgress) -> None:
+        if event.phase == "intervals" and event.tokens:
+            stop.set()
+
+    with pytest.raises(Interrupted, match="goes on from there"):
+        small(made["scout"], ["w4a16-rtn"], cache, progress=progress, stop=stop)
 
 
 # ------------------------------------------------------------------------------------------------------------------ errors

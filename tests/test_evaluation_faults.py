@@ -22,6 +22,7 @@ from quantkit.errors import (
     RecipeError,
 )
 from quantkit.evaluate import evaluate
+from quantkit.report.words import text_facts
 from quantkit_cli.evaluation import compare_command, evaluate_command
 from tests.evaluation_models import Made, make_scout, small
 from tests.gguf_models import DEMO
@@ -287,6 +288,12 @@ def test_a_window_longer_than_the_text_is_as_long_as_the_text(made: Made, tmp_pa
     found = small(made, ["fp8-dynamic"], cache, text=tmp_path / "text.txt", window=30_000, windows=None)
     assert found.windows == 1 and 3 < found.window < 40
     assert found.artifacts[0].scores.positions == found.window - 1
+    note = f"no text fills a window of 30,000 tokens; the longest has {found.window}"
+    assert dict(text_facts(found))["Windows"].endswith(f"positions predicted; {note}")
+    options = ("--reference", DEMO, "--cache", cache, "--resamples", 0, "--text", tmp_path / "text.txt", "--window", 30_000)
+    result = run("eval", made.artifact("fp8-dynamic"), *options, "--quiet", "--json")
+    assert result.exit_code == 0 and result.stderr == f"Note: {note}\n"
+    assert json.loads(result.stdout)["text"]["window_reduced_to"] == found.window
 
 
 def test_a_cache_with_strange_things_in_it(made: Made, cache: Path) -> None:

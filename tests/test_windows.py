@@ -43,7 +43,7 @@ def test_full_windows_are_those_of_the_held_out_corpus() -> None:
     corpus = load_corpus(None, DEMO, samples=20, sequence_length=256, seed=3, held_out=True)
     assert torch.equal(windows.tokens, corpus.tokens.to(torch.int64))
     assert windows.first == 0 and windows.positions == (255,) * 20
-    assert windows.description["part"] == "held_out"
+    assert windows.description["part"] == "held_out" and "window_reduced_to" not in windows.description
     assert windows.kinds == tuple(name.partition(",")[0] for name in windows.names)
     assert [f".{language}" for language in windows.languages] == [kind[kind.rindex(".") :] for kind in windows.kinds]
     assert predicted(windows) == spelled_out(windows)
@@ -54,6 +54,7 @@ def test_short_windows_predict_what_they_hold(tmp_path: Path) -> None:
     source = write_speaking_model(tmp_path / "model")
     windows = load_windows(write_random_texts(tmp_path / "texts.jsonl"), source, window=200)
     assert len(windows.lengths) == 2 and max(windows.lengths) < 200
+    assert windows.description["window_reduced_to"] == max(windows.lengths)
     assert predicted(windows) == spelled_out(windows)
     assert sum(windows.positions) == len(predicted(windows)) == sum(windows.lengths) - 2
     samples = windows.samples(slice(1, 2))

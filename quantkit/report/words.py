@@ -394,6 +394,14 @@ def main_columns() -> list[Column]:
     ]
 
 
+def shortened(evaluation: Evaluation) -> str:
+    """That windows are shorter than what was asked for; empty where they are not."""
+    asked, reduced = evaluation.text.get("sequence_length"), evaluation.text.get("window_reduced_to")
+    if not isinstance(asked, int) or not isinstance(reduced, int):
+        return ""
+    return f"no text fills a window of {asked:,} tokens; the longest has {reduced:,}"
+
+
 def text_facts(evaluation: Evaluation) -> list[tuple[str, str]]:
     """How it was measured, as label and value; lists in the text's record are left out."""
     conventions = {
@@ -402,9 +410,10 @@ def text_facts(evaluation: Evaluation) -> list[tuple[str, str]]:
     }
     positions = evaluation.artifacts[0].scores.positions if evaluation.artifacts else 0
     rounded = "rounded as serving engines round them" if evaluation.rounded_activations else "kept in floating point"
+    windows = f"{evaluation.windows:,} of {evaluation.window:,} tokens; {positions:,} positions predicted"
     facts = [
         ("Reference", f"{evaluation.reference} ({size(evaluation.reference_bytes)}), {evaluation.reference_path}"),
-        ("Windows", f"{evaluation.windows:,} of {evaluation.window:,} tokens; {positions:,} positions predicted"),
+        ("Windows", "; ".join(filter(None, (windows, shortened(evaluation))))),
         ("Convention", conventions.get(evaluation.convention, evaluation.convention)),
         ("Activations", f"{rounded}, where a scheme quantizes them"),
         ("Time", seconds(evaluation.seconds)),
