@@ -54,6 +54,7 @@ from quantkit.evaluation_scores import Scorer, SweepScores, scores_folder
 from quantkit.file_digests import RememberedDigests
 from quantkit.golden import check_questions, golden_answers
 from quantkit.golden_set import read_questions
+from quantkit.kernels.dispatch import check_device
 from quantkit.stored_model import StoredModel
 from quantkit.team import Team
 from quantkit.version import __version__
@@ -96,8 +97,8 @@ def evaluate(
     artifacts answer besides, a file as :func:`quantkit.golden_set.read_questions` takes, or "bundled".
 
     Raises ArtifactError, CheckpointError (of the reference), CorpusError, CalibrationError (no such device, or too little memory
-    there), RecipeError (an argument that means nothing, an artifact given twice), OutputError (the cache cannot be written), and
-    Interrupted when ``stop`` was set or Ctrl-C pressed; then the same call goes on from there.
+    there), RecipeError (an argument that means nothing, an artifact given twice, a device without Triton), OutputError (the cache
+    cannot be written), and Interrupted when ``stop`` was set or Ctrl-C pressed; then the same call goes on from there.
     """
     paths = artifact_paths(artifacts)
     reference = checked_path("reference", reference)
@@ -118,6 +119,8 @@ def evaluate(
     )
     place = cache_directory(cache)
     where = CalibrationOptions(device=device).accelerator()
+    if where is not None:
+        check_device(where)
     questions = () if golden is None else read_questions(golden)  # what is wrong with them is said before the work
     watch = Watch(progress, stop)
     with ExitStack() as opened:

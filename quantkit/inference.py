@@ -21,7 +21,7 @@ from quantkit.device_attention import Padded, Projected
 from quantkit.errors import ArtifactError
 from quantkit.kept_model import KEPT_BYTES, KeptModel
 from quantkit.kernels.device_weights import DeviceWeight
-from quantkit.kernels.dispatch import Backend, dequant_matmul, moe_forward
+from quantkit.kernels.dispatch import Backend, check_device, dequant_matmul, moe_forward
 from quantkit.kernels.moe_tiles import KnownRows
 from quantkit.kernels.weights import Weight
 from quantkit.layer_pass import PORTION, Samples
@@ -67,6 +67,8 @@ class Inference:
 
     round_activations: round inputs of matrices as clients do where a scheme asks for it.  kept_bytes: of layers and embedding that
     stay on the device from one call to the next, None for as many as it has room for.
+
+    Raises RecipeError where products cannot be computed on the device.
     """
 
     def __init__(
@@ -78,6 +80,8 @@ class Inference:
         round_activations: bool = True,
         kept_bytes: int | None = 0,
     ) -> None:
+        if device is not None:
+            check_device(device)
         self.model, self.config = model, model.config
         self._team, self._device, self._round = team, device, round_activations
         self._backend: Backend | None = None if device is None else "triton"

@@ -17,7 +17,7 @@ from simulated_device import simulate
 from triton_programs import interpreted_by, main, needs_triton
 
 from quantkit.calibration import CalibrationOptions
-from quantkit.errors import CalibrationError
+from quantkit.errors import CalibrationError, RecipeError
 
 MODELS = {"scout": "w4a16-rtn", "maverick": "fp8-dynamic", "text": "nvfp4a16"}  # and the target that runs; the last has no kernel
 SMALLER = {"scout": {}, "maverick": {"num_hidden_layers": 2}, "text": {"num_hidden_layers": 1}}
@@ -221,6 +221,16 @@ def test_a_device_that_is_not_there_is_one_clear_error(device: str, count: int, 
     with simulate(count), pytest.raises(CalibrationError) as raised:
         CalibrationOptions(device=device).accelerator()
     assert says in str(raised.value)
+
+
+def test_missing_triton_is_said_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from quantkit.evaluate import evaluate
+
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "quantkit.kernels.moe_triton", raising=False)
+    monkeypatch.delattr("quantkit.kernels.moe_triton", raising=False)
+    with simulate(), pytest.raises(RecipeError, match=r"need Triton .*pip install 'quantkit\[cuda\]'"):
+        evaluate(tmp_path / "no artifact", tmp_path / "no reference", device="cuda")
 
 
 if __name__ == "__main__":

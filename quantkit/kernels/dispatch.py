@@ -94,6 +94,11 @@ def backend_of(x: torch.Tensor) -> Backend:
     return "triton" if x.is_cuda else "cpu"
 
 
+def check_device(device: torch.device) -> None:
+    """Raises RecipeError where products cannot be computed on a device: without Triton, or on a GPU that lacks what they need."""
+    _triton().check_device(device)
+
+
 def _triton() -> ModuleType:
     """The module with the Triton kernels.  Raises RecipeError without Triton."""
     try:

@@ -232,15 +232,20 @@ def _padded_rows(x: torch.Tensor, width: int) -> torch.Tensor:
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """The device that kernels are launched on.  Raises RecipeError where they cannot run."""
+    check_device(device)
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def check_device(device: torch.device) -> None:
+    """Raises RecipeError where kernels cannot run."""
     if device.type != "cuda":
-        return contextlib.nullcontext()
+        return
     capability = _capability(device)
     if not LEAST_CAPABILITY <= capability < BEYOND_CAPABILITY:
         raise RecipeError(
             f"products straight from packed weights on {device}: the GPU is of compute capability {capability[0]}.{capability[1]}, "
             "and the kernels need the instructions and the shared memory of 9.0 to 11.x (H100, H200, B200); use the CPU"
         )
-    return torch.cuda.device(device)
 
 
 @functools.cache
