@@ -30,10 +30,10 @@ from quantkit.evidence import Evidence
 from quantkit.kernels import gptq as cpu_kernel
 from quantkit.methods import blocks, blocks_gpu, gptq, gptq_gpu, rtn
 from quantkit.scheme import Scheme, parse_scheme
-from quantkit.team import Team
+from quantkit.team import Team, add_gram
 from quantkit.workspace import Workspace
 
-FP32_RATE, BF16_RATE = 50e12, 790e12  # FLOP/s that floors are computed with: assumptions about an H200, not measurements
+FP32_RATE = 50e12  # FLOP/s that floors are computed with: an assumption about an H200, not a measurement
 SHAPES = {"gate and up": (5120, (8192, 8192)), "down": (8192, (5120,))}
 TOY_SHAPES = {"gate and up": (48, (32, 32)), "down": (32, (48,))}
 VARIANTS = ((8, 32), (8, 64), (8, 128), (16, 64))  # inputs held in registers, rows of a program
@@ -70,8 +70,8 @@ def experts_of(
     for _ in range(count):
         rows = torch.randn(tokens, inputs, device=device) * (0.1 + torch.rand(inputs, device=device))
         rows += torch.randn(tokens, 1, device=device)  # inputs hang together
-        total = torch.zeros(inputs, inputs, device=device)
-        gptq_gpu.add_gram_gpu(rows.to(torch.bfloat16), total)
+        with gptq_gpu.full_precision():
+            total = torch.mm(rows.t(), rows)
         mean_square, peak = rows.square().mean(0).cpu(), rows.abs().amax(0).cpu()
         evidence.append(Evidence(tokens, mean_square, peak, total.div_(tokens).triu(), rows=float(tokens)))
     return weights, evidence
@@ -132,11 +132,18 @@ def differing_bits(experts: int, inputs: int, rows: int, step: int, rows_of_prog
     return different
 
 
+def summed(rows: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A Gram matrix as a calibration sums it up: rows and sums lie on the CPU."""
+    total = torch.zeros(rows.shape[1], rows.shape[1])
+    with Team(1, device if device.type == "cuda" else None) as team:
+        add_gram(team, rows, total)
+    return total
+
+
 def gram_error(inputs: int, tokens: int, device: torch.device) -> float:
-    """Largest error of a Gram matrix of BF16 rows against float64, relative to its largest entry."""
-    rows = torch.randn(tokens, inputs, device=device).to(torch.bfloat16)
-    total = torch.zeros(inputs, inputs, device=device)
-    gptq_gpu.add_gram_gpu(rows, total)
+    """Largest error of a Gram matrix against float64, relative to its largest entry."""
+    rows = torch.randn(tokens, inputs)
+    total = summed(rows, device)
     exact = rows.double().t() @ rows.double()
     return float((total - exact).triu().abs().max() / exact.abs().max())
 
@@ -205,7 +212,7 @@ def check(device: torch.device, toy: bool) -> str:
         lines.append(f"- block kernel, step {step}, {rows_of_program} rows a program: the CPU's bits")
     error = gram_error(64 if toy else 2048, 200 if toy else 10_000, device)
     assert error < 3e-6, f"Gram matrix: relative error {error}"
-    lines.append(f"- Gram matrix of BF16 rows: largest error {error:.1e} of the largest entry")
+    lines.append(f"- Gram matrix: largest error {error:.1e} of the largest entry")
     for name in ("int4-g32", "int4-g32-asym", "int8-channel", *(("Q4_0", "IQ4_NL") if toy else ("Q4_K", "Q6_K", "IQ4_XS"))):
         size, heights, block = (64, (40, 24), 16) if toy else (1024, (512, 256), cpu_kernel.BLOCK)
         share, worst, unsteady = compare_methods(name, size, heights, block, device)
@@ -266,10 +273,10 @@ def part_times(tokens: int, shapes: dict[str, tuple[int, tuple[int, ...]]], devi
     """One expert, part by part."""
     found = []
     for name, (inputs, heights) in shapes.items():
-        rows = torch.randn(tokens, inputs, device=device).to(torch.bfloat16)
-        total = torch.zeros(inputs, inputs, device=device)
-        taken = seconds(device, lambda rows=rows, total=total: gptq_gpu.add_gram_gpu(rows, total))
-        found.append((f"{name}: Gram matrix, {tokens} tokens", shown(taken), shown(tokens * inputs * inputs / BF16_RATE)))
+        rows = torch.randn(tokens, inputs)
+        taken = seconds(device, lambda rows=rows: summed(rows, device))
+        found.append((f"{name}: Gram matrix, {tokens} tokens", shown(taken), shown(2 * tokens * inputs * inputs / FP32_RATE)))
+        total = summed(rows, device).to(device)
         gram = torch.stack([total.triu() + total.triu(1).t()]) / total.diagonal().mean()
         floor = inputs**3 / 3 / FP32_RATE
         for count in (1, 4):
@@ -349,7 +356,7 @@ def main() -> None:
     shapes = TOY_SHAPES if arguments.toy else SHAPES
     text = common.header("GPTQ on a GPU", Path(tempfile.gettempdir()), common.load_average())
     text += toolchain(device) + f"- seed: {seed}\n\n" + check(device, arguments.toy) + "\n"
-    text += f"Floors assume {FP32_RATE / 1e12:.0f} TFLOP/s in float32, {BF16_RATE / 1e12:.0f} in BF16, and arithmetic alone.\n\n"
+    text += f"Floors assume {FP32_RATE / 1e12:.0f} TFLOP/s in float32, and arithmetic alone.\n\n"
     text += kernel_times(experts, shapes, device) + "\n" + part_times(tokens, shapes, device) + "\n"
     text += whole_times(experts, tokens, shapes, device, block) + "\n" + search_times(device, arguments.toy)
     if device.type == "cuda" and not arguments.toy:

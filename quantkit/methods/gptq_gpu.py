@@ -27,11 +27,10 @@ from quantkit.grid import QuantizationStatistics, QuantizedTensor
 from quantkit.kernels.gptq import BLOCK, Table
 from quantkit.methods.gptq import ESCALATION, MOST_MADE_UP, final_statistics, lattices_of, level_table, usual_damping
 from quantkit.scheme import Scheme
-from quantkit.team import TILE, Team, spans
+from quantkit.team import Team, spans
 from quantkit.workspace import Workspace
 
 PANEL = 4  # blocks for which the errors of all earlier inputs are fed forward in one product
-CHUNK = 4096  # rows whose products are summed in the GPU's own registers before they are added to the total
 SPARE = 0.1  # share of the free memory that is left for libraries and fragmentation
 
 Result = list[tuple[QuantizedTensor, QuantizationStatistics]]
@@ -168,25 +167,6 @@ def full_precision() -> Iterator[None]:
 def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """The device that kernels are launched on."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-def add_gram_gpu(rows: torch.Tensor, total: torch.Tensor) -> None:
-    """Add ``rows^T rows`` to the upper triangle of ``total``, float32 ``[in, in]``; the lower one is left with parts of it.
-
-    rows: ``[count, in]``, BF16 or F32, on the device of ``total``.  Products of BF16 numbers are exact in float32, so tensor cores
-    lose nothing but in their sums, which are therefore cut into chunks.  float32 rows are multiplied without TF32.
-    """
-    assert total.dtype == torch.float32 and rows.dtype in (torch.bfloat16, torch.float32)
-    on_tensor_cores = rows.dtype == torch.bfloat16 and rows.device.type == "cuda"
-    with full_precision():
-        for chunk in spans(rows.shape[0], CHUNK):
-            part = rows[chunk] if on_tensor_cores else rows[chunk].to(torch.float32)
-            for columns in spans(rows.shape[1], TILE):
-                target, later = total[columns, columns.start :], part[:, columns.start :]
-                if on_tensor_cores:
-                    target += torch.mm(part[:, columns].t(), later, out_dtype=torch.float32)
-                else:
-                    target.addmm_(part[:, columns].t(), later)
 
 
 # ------------------------------------------------------------------------------------------------------------------ chunk
