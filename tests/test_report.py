@@ -136,6 +136,32 @@ def test_charts_and_tables_are_there_and_named(tmp_path: Path) -> None:
     assert "Q5_0 instead of Q4_K" in "".join(page.text)
 
 
+def test_lines_of_one_colour_are_told_apart_by_the_legend(tmp_path: Path) -> None:
+    written(sample(20, 6, 4), tmp_path)
+    source = (tmp_path / "report.html").read_text(encoding="utf-8")
+    legend = source[source.index("Inside the model") :].partition("<figure")[0]
+    drawn = source[source.index("Weight error by layer: attention") :].partition("</svg>")[0]
+    keys = re.findall(r'<path class="line (s\d)" d="[^"]*"(?: stroke-dasharray="([^"]*)")?></path></svg><span>([^<]*)<', legend)
+    lines = re.findall(r'<title>(\S+): mean[^<]*</title><path class="line" d="[^"]*"(?: stroke-dasharray="([^"]*)")?>', drawn)
+    assert len({key[:2] for key in keys}) == len(keys) == 20
+    assert [(name, stroke) for _, stroke, name in keys] == lines
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_router_agreement_has_figures(count: int, tmp_path: Path) -> None:
+    evaluation = sample(count, 6, 4)
+    page, _, _ = written(evaluation, tmp_path)
+    text = "".join(page.text).replace("\N{NO-BREAK SPACE}", " ")
+    lowest = []
+    for own in evaluation.artifacts:
+        shares = [share for share in own.router_agreement if share is not None]
+        for layer, share in enumerate(shares):
+            assert f"{own.name}, layer {layer}: {100 * share:.2f} %" in text
+        lowest.append((min(shares), f"{100 * min(shares):.2f} % in layer {shares.index(min(shares))} of {own.name}"))
+    for place, (_, words) in enumerate(sorted(lowest)):
+        assert (words in text) == (count <= 3 or place == 0)
+
+
 def test_everything_is_escaped(tmp_path: Path) -> None:
     evaluation = with_golden(sample(2, 4, 4))
     own = evaluation.artifacts[1]

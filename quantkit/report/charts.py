@@ -7,7 +7,7 @@ So one copy serves a phone, a desktop screen and paper.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from quantkit.evaluation import Estimate, Evaluation, LedgerCell, Scores
 from quantkit.report.markup import (
@@ -32,12 +32,12 @@ _ROW_HEIGHT = 20
 Ticks = Sequence[tuple[float, str]]  # (share of the extent, text)
 
 
-def legend(evaluation: Evaluation) -> Markup:
-    """All artifacts with their signs; pressing one dims the others."""
+def legend(evaluation: Evaluation, sign: Callable[[int], Markup] = key) -> Markup:
+    """All artifacts with their signs, or what else ``sign`` makes; pressing one dims the others."""
     if len(evaluation.artifacts) < 2:
         return Markup("")
     buttons = (
-        element("button", key(place), element("span", own.name), type="button", data_focus=str(place), aria_pressed="false")
+        element("button", sign(place), element("span", own.name), type="button", data_focus=str(place), aria_pressed="false")
         for place, own in enumerate(evaluation.artifacts)
     )
     return element("div", *buttons, class_="legend", role="group", aria_label="Artifacts; press one to single it out")

@@ -17,6 +17,7 @@ from quantkit.report.words import listing, percent
 
 _PALETTE = tuple(palette_color(step / 16) for step in range(17))
 _AGREEMENT_ROW = 22
+MOST_NAMED = 3  # artifacts in a caption
 
 
 def router_map(evaluation: Evaluation) -> Markup | None:
@@ -53,6 +54,13 @@ def router_rows(evaluation: Evaluation) -> list[tuple[str, float, float, int]]:
         if shares:
             rows.append((own.name, sum(share for share, _ in shares) / len(shares), *min(shares)))
     return rows
+
+
+def lowest_routers(evaluation: Evaluation) -> str:
+    """Where routing changed most, of each artifact as far as a caption has room, else of the worst one."""
+    rows = sorted(router_rows(evaluation), key=lambda row: row[2])
+    named = [f"{percent(low)} in layer {layer} of {name}" for name, _, low, layer in rows]
+    return f"Lowest: {listing(named if len(named) <= MOST_NAMED else named[:1])}."
 
 
 def coverage_groups(evaluation: Evaluation) -> list[tuple[list[str], dict[int, tuple[int, ...]]]]:

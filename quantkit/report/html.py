@@ -17,8 +17,8 @@ from quantkit.evaluation import ArtifactEvaluation, Evaluation
 from quantkit.report.charts import MANY, by_label, dot_plot, error_panels, layerless_errors, legend
 from quantkit.report.glossary import GLOSSARY
 from quantkit.report.golden_words import golden_findings
-from quantkit.report.heat_maps import coverage_groups, coverage_map, router_map
-from quantkit.report.markup import Markup, element, join, key, typeset
+from quantkit.report.heat_maps import coverage_groups, coverage_map, lowest_routers, router_map
+from quantkit.report.markup import Markup, element, join, key, line_key, typeset
 from quantkit.report.size_chart import size_chart
 from quantkit.report.style import SCRIPT, STYLE
 from quantkit.report.tables import (
@@ -30,6 +30,7 @@ from quantkit.report.tables import (
     layerless_table,
     main_table,
     more_table,
+    paragraphs,
     role_table,
     router_table,
 )
@@ -139,14 +140,18 @@ def _inside(evaluation: Evaluation) -> Markup:
         columns = 3 if len(panels) % 3 == 0 else min(2, len(panels))
         drawn = (element("div", element("h3", role(name)[:1].upper() + role(name)[1:]), chart) for name, chart in panels)
         caption = "Weight error by layer and role, logarithmic. From each artifact's ledger; the same scale in all panels."
-        parts += [legend(evaluation), _figure(element("div", *drawn, class_="panels", style=f"--columns:{columns}"), caption)]
+        parts += [
+            legend(evaluation, line_key),
+            _figure(element("div", *drawn, class_="panels", style=f"--columns:{columns}"), caption),
+        ]
     outside = [(name, part, cell.relative_error, cell.worst) for name, part, cell in layerless_errors(evaluation)]
     if outside:
         parts.append(_details("Weight error outside of the layers", layerless_table(outside)))
     routers = router_map(evaluation)
     if routers is not None:
         caption = (
-            "Router agreement by layer. Dark: many tokens go to another expert than in the reference. Empty: no experts there."
+            "Router agreement by layer. Dark: many tokens go to another expert than in the reference. Empty: no experts there. "
+            f"{lowest_routers(evaluation)} Point at a cell to see its figure."
         )
         parts += [_figure(routers, caption), _details("Mean and lowest agreement", router_table(evaluation))]
     for names, coverage in coverage_groups(evaluation):
@@ -168,8 +173,7 @@ def _golden(evaluation: Evaluation) -> Markup:
         "Questions with known answers, all asked at once and answered token by token. Time and speed hold for this machine, and "
         "depend on what else it did."
     )
-    findings = element("ul", *(element("li", typeset(line)) for line in golden_findings(evaluation)), class_="findings")
-    return _section("Golden set", findings, golden_table(evaluation), more, lead=lead)
+    return _section("Golden set", paragraphs(golden_findings(evaluation)), golden_table(evaluation), more, lead=lead)
 
 
 def _artifacts(evaluation: Evaluation, content: dict[str, object]) -> Markup:

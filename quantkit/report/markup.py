@@ -164,3 +164,9 @@ def key(number: int) -> Markup:
     """The sign of an artifact beside its name, in legends and tables."""
     mark = element("g", marker(number, 7, 7, 4.6), class_=f"mark {series_class(number)}")
     return element("svg", mark, class_="key", width=14, height=14, viewBox="0 0 14 14", aria_hidden="true")
+
+
+def line_key(number: int) -> Markup:
+    """The line of an artifact beside its name, where a chart has lines and no signs."""
+    line = element("path", class_=f"line {series_class(number)}", d="M1 7H35", stroke_dasharray=dash(number))
+    return element("svg", line, class_="key", width=36, height=14, viewBox="0 0 36 14", aria_hidden="true")
