@@ -34,7 +34,7 @@ from quantkit.team import Team
 Progress = Callable[[str, int, int], None]  # name of a model, questions answered, questions
 Guard = Callable[[int], AbstractContextManager[None]]
 ROUNDS = 5  # at most
-REPEAT_SECONDS = 3.0  # that all further rounds of a model may take
+REPEAT_SECONDS = 8.0  # that all further rounds of a model may take
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,12 @@ class _Requests:
         where = CalibrationOptions(device=str(device or "cpu")).accelerator()  # which says what is wrong with a device
         self._encoder = Encoder.load(path if tokenizer is None else tokenizer)
         self._model = open_model(path)
+        if max_length > self._model.config.max_positions:
+            self._model.close()
+            raise QuantkitError(
+                f"max_length is {max_length:,}, more than the {self._model.config.max_positions:,} positions that {path} knows. "
+                "Lower it."
+            )
         self._ends = end_tokens(self._model, self._encoder.directory)
         self._max_length, self._max_tokens = max_length, max_gen_toks
         self._team = Team(threads or os.cpu_count() or 1)

@@ -224,7 +224,7 @@ def test_an_artifact_given_twice_is_wrong_usage(made: Made, tmp_path: Path, cach
 
 
 @pytest.mark.parametrize("name", ["artifacts", "reference", "text", "golden", "cache"])
-@pytest.mark.parametrize("value", ["", 5, b"demo", "a\0b", ["", 3], object(), None])
+@pytest.mark.parametrize("value", ["", 5, b"demo", "a\0b", "\ud800", "a text " * 99, ["", 3], object(), None])
 def test_what_is_no_path(name: str, value: Any, made: Made, cache: Path) -> None:
     if value is None and name in ("text", "golden", "cache"):
         return  # has a meaning
@@ -349,3 +349,16 @@ def test_a_report_is_not_written_into_an_artifact(made: Made, cache: Path) -> No
     one = made.artifact("fp8-dynamic")
     result = run("compare", one, "--reference", DEMO, "--cache", cache, "-o", one, *FEW)
     assert result.exit_code == 5 and "name another for the report" in " ".join(result.stderr.split())
+
+
+def test_what_is_longer_than_the_model_knows_is_refused_before_any_work(made: Made, tmp_path: Path, cache: Path) -> None:
+    questions = tmp_path / "questions.jsonl"
+    long = {"prompt": "The history of the city. " * 6000, "kind": "exact", "answer": "b"}
+    questions.write_text(json.dumps({"prompt": "a", "kind": "exact", "answer": "b"}) + "\n" + json.dumps(long) + "\n")
+    common = ("eval", made.artifact("Q8_0"), "--reference", DEMO, "--cache", cache, *FEW)
+    result = run(*common, "--golden", questions)
+    assert result.exit_code == 8, result.output
+    assert "questions.jsonl line 2: the question has" in said(result) and "the 32,768 positions" in said(result)
+    result = run(*common, "--window", "32769")
+    assert result.exit_code == 8 and "A window of 32,769 tokens is more than the 32,768 positions" in said(result)
+    assert not cache.exists()

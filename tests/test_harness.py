@@ -158,3 +158,5 @@ def test_without_the_harness_the_error_says_what_to_install(monkeypatch: pytest.
         harness_model(DEMO)
     with pytest.raises(QuantkitError, match="max_gen_toks 0"):
         model_class(Stub)(DEMO, max_length=64, max_gen_toks=0)
+    with pytest.raises(QuantkitError, match="more than the 32,768 positions"):
+        model_class(Stub)(DEMO, max_length=32_769)

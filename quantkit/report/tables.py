@@ -291,4 +291,4 @@ def fallback_list(own: ArtifactEvaluation) -> Markup:
 
 def paragraphs(lines: Iterable[str]) -> Markup:
     """Each line as a paragraph."""
-    return join(element("p", line) for line in lines)
+    return join(element("p", typeset(line)) for line in lines)
