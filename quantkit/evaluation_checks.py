@@ -72,6 +72,7 @@ _AGAIN = re.compile(
     re.IGNORECASE,
 )
 _WANTED_CHECKPOINT = "Give the directory of a Llama 4 checkpoint as downloaded."
+_PATH_BYTES, _NAME_BYTES = 4096, 255  # that a path has less than, and that a name in it has at most
 _CLOSE = 1e-5  # relative, for numbers that GGUF files hold as float32
 
 
@@ -88,9 +89,18 @@ def artifact_paths(artifacts: object) -> list[str | Path]:
 def checked_path(name: str, value: object) -> str | Path:
     """The path that an argument of that name has to be: text as it is.  Raises RecipeError."""
     path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
-    if not isinstance(path, str) or not path or "\0" in path:
+    if not isinstance(path, str) or not _may_be_path(path):
         raise RecipeError(f"{name} is {brief(value)}; expected a path")
     return value if isinstance(value, str) else Path(path)
+
+
+def _may_be_path(text: str) -> bool:
+    """Whether an operating system takes it as one; a text in place of its file is no path, but too long for one."""
+    try:
+        encoded = os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return 0 < len(encoded) < _PATH_BYTES and b"\0" not in encoded and max(map(len, encoded.split(b"/"))) <= _NAME_BYTES
 
 
 def cache_directory(cache: object) -> Path:

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantkit.errors import OutputError
+from quantkit.errors import OutputError, RecipeError
 from quantkit.evaluation import Difference, Estimate, Evaluation
 from quantkit.report import NAMES, write_report
 from quantkit.report.markup import Markup, Scale, element, escape, logarithmic_scale
@@ -230,6 +230,12 @@ def test_an_existing_report_stays(tmp_path: Path) -> None:
     assert (tmp_path / "report.md").read_text() == "mine"
     write_report(sample(1), tmp_path, force=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("directory", ["", 5, b"report", None, "a\0b"])
+def test_a_directory_that_is_no_path(directory: Any) -> None:
+    with pytest.raises(RecipeError, match=r"directory is .*; expected a path"):
+        write_report(sample(1), directory)
 
 
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from quantkit.checkpoint import CONFIG_NAME
 from quantkit.errors import OutputError
 from quantkit.evaluation import Evaluation
+from quantkit.evaluation_checks import checked_path
 from quantkit.journal import output_errors, sync_directory, write_all
 from quantkit.report.html import html_report
 from quantkit.report.markdown import markdown_report
@@ -28,7 +29,7 @@ NAMES = (HTML_NAME, MARKDOWN_NAME, JSON_NAME)
 
 def write_report(
     evaluation: Evaluation,
-    directory: str | Path,
+    directory: str | os.PathLike[str],
     *,
     title: str | None = None,
     command: Sequence[str] | None = None,
@@ -37,9 +38,9 @@ def write_report(
     """Write ``report.html``, ``report.md`` and ``report.json`` and return their paths.
 
     title: of the page.  command: the words of the command that measured this; None: one is made from what the evaluation says.
-    force: replace an existing report.  Raises OutputError.
+    force: replace an existing report.  Raises OutputError, RecipeError for a directory that is no path.
     """
-    target = Path(directory)
+    target = Path(checked_path("directory", directory))
     check_report(target, force=force)
     content = evaluation_content(evaluation)
     title = title or usual_title(evaluation)
