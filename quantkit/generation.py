@@ -194,13 +194,14 @@ def _steps(
     while True:
         began = time.perf_counter()
         hidden = inference.embed(tokens)
+        running = [sample for sample, length in enumerate(samples.lengths) if length]
+        last = torch.tensor([sample * samples.length + samples.lengths[sample] - 1 for sample in running])
+        rows = None if len(last) == len(hidden) else last.to(hidden.device, non_blocking=True)  # before a device is busy
         for number in range(inference.config.num_layers):
             check_stop(stop)
             inference.layer(number, hidden, samples, cache)
         cache.advance(samples)
-        running = [sample for sample, length in enumerate(samples.lengths) if length]
-        rows = torch.tensor([sample * samples.length + samples.lengths[sample] - 1 for sample in running], device=hidden.device)
-        following = _most_likely(inference, hidden[rows])
+        following = _most_likely(inference, hidden if rows is None else hidden[rows])
         yield {indices[sample]: token for sample, token in zip(running, following, strict=True)}, time.perf_counter() - began
         tokens, lengths = torch.zeros(len(indices), dtype=torch.int64), torch.zeros(len(indices), dtype=torch.int64)
         for sample, token in zip(running, following, strict=True):
@@ -217,4 +218,5 @@ def _most_likely(inference: Inference, hidden: torch.Tensor) -> list[int]:
     """The token that follows each of the rows ``[count, hidden]``; of equally likely ones the first."""
     vocabulary = inference.config.vocab_size
     parts = torch.split(hidden, max(1, LOGITS_BYTES // (4 * vocabulary)))
-    return [token for part in parts for token in inference.logits(part, part.new_empty(len(part), vocabulary)).argmax(-1).tolist()]
+    found = [inference.logits(part, part.new_empty(len(part), vocabulary)).argmax(-1) for part in parts]
+    return torch.cat(found).tolist()

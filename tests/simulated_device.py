@@ -272,10 +272,10 @@ def _set_item(simulation: Simulation, func: object, tensor: torch.Tensor, index:
     held(tensor)[held(index)] = held(value)
 
 
-def _attention(simulation: Simulation, func: Callable[..., Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Whole, since torch would choose one of CUDA's kernels for it."""
+def _whole(simulation: Simulation, func: Callable[..., Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+    """What is one of CUDA's kernels."""
     tensors = _tensors(args, kwargs)
-    index = _common(tensors, "scaled_dot_product_attention").index
+    index = _common(tensors, func.__name__).index
     return SimulatedTensor(func(*held(args), **held(kwargs)), simulation, index)
 
 
@@ -324,7 +324,8 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
     **_MOVING,
     torch.Tensor.__getitem__: _get_item,
     torch.Tensor.__setitem__: _set_item,
-    torch.nn.functional.scaled_dot_product_attention: _attention,
+    torch.nn.functional.scaled_dot_product_attention: _whole,
+    torch.nn.functional.rms_norm: _whole,
     torch.Tensor.numpy: _refused,
     torch.Tensor.__array__: _refused,
     torch.Tensor.untyped_storage: _refused,

@@ -106,7 +106,15 @@ def answers(directory: Path) -> dict[str, Any]:
 
     expected = asked(None)
     with simulate_with_kernels() as simulation:
-        return {"expected": expected, "found": asked(torch.device("cuda")), "left": simulation.used}
+        there, left = asked(torch.device("cuda")), list(simulation.used)
+    waits: list[int] = []  # so far, when a token came
+    with simulate_with_kernels() as simulation, open_model(directory / "scout") as model, Team(1) as team:
+        inference = keeping_inference(model, team, torch.device("cuda"), None, True)
+        together = [Prompt((1, 17, 30, 5), 4), Prompt((1, 40), 4)]
+        tokenizer = Encoder.load(directory / "scout").tokenizer
+        generate(inference, together, tokenizer, frozenset(), progress=lambda *_: waits.append(len(simulation.waits)))
+        steps = [simulation.waits[waits[place] : waits[place + 2]] for place in (0, 2, 4)]
+    return {"expected": expected, "found": there, "left": left, "steps": steps}
 
 
 def evaluated(directory: Path) -> dict[str, Any]:
@@ -182,6 +190,13 @@ def test_answers_on_a_device(found: dict[str, Any]) -> None:
     assert found_tokens == tokens and [len(answer) for answer in tokens] == [3, 1]
     assert found_scores == pytest.approx(scores, abs=0.05)
     assert found["answers"]["left"] == [0]
+
+
+@needs_triton
+def test_a_step_waits_for_its_tokens_alone(found: dict[str, Any]) -> None:
+    """Small tensors go to the device while it has nothing to do, at the beginning; at the end the next tokens come back."""
+    there = ["copy of (2,) from cpu to cuda:0", "copy of (2, 2) from cpu to cuda:0"]
+    assert found["answers"]["steps"] == [[*there, "tolist"]] * 3
 
 
 @needs_triton
