@@ -294,14 +294,15 @@ def test_what_the_report_says_of_chance() -> None:
 
 
 def test_what_the_report_says_of_speed() -> None:
-    def said(*speeds: Estimate) -> str:
-        golden = [replace(answered(f"m{number}", "+"), tokens_per_second=each) for number, each in enumerate(speeds)]
+    def said(*speeds: Estimate, rounds: int = 2) -> str:
+        golden = [replace(answered(f"m{number}", "+"), tokens_per_second=each, rounds=rounds) for number, each in enumerate(speeds)]
         return golden_findings(replace(sample(), golden=tuple(golden)))[-1]
 
     quick, close, slow = Estimate(217, 130, 230), Estimate(132, 118, 141), Estimate(60, 50, 70)
     assert "speeds cannot be told apart" in said(quick, close)
     assert said(quick, close, slow) == "m0 generates faster than m2, by more than the spread; it cannot be told from m1 in speed."
     assert said(slow, close) == "m1 generates faster than m0, by more than the spread."
+    assert "what else the machine did" in said(slow, close, rounds=1)
     assert "too few steps" in said(Estimate(217, math.nan, math.nan), close)
 
 

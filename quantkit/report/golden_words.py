@@ -1,6 +1,7 @@
 """What a report says of the golden set: figures as text, and what they amount to.
 
 Two models are told apart only by more than chance: their answers by the sign test, their speeds when the spreads do not meet.
+A model that was timed in a single round may have been disturbed in all of it, so of its speed nothing is claimed.
 """
 
 from __future__ import annotations
@@ -86,6 +87,10 @@ def _of_speeds(golden: Sequence[GoldenAnswers]) -> list[str]:
         return []
     if any(math.isnan(one.tokens_per_second.low) for one in measured):
         return ["Speeds were measured on too few steps to compare them."]
+    if any(one.rounds < 2 for one in measured):
+        return [
+            "Not all models were timed in several rounds, so differences in time and speed may be due to what else the machine did."
+        ]
     fastest = max(measured, key=lambda one: one.tokens_per_second.value)
     others = [one for one in measured if one is not fastest]
     slower = [one.name for one in others if one.tokens_per_second.high < fastest.tokens_per_second.low]

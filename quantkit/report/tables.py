@@ -236,7 +236,7 @@ def golden_table(evaluation: Evaluation) -> Markup:
     count = many(evaluation.golden[0].questions, "question")
     caption = (
         f"Golden set. {count}; right answers by kind of question. Gained and lost: questions that only the artifact, and that only "
-        "the reference answers right, with the p-value of the sign test. Below right answers stands their "
+        "the reference answers right, with the p-value of the sign test of that artifact alone. Below right answers stands their "
         f"{PER_CENT} interval, below times and speeds their spread."
     )
     return table(caption, headings, rows, kind="sortable")
