@@ -5,7 +5,8 @@
     │   ├── UnsupportedModelError  the config is not a Llama 4, or uses something quantkit cannot express
     │   ├── AlreadyQuantizedError  the source is already quantized
     │   └── WeightError            a weight is NaN or infinite
-    ├── RecipeError                the recipe is malformed, matches nothing, or asks for what a format cannot hold
+    ├── RecipeError                the recipe is malformed, matches nothing, or asks for what a format cannot hold; or an argument
+    │                              means nothing
     ├── OutputError                the output cannot be written (exists, disk full, read-only, locked by another run)
     │   └── ResumeError            a partial output belongs to another source, recipe or version
     ├── LedgerError                what was done differs from what was asked, or an error bound was passed
@@ -70,7 +71,7 @@ class WeightError(CheckpointError):
 
 
 class RecipeError(QuantkitError):
-    """The recipe is wrong in itself, or does not fit this model or this format."""
+    """The recipe is wrong in itself, or does not fit this model or this format; or an argument of a call means nothing."""
 
     exit_code = 4
 
