@@ -33,9 +33,14 @@ class Step:
 
 @dataclass
 class Padded:
-    """layers: by layer, keys and values ``[samples, room, key_value_heads, head_dim]``.  steps: by the first of their samples, what
-    is the same for all layers that see these tokens next; whoever moves on to the next tokens clears them."""
+    """Keys and values of all samples.
 
+    most: positions that no sample goes beyond, None where that is not known.  layers: by layer, keys and values ``[samples, room,
+    key_value_heads, head_dim]``.  steps: by the first of their samples, what is the same for all layers that see these tokens next;
+    whoever moves on to the next tokens clears them.
+    """
+
+    most: int | None = None
     layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     steps: dict[int, Step] = field(default_factory=dict)
 
@@ -100,7 +105,9 @@ def _with_room(
     held = padded.layers.get(layer)
     if held is None or held[0].shape[1] < room:
         longest = max(past)
-        room = max(room, longest + max(GROWTH, longest // 4)) if longest else room  # a first step has all that prompts have
+        if longest:  # a first step has all that prompts have
+            growing = longest + max(GROWTH, longest // 4)
+            room = max(room, growing if padded.most is None else min(growing, padded.most))
         shape = (len(past), room, config.num_key_value_heads, config.head_dim)
         larger = (torch.zeros(shape, device=device), torch.zeros(shape, device=device))  # what is masked must be finite
         if held is not None:

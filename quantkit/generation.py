@@ -189,7 +189,7 @@ def _steps(
 ) -> Iterator[tuple[dict[int, int], float]]:
     """Step after step, the next token of all texts that are not finished, by index, and the seconds it took."""
     indices = list(texts)
-    cache = KeyValueCache([0] * len(indices))
+    cache = KeyValueCache.of([len(text.prompt.tokens) + text.prompt.max_tokens for text in texts.values()])
     tokens, samples = padded([texts[index].prompt.tokens for index in indices])
     while True:
         began = time.perf_counter()

@@ -10,7 +10,7 @@ Which weights stay in memory is decided by :mod:`quantkit.ready_weights` and, on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -50,6 +50,11 @@ class KeyValueCache:
     lengths: list[int]
     layers: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     padded: Padded = field(default_factory=Padded)
+
+    @classmethod
+    def of(cls, ends: Sequence[int]) -> KeyValueCache:
+        """Nothing yet, of texts that will have at most so many tokens."""
+        return cls([0] * len(ends), padded=Padded(max(ends)))
 
     def advance(self, samples: Samples) -> None:
         """All layers have seen the tokens of ``samples``."""

@@ -51,13 +51,14 @@ def test_whole_samples(config: Llama4Config, layer: int) -> None:
         torch.testing.assert_close(there.cpu(), expected)
 
 
+@pytest.mark.parametrize("most", [None, 25])
 @pytest.mark.parametrize("layer", [0, 1])
-def test_samples_that_go_on(config: Llama4Config, layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_that_go_on(config: Llama4Config, layer: int, most: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_attention, "GROWTH", 3)
     prompts, ends = [4, 9, 1, 17], [12, 25, 9, 19]  # tokens of a sample at first, and at last
     texts = [projected(config, end, number) for number, end in enumerate(ends)]
     expected = [forward.attend(config, layer, *text) for text in texts]
-    padded = Padded()
+    padded = Padded(most)
     past, running, first = [0] * 4, [0, 1, 2, 3], True
     while running:
         more = [prompts[number] if first else 1 for number in running]
@@ -77,7 +78,7 @@ def test_samples_that_go_on(config: Llama4Config, layer: int, monkeypatch: pytes
         running, first = [number for number in running if past[number] < ends[number]], False
     assert past == ends
     keys, values = padded.layers[layer]
-    assert keys.shape == values.shape and keys.shape[1] >= 25
+    assert keys.shape == values.shape and (keys.shape[1] > 25 if most is None else keys.shape[1] == 25)
 
 
 def test_rows_behind_a_sample_do_not_matter(config: Llama4Config) -> None:

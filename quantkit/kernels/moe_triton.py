@@ -155,10 +155,11 @@ def _run(x: torch.Tensor, routing: forward.Routing, mixture: Mixture, round_acti
             gate, up = (_product(values, weight, tiles, place, round_activations) for weight in (group.gate, group.up))
             mine = (order.experts[:, None] == group.numbers).any(1, keepdim=True)  # isin may wait for the device
             inner[:, :width] = torch.where(mine, functional.silu(gate) * up, inner[:, :width])
-    splits = max(splits_of(group.down, tiles, x.device) for group, tiles, _ in launches)
-    parts = torch.empty((splits, len(values), x.shape[1]), device=x.device)
-    for group, tiles, place in launches:
-        _multiply(inner, group.down, tiles, place, round_activations, parts)
+    splits = [splits_of(group.down, tiles, x.device) for group, tiles, _ in launches]
+    make = torch.empty if min(splits) == max(splits) else torch.zeros
+    parts = make((max(splits), len(values), x.shape[1]), device=x.device)
+    for (group, tiles, place), count in zip(launches, splits, strict=True):
+        _multiply(inner, group.down, tiles, place, round_activations, parts[:count])
     moe_triton_rows.combine(parts, order.places, out)
 
 
@@ -167,9 +168,12 @@ def tiles_of(group: Stack, bounds: torch.Tensor, tokens: int, slots: int, expert
 
     They are of one size, for one launch.  But where the shared expert, which has all tokens, fills the largest tiles and the others
     do not, it has a launch of its own: in tiles of 16 its weights alone would be unpacked as often as those of all others.
+
+    How many there can be is told from all ``experts`` of the layer, and so is what depends on it, into how many parts sums are cut:
+    the result has the same bits whether all experts lie on the device or those with tokens.
     """
     size, larger = moe_tiles.tokens_of_tile(tokens * slots, experts), moe_tiles.tokens_of_tile(tokens, 1)
-    most, everyone = min(group.routed, tokens * slots) + tokens * slots // size, -(-tokens // larger)
+    most, everyone = min(experts, tokens * slots) + tokens * slots // size, -(-tokens // larger)
     members = range(len(group.numbers))
     if not group.routed:
         return [moe_triton_rows.cut(bounds, group.numbers, members, larger, everyone)]
