@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantkit import convert
+from quantkit import convert, forward
+from quantkit import inference as inference_module
 from quantkit.checkpoint import Checkpoint
 from quantkit.errors import ArtifactError
 from quantkit.inference import Inference, KeyValueCache
@@ -15,6 +16,7 @@ from quantkit.language_model import logits as reference_logits
 from quantkit.layer_pass import Samples
 from quantkit.stored_model import open_model
 from quantkit.team import Team
+from tests.tiny_models import write_tiny_model
 
 DEMO = Path(__file__).resolve().parent.parent / "demo/tiny-scout"
 
@@ -81,3 +83,21 @@ def test_texts_are_continued_as_if_given_at_once(tokens: torch.Tensor, artifacts
 def test_a_token_beyond_the_vocabulary_is_an_error() -> None:
     with open_model(DEMO) as model, Team(1) as team, pytest.raises(ArtifactError, match="has no token 5000"):
         Inference(model, team).embed(torch.tensor([3, 5000]))
+
+
+@pytest.mark.parametrize("attended", [1, 1 << 20])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_long_windows_are_attended_to_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layer: int, attended: int) -> None:
+    """The same bits: by chunks where the layer has them, else by heads; all threads at once, or one at a time."""
+    write_tiny_model(tmp_path, num_attention_heads=6, attention_chunk_size=8, floor_scale=4, no_rope_layers=[1, 0])
+    torch.manual_seed(0)
+    with open_model(tmp_path) as model, Team(3) as team:
+        inference, config = Inference(model, team), model.config
+        heads = (config.num_heads, config.num_key_value_heads, config.num_key_value_heads)
+        query, key, value = (torch.randn(2 * 21, count * config.head_dim) for count in heads)
+        samples = [slice(0, 21), slice(21, 42)]
+        expected = torch.cat([forward.attend(config, layer, query[part], key[part], value[part]) for part in samples])
+        monkeypatch.setattr(inference_module, "PORTION", 80)
+        monkeypatch.setattr(inference_module, "ATTENDED", attended)
+        found = inference._gather(layer, [(0, 21), (21, 21)], query.clone(), key, value)
+    assert torch.equal(found, expected)
