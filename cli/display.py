@@ -93,8 +93,10 @@ class Meter:
 class Display(Generic[Snapshot]):
     """A context manager whose ``update`` is what the library takes as ``progress``."""
 
-    def __init__(self, console: Console, stop: threading.Event, view_of: Callable[[Snapshot], View]):
-        self._console, self._stop, self._view_of = console, stop, view_of
+    def __init__(
+        self, console: Console, stop: threading.Event, view_of: Callable[[Snapshot], View], stopping: str = STOPPING
+    ) -> None:
+        self._console, self._stop, self._view_of, self._stopping = console, stop, view_of, stopping
         self._live: Live | None = None
         self._view: View | None = None
         self._received = 0.0
@@ -131,7 +133,7 @@ class Display(Generic[Snapshot]):
         Called by a signal handler: no lock is taken, the main thread may be amid a print.
         """
         if self._live is None:
-            os.write(STDERR, f"\n{STOPPING}\n".encode())
+            os.write(STDERR, f"\n{self._stopping}\n".encode())
 
     def _print_line(self, view: View) -> None:
         if (view.steady or view.done < view.total) and view.seconds - self._printed < PLAIN_INTERVAL_SECONDS:
@@ -158,7 +160,7 @@ class Display(Generic[Snapshot]):
         bar = ProgressBar(total=max(1, view.total), completed=view.done)
         line.add_row(Text(view.label, style="bold"), bar, Text(shown))
         yield line
-        below = Text(STOPPING, style="yellow") if self._stop.is_set() else Text(view.place, style="dim")
+        below = Text(self._stopping, style="yellow") if self._stop.is_set() else Text(view.place, style="dim")
         below.truncate(max(1, options.max_width - ECHO), overflow="ellipsis")
         yield below
 
@@ -177,10 +179,10 @@ class Display(Generic[Snapshot]):
 
 @contextmanager
 def watching(
-    view_of: Callable[[Snapshot], View], *, quiet: bool, as_json: bool
+    view_of: Callable[[Snapshot], View], *, quiet: bool, as_json: bool, stopping: str = STOPPING
 ) -> Iterator[tuple[Callable[[Snapshot], None] | None, threading.Event]]:
-    """Around a long call: what it takes as ``progress`` and as ``stop``, which Ctrl-C and SIGTERM set."""
+    """Around a long call: what it takes as ``progress`` and as ``stop``, which Ctrl-C and SIGTERM set.  stopping: said then."""
     stop = threading.Event()
-    display = Display(Console(stderr=True), stop, view_of)
+    display = Display(Console(stderr=True), stop, view_of, stopping)
     with display, stopping_on_signals(stop, None if as_json else display.announce):
         yield None if quiet or as_json else display.update, stop

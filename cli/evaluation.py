@@ -73,7 +73,9 @@ def compare_command(
     figures themselves. DIR gets report.html, a page that needs nothing else, report.md and report.json.
     A run that was stopped is resumed by the same command.
     """
-    chosen, skipped = _models_among(artifacts)
+    _check_paths(artifacts, measurement, ending)
+    with reporting(ending.as_json):
+        chosen, skipped = _models_among(artifacts)
     for path in skipped:
         print(f"Skipped: {path} (a calibration or a report, no model)", file=sys.stderr)
     _measure(chosen, measurement, ending, _Report(output, title, skipped))
@@ -81,9 +83,9 @@ def compare_command(
 
 def _models_among(paths: list[str]) -> tuple[list[str], list[str]]:
     """Models, and what ``out/*`` names too: calibrations and reports.  Anything else that holds no model is an error, or a failed
-    conversion would pass all gates; so is a path alone."""
-    others = [path for path in paths if len(paths) > 1 and _is_by_product(Path(path))]
-    return [path for path in paths if path not in others], others
+    conversion would pass all gates; so are paths of nothing else."""
+    others = [path for path in paths if _is_by_product(Path(path))]
+    return ([path for path in paths if path not in others], others) if len(others) < len(paths) else (paths, [])
 
 
 def _is_by_product(path: Path) -> bool:
@@ -104,13 +106,13 @@ def _measure(artifacts: list[str], measurement: Measurement, ending: Ending, rep
         from quantkit.report.words import shortened
 
         from .display import watching
-        from .evaluation_progress import evaluation_view
+        from .evaluation_progress import STOPPING, evaluation_view
 
         if report is not None:
             check_report(report.directory, force=ending.force)
         if ending.save is not None:
             check_file(Path(ending.save), force=ending.force)
-        with watching(evaluation_view, quiet=ending.quiet, as_json=ending.as_json) as (progress, stop):
+        with watching(evaluation_view, quiet=ending.quiet, as_json=ending.as_json, stopping=STOPPING) as (progress, stop):
             evaluation = evaluate(artifacts, progress=progress, stop=stop, **measurement.arguments())
         if note := shortened(evaluation):
             print(f"Note: {note}", file=sys.stderr)
@@ -195,4 +197,4 @@ def _show(evaluation: Evaluation, written: Sequence[Path], quiet: bool) -> None:
 
 def _what_is_kept() -> str:
     command = shlex.join(["quantkit", *sys.argv[1:]])
-    return f"what was computed is kept; the same command resumes it:\n  {command}"
+    return f"what was saved is kept, but for the last minute or so; the same command resumes it:\n  {command}"

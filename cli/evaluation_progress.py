@@ -16,6 +16,7 @@ from .display import View
 if TYPE_CHECKING:
     from quantkit.evaluate import EvaluationProgress
 
+STOPPING = "Stopping ..."
 LABELS = {
     "check": "Checking",
     "reference": "Reference",

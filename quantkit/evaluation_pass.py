@@ -34,7 +34,7 @@ SAVE_SECONDS = 60.0  # between saved states of an unfinished sweep
 SWEEP_ELEMENTS = 16384 * 5120  # of the hidden states of a sweep: 16,384 tokens of a Scout
 ENCODED_ROWS = 256  # of final states, by a thread at a time
 DEVICE_SWEEP_ELEMENTS = 4 * SWEEP_ELEMENTS  # some 6 GB of a device while a layer is computed
-STOPPED = "Stopped. What was computed is kept: the same command goes on from there."
+STOPPED = "Stopped. What was saved is kept, but for the last minute or so: the same command goes on from there."
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 Name, size and time of change do not tell files apart where times are made equal on purpose (image layers, reproducible archives,
 package stores) or where a disk forgets a bit.  So files are read.  That takes minutes for a large model, and a model is looked at
-again and again; :class:`RememberedDigests` therefore keeps what it found, under what the file system alone decides and no program
-can set: device, inode, size, time of the last write and time of the last change of the inode.
+again and again; :class:`RememberedDigests` therefore keeps what it found, under device, inode, size, time of the last write and
+time of the last change of the inode.  Programs may set the time of writing, but whoever does changes the inode, at a time that the
+file system alone decides.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +30,7 @@ from quantkit.journal import write_all
 READ_BYTES = 8 << 20
 Progress = Callable[[int, int], None]  # bytes hashed, of how many; one call at a time
 
+_DIGEST = re.compile(r"[0-9a-f]{32}")
 _MOST = 4096  # files remembered, the latest: a release has some hundred at most
 _SETTLED_SECONDS = 2.0  # a file changed more recently may change again without a new time: clocks of file systems tick slowly
 
@@ -86,11 +89,11 @@ class RememberedDigests:
     def _read(self) -> dict[str, str]:
         try:
             content: Any = json.loads(self._path.read_bytes())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         if not isinstance(content, dict):
             return {}
-        return {state: digest for state, digest in content.items() if isinstance(digest, str)}
+        return {state: digest for state, digest in content.items() if isinstance(digest, str) and _DIGEST.fullmatch(digest)}
 
     def _write(self, settled: dict[str, str]) -> None:
         """Add to what is kept.  Of two processes that write at once one may lose what it added, and reads its files again."""

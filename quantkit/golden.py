@@ -49,7 +49,7 @@ class _Asked:
 
 @dataclass(frozen=True)
 class _Round:
-    """What a model answered, whether that is right, and the seconds it took, by question; its steps; the seconds of everything."""
+    """What a model answered, whether that is right, and the seconds it took, by question; its steps; the seconds of all answers."""
 
     results: tuple[tuple[str, bool, float], ...]
     steps: tuple[Step, ...]
@@ -139,8 +139,6 @@ def _round(
     progress: Progress | None,
     stop: threading.Event | None,
 ) -> _Round:
-    started = time.perf_counter()
-
     def tell(done: int) -> None:
         if progress is not None:
             progress(model.name, done, len(asked.questions))
@@ -152,6 +150,7 @@ def _round(
         generate(inference, [Prompt((0,), 2)], tokenizer, frozenset(), stop=stop)
     else:
         log_likelihoods(inference, [Continuation((0,), (0,))], stop=stop)
+    started = time.perf_counter()
     generation = generate(
         inference, list(asked.prompts.values()), tokenizer, ends, progress=lambda finished, _: tell(finished), stop=stop
     )

@@ -21,6 +21,7 @@ from quantkit.metrics import holm
 
 NORMAL_QUANTILE = 1.959963984540054  # of 97.5 %: both ends together leave out 5 %
 SPREAD = (0.1, 0.9)  # ends of the spread of a speed, as shares of the tokens
+CLOCK_SECONDS = 1e-9  # no clock tells less
 FEW_STEPS = 5  # fewer have no spread
 
 
@@ -59,7 +60,7 @@ def speed(steps: Sequence[Step]) -> Estimate:
 
     A step of many texts counts by its tokens.  NaN where no token was made; the ends also when there were few steps.
     """
-    rates = sorted((step.tokens / step.seconds, step.tokens) for step in steps)
+    rates = sorted((step.tokens / max(step.seconds, CLOCK_SECONDS), step.tokens) for step in steps)
     total = sum(tokens for _, tokens in rates)
 
     def reached(share: float) -> float:

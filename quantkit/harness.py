@@ -65,16 +65,17 @@ def model_class(base: type[Any] | None = None) -> type[Any]:
             tokenizer: str | Path | None = None,
             threads: int | None = None,
             device: str | None = None,
-            max_length: int = MAX_LENGTH,
+            max_length: int | None = None,
             max_gen_toks: int = MAX_TOKENS,
             kept_bytes: int | None = None,
             round_activations: bool = True,
             **ignored: Any,
         ) -> None:
             """path: what :func:`~quantkit.stored_model.open_model` opens.  tokenizer: directory of the tokenizer files, those of
-            ``path`` by default.  threads: of the CPU, all by default.  device: None and ``cpu`` are the CPU.  kept_bytes: of
-            weights that stay from one step to the next, see :func:`~quantkit.inference.keeping_inference`.  ignored: what the
-            harness's command line gives to every model, such as ``batch_size``."""
+            ``path`` by default.  threads: of the CPU, all by default.  device: None and ``cpu`` are the CPU.  max_length: tokens
+            read at once, by default 8192 or what the model knows.  kept_bytes: of weights that stay from one step to the next,
+            see :func:`~quantkit.inference.keeping_inference`.  ignored: what the harness's command line gives to every model,
+            such as ``batch_size``."""
             super().__init__()
             self._open(path, tokenizer, threads, device, max_length, max_gen_toks, kept_bytes, round_activations)
 
@@ -90,24 +91,22 @@ class _Requests:
         tokenizer: str | Path | None,
         threads: int | None,
         device: str | None,
-        max_length: int,
+        max_length: int | None,
         max_gen_toks: int,
         kept_bytes: int | None,
         round_activations: bool,
     ) -> None:
-        if max_length < 2 or max_gen_toks < 1:
+        if (max_length is not None and max_length < 2) or max_gen_toks < 1:
             raise QuantkitError(f"max_length is {max_length} and max_gen_toks {max_gen_toks}; expected at least 2, and at least 1.")
         where = CalibrationOptions(device=str(device or "cpu")).accelerator()  # which says what is wrong with a device
         self._encoder = Encoder.load(path if tokenizer is None else tokenizer)
         self._model = open_model(path)
-        if max_length > self._model.config.max_positions:
+        known = self._model.config.max_positions
+        if max_length is not None and max_length > known:
             self._model.close()
-            raise QuantkitError(
-                f"max_length is {max_length:,}, more than the {self._model.config.max_positions:,} positions that {path} knows. "
-                "Lower it."
-            )
+            raise QuantkitError(f"max_length is {max_length:,}, more than the {known:,} positions that {path} knows. Lower it.")
         self._ends = end_tokens(self._model, self._encoder.directory)
-        self._max_length, self._max_tokens = max_length, max_gen_toks
+        self._max_length, self._max_tokens = max_length or min(MAX_LENGTH, known), max_gen_toks
         self._team = Team(threads or os.cpu_count() or 1)
         self._inference = keeping_inference(self._model, self._team, where, kept_bytes, round_activations)
 

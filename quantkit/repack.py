@@ -80,6 +80,8 @@ def repack(
     """
     started = time.monotonic()
     path, final = Path(artifact), Path(output)
+    if not final.name:
+        raise OutputError(f"{str(output)!r} names no directory to make; choose another output directory")
     if to not in TARGETS:
         raise RecipeError(f"{to!r} is no format to repack to. Formats: {', '.join(TARGETS)}")
     if workers is not None and (type(workers) is not int or workers < 1):

@@ -323,9 +323,11 @@ def test_calibrations_and_reports_are_skipped(made: Made, tmp_path: Path, cache:
     assert f"Skipped: {tmp_path / 'calibration'} (a cal" in result.stderr
     as_json = run("compare", one, tmp_path / "calibration", report, *options, "--force", "--json")
     assert json.loads(as_json.stdout)["skipped"] == [str(tmp_path / "calibration"), str(report)]
-    for paths, code in (((tmp_path / "calibration",), 7), ((tmp_path / "calibration", report), 2)):
+    for paths in ((tmp_path / "calibration",), (tmp_path / "calibration", report)):
         nothing = run("compare", *paths, *options, "--force")
-        assert nothing.exit_code == code and "Give the directory" in said(nothing)
+        assert nothing.exit_code == 7 and "Give the directory" in said(nothing)
+    too_long = run("compare", "a" * 300, one, *options, "--force", "--json")
+    assert too_long.exit_code == 2 and "expected a path" in said(too_long)
     with pytest.raises(CheckpointError):
         evaluate(one, tmp_path / "calibration", cache=cache)
 

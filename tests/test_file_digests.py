@@ -100,7 +100,7 @@ def test_what_changed_just_now_is_not_remembered(files: list[Path], tmp_path: Pa
 
 
 @pytest.mark.usefixtures("settled")
-@pytest.mark.parametrize("content", [b"", b"[1]", b"{", b"\xff\xfe", json.dumps({"1-2-3-4-5": 7}).encode()])
+@pytest.mark.parametrize("content", [b"", b"[1]", b"{", b"\xff\xfe", b"[" * 200_000, json.dumps({"1-2-3-4-5": 7}).encode()])
 def test_a_damaged_memory_costs_time_only(files: list[Path], tmp_path: Path, content: bytes) -> None:
     kept = tmp_path / "kept.json"
     kept.write_bytes(content)

@@ -17,7 +17,7 @@ GOLDEN_HEADINGS = ("Gained and lost", "Time to an answer", "Tokens per second")
 
 def answer_time(value: float) -> str:
     """``31 ms``, ``4.2 s``, ``12 min``."""
-    return f"{number(1000 * value, 2)} ms" if value < 1 else seconds(value)
+    return f"{number(1000 * value, 2)} ms" if value < 0.9995 else seconds(value)
 
 
 def time_spread(estimate: Estimate) -> str:

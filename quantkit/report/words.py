@@ -364,7 +364,8 @@ def _behind(evaluation: Evaluation, best: Sequence[ArtifactEvaluation], artifact
 def _equal(evaluation: Evaluation, rival: ArtifactEvaluation, artifact: ArtifactEvaluation) -> str:
     if not identical(evaluation, rival, artifact):
         return f"{artifact.name} is as large and as close as {rival.name}."
-    sizes = "as large" if rival.bytes == artifact.bytes else f"larger, {size(artifact.bytes)} against {size(rival.bytes)}"
+    shown, other = size(artifact.bytes), size(rival.bytes)
+    sizes = "as large" if shown == other else f"larger, {shown} against {other}"
     return f"{artifact.name} gave the same results as {rival.name}; it is {sizes}."
 
 
