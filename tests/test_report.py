@@ -322,6 +322,9 @@ def test_the_same_results_are_called_the_same(tmp_path: Path, low: float) -> Non
     assert "fp8-dynamic (equal to Q6_K)" in " ".join(summary(equal_results(low, 6)))
     chance = replace(evaluation, differences=(replace(evaluation.differences[0], log_perplexity=Estimate(0.1, -1, 1)),))
     assert "fp8-dynamic, at 108.3 GB, is as close as Q6_K, which is smaller." in summary(chance)
+    first, second = evaluation.artifacts
+    almost = replace(evaluation, artifacts=(first, replace(second, bytes=first.bytes - 1000)))
+    assert summary(almost)[1:] == ["fp8-dynamic gave the same results as Q6_K; it is as large."]
 
 
 def bold(page: str, column: int) -> list[str]:
