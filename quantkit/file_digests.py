@@ -9,7 +9,6 @@ file system alone decides.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -25,7 +24,7 @@ from typing import Any, Protocol
 import xxhash
 
 from quantkit.estimate import available_cores
-from quantkit.journal import write_all
+from quantkit.journal import replace_file
 
 READ_BYTES = 8 << 20
 Progress = Callable[[int, int], None]  # bytes hashed, of how many; one call at a time
@@ -72,15 +71,18 @@ class RememberedDigests:
     def of(self, files: Sequence[Path], progress: Progress | None = None) -> list[str]:
         """The digest of each file.  Raises OSError for a file that cannot be read."""
         began = time.time_ns()
-        states = [_state(file) for file in files]
+        before = [file.stat() for file in files]
+        states = [_state(status) for status in before]
         known = self._read()
         unknown = [file for file, state in zip(files, states, strict=True) if state not in known]
         found = dict(zip(unknown, hash_files(unknown, progress, xxhash.xxh3_128), strict=True))
         result = [known[state] if state in known else found[file] for file, state in zip(files, states, strict=True)]
         settled = {
             state: found[file]
-            for file, state in zip(files, states, strict=True)
-            if file in found and state == _state(file) and began - max(_times(file)) > _SETTLED_SECONDS * 1e9
+            for file, status, state in zip(files, before, states, strict=True)
+            if file in found
+            and state == _state(file.stat())
+            and began - max(status.st_mtime_ns, status.st_ctime_ns) > _SETTLED_SECONDS * 1e9
         }
         if settled:
             self._write(settled)
@@ -99,26 +101,11 @@ class RememberedDigests:
         """Add to what is kept.  Of two processes that write at once one may lose what it added, and reads its files again."""
         kept = {state: digest for state, digest in self._read().items() if state not in settled} | settled
         data = json.dumps(dict(list(kept.items())[-_MOST:]), indent=0).encode()
-        making = self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp")
         try:
-            descriptor = os.open(making, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-            try:
-                write_all(descriptor, data, 0)
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            making.replace(self._path)
+            replace_file(self._path, data)
         except OSError as error:  # costs only time
             _logger.warning("%s cannot be written (%s): files will be read again", self._path, error.strerror)
-            with contextlib.suppress(OSError):
-                making.unlink()
 
 
-def _state(file: Path) -> str:
-    status = file.stat()
+def _state(status: os.stat_result) -> str:
     return f"{status.st_dev}-{status.st_ino}-{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}"
-
-
-def _times(file: Path) -> tuple[int, int]:
-    status = file.stat()
-    return status.st_mtime_ns, status.st_ctime_ns

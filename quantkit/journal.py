@@ -82,6 +82,23 @@ def write_all(descriptor: int, data: bytes | bytearray | memoryview, offset: int
         view, offset = view[count:], offset + count
 
 
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a small file at once: whoever reads it sees all of it, or what was there before.  Raises OSError."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            write_all(descriptor, data, 0)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
 def encode_line(record: Mapping[str, Any]) -> bytes:
     """One journal line for a record."""
     payload = json.dumps(record, separators=(",", ":")).encode()

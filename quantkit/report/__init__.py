@@ -17,7 +17,7 @@ from quantkit.checkpoint import CONFIG_NAME
 from quantkit.errors import OutputError
 from quantkit.evaluation import Evaluation
 from quantkit.evaluation_checks import checked_path
-from quantkit.journal import output_errors, sync_directory, write_all
+from quantkit.journal import output_errors, replace_file
 from quantkit.report.html import html_report
 from quantkit.report.markdown import markdown_report
 from quantkit.report.words import title as usual_title
@@ -82,20 +82,8 @@ def check_file(path: Path, *, force: bool) -> None:
 def write_text(path: Path, text: str, *, force: bool) -> Path:
     """Write a file at once: whoever reads it sees all of it.  Raises OutputError."""
     check_file(path, force=force)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with output_errors(f"write {path}"):
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-        try:
-            try:
-                write_all(descriptor, text.encode("utf-8", "backslashreplace"), 0)
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-        sync_directory(path.parent)
+        replace_file(path, text.encode("utf-8", "backslashreplace"))
     return path
 
 
