@@ -51,6 +51,7 @@ def evaluate_command(
     likely token and of the routers, with intervals, by kind of text and language.
     The reference's results are kept for the next artifact. A run that was stopped is resumed by the same command.
     """
+    _check_paths([artifact], measurement, ending)
     _measure([artifact], measurement, ending, None)
 
 
@@ -96,8 +97,7 @@ def _is_by_product(path: Path) -> bool:
 
 
 def _measure(artifacts: list[str], measurement: Measurement, ending: Ending, report: _Report | None) -> None:
-    """What both commands do: measure, write, show, check gates."""
-    _check_paths(artifacts, measurement, ending)
+    """What both commands do once paths are checked: measure, write, show, check gates."""
     gates = _gates(artifacts, measurement, ending)
     with reporting(ending.as_json, _what_is_kept):
         from quantkit.evaluate import evaluate
